@@ -1,0 +1,62 @@
+"""Resume a Megatron run with other hyperparameters and keep the Adam moments.
+
+Importing this package imports neither torch nor Megatron; its names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .arguments import add_arguments
+    from .build import get_megatron_optimizer
+    from .errors import (
+        AgreementError,
+        CheckpointError,
+        HostError,
+        MegatronExtError,
+        PlanError,
+        PolicyError,
+    )
+    from .optimizer import SelectiveAdam
+    from .policy import ResumePolicy
+
+_WHERE = {
+    "SelectiveAdam": "optimizer",
+    "ResumePolicy": "policy",
+    "get_megatron_optimizer": "build",
+    "add_arguments": "arguments",
+    "MegatronExtError": "errors",
+    "PolicyError": "errors",
+    "PlanError": "errors",
+    "CheckpointError": "errors",
+    "AgreementError": "errors",
+    "HostError": "errors",
+}
+
+__all__ = [
+    "AgreementError",
+    "CheckpointError",
+    "HostError",
+    "MegatronExtError",
+    "PlanError",
+    "PolicyError",
+    "ResumePolicy",
+    "SelectiveAdam",
+    "__version__",
+    "add_arguments",
+    "get_megatron_optimizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,135 @@
+"""What a checkpoint holds of the optimizer: parameter groups, step, tensor names and shapes.
+
+Nothing here reads a tensor: the functions look at state dicts and metadata that Megatron has
+already read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError
+
+#: NeMo writes these structural keys with a prefix; Megatron accepts both
+#: (`param_group_identifier_keys`, core/optimizer/optimizer.py).
+_NEMO_PREFIX = "pre_"
+_NEMO_KEYS = ("wd_mult", "lr_mult")
+
+_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """The part of a saved optimizer state dict that decisions are made on.
+
+    Args:
+        groups: The saved param_groups without ``params``, with NeMo's aliases resolved.
+        step: Optimizer steps taken (the exponent of Adam's bias correction), or None where the
+            checkpoint was written before the first step.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    step: int | None
+
+
+def optimizer_section(state_dict: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+    """Find the dict with ``param_groups`` in an optimizer's state dict.
+
+    Args:
+        state_dict: What a Megatron optimizer's ``load_state_dict`` is given: DistributedOptimizer
+            and Float16OptimizerWithFloat16Params nest the torch state dict under ``optimizer``,
+            FP32Optimizer does not.
+
+    Returns:
+        The key it is nested under (None for FP32Optimizer) and the dict itself.
+
+    Raises:
+        CheckpointError: There are no param_groups.
+    """
+    if "param_groups" in state_dict:
+        return None, state_dict
+    for key in _OPTIMIZER_KEYS:
+        section = state_dict.get(key)
+        if isinstance(section, Mapping) and "param_groups" in section:
+            return key, section
+    raise CheckpointError(
+        "the checkpoint holds no optimizer state: expected 'param_groups' in the optimizer's "
+        f"state dict, found the keys {sorted(map(str, state_dict))}. Pass --no-load-optim to "
+        "start with a new optimizer (the Adam moments are then lost)"
+    )
+
+
+def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
+    """Read groups and step of a saved optimizer.
+
+    Args:
+        state_dict: See `optimizer_section`.
+
+    Raises:
+        CheckpointError: There are no param_groups, or the groups disagree about ``step``.
+    """
+    _, section = optimizer_section(state_dict)
+    groups = tuple(_canonical(group) for group in section["param_groups"])
+    if not groups:
+        raise CheckpointError(
+            "the checkpoint's optimizer has no param_groups: nothing can be resumed from it. "
+            "Pass --no-load-optim to start with a new optimizer (the Adam moments are then lost)"
+        )
+    return SavedOptimizer(
+        groups=tuple({k: v for k, v in g.items() if k not in ("params", "step")} for g in groups),
+        step=_common_step(groups, section.get("state") or {}),
+    )
+
+
+def misfits(
+    requested: Mapping[str, Sequence[int] | None], saved: Mapping[str, Sequence[int] | None]
+) -> list[str]:
+    """Compare the optimizer tensors this rank asks for with those a checkpoint has.
+
+    Args:
+        requested: Checkpoint key -> global shape wanted, in elements (None for a non-tensor).
+        saved: Checkpoint key -> global shape stored.
+
+    Returns:
+        One line for each key that is missing or has another shape; empty if all fit.
+    """
+    lines = []
+    for key, shape in requested.items():
+        if key not in saved:
+            lines.append(f"{key}: not in the checkpoint")
+            continue
+        stored = saved[key]
+        if shape is not None and stored is not None and list(stored) != list(shape):
+            lines.append(
+                f"{key}: the checkpoint has shape {tuple(stored)}, the model {tuple(shape)}"
+            )
+    return lines
+
+
+def _canonical(group: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(group)
+    for key in _NEMO_KEYS:
+        if key not in out and _NEMO_PREFIX + key in out:
+            out[key] = out.pop(_NEMO_PREFIX + key)
+    return out
+
+
+def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> int | None:
+    """The one step of an optimizer; TE and apex keep it in the groups, torch in the state."""
+    steps = {int(g["step"]) for g in groups if g.get("step") is not None}
+    if state.get("common_step") is not None:
+        steps.add(int(state["common_step"]))
+    steps |= {
+        int(s["step"])
+        for s in state.values()
+        if isinstance(s, Mapping) and s.get("step") is not None
+    }
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"the checkpoint's param_groups disagree about step: found {sorted(steps)}, expected "
+            "one number (Megatron keeps one step per optimizer). The checkpoint is damaged or was "
+            "edited; load another one or pass --no-load-optim"
+        )
+    return steps.pop() if steps else None

@@ -1,0 +1,388 @@
+"""`SelectiveAdam` and its non-distributed siblings: stock Megatron but for what a load does.
+
+The training step is Megatron's own. Overridden are the load entry points, each a call into
+planning, merging and reporting, and two places where the stock class cannot load at all: plain
+torch AdamW (its step lives in the state) and fp32 parameters (their shards require grad).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from . import merge
+from .agree import agree
+from .checkpoint import misfits, optimizer_section, read_optimizer
+from .errors import CheckpointError, MegatronExtError
+from .moments import MOMENT_KEYS, LoadedState
+from .plan import ResumePlan, plan_resume
+from .policy import ResumePolicy
+from .report import OptimizerReport
+from .resume import Resume
+
+
+class _Selective:
+    """What the three optimizers share: the resume they belong to, planning and finishing."""
+
+    optimizer: Any
+    resume: Resume
+    #: True while Megatron loads the optimizer's own state dict into it to allocate memory
+    #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
+    _allocating = False
+
+    def join(self, resume: Resume) -> None:
+        """Take part in a resume together with the other optimizers of a chain."""
+        self.resume = resume
+        resume.join(self)
+
+    @contextlib.contextmanager
+    def _self_load(self) -> Iterator[None]:
+        groups = self._live_hyperparameters()
+        self._allocating = True
+        try:
+            yield
+        finally:
+            self._allocating = False
+            # The stock loader pairs groups by a tuple that two groups may share.
+            merge.write_groups(groups, self.optimizer.param_groups)
+
+    def _live_hyperparameters(self) -> list[dict[str, Any]]:
+        if self.optimizer is None:
+            return []
+        return [merge.hyperparameters(g) for g in self.optimizer.param_groups]
+
+    def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
+        """Plan on this rank; raise on every rank unless all ranks made the same plan."""
+        plan, error = None, None
+        try:
+            saved = read_optimizer(state_dict)
+            plan = plan_resume(self.resume.policy, saved, self.optimizer.param_groups)
+        except MegatronExtError as e:
+            error = e
+        agree(f"resume of {_kind(self)}", "" if plan is None else plan.digest(), error)
+        assert plan is not None
+        return plan
+
+    def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
+        """Check that the moments arrived, and hand the report in."""
+        summed = loaded.summed()
+        summed.require_moments()
+        counts = tuple(len(g["params"]) for g in self.optimizer.param_groups)
+        self.resume.done(self, OptimizerReport(_kind(self), plan, summed, counts))
+
+    def _write_back(self, plan: ResumePlan) -> None:
+        merge.write_groups([g.values for g in plan.groups], self.optimizer.param_groups)
+        _place_step(self.optimizer, plan.step)
+
+
+class SelectiveAdam(_Selective, DistributedOptimizer):
+    """`DistributedOptimizer` that keeps the moments and takes hyperparameters from the arguments.
+
+    At a load, exp_avg, exp_avg_sq, the fp32 master weights and ``step`` come from the checkpoint;
+    every other key of every param_group comes from the current group unless the policy keeps it.
+    With unchanged arguments the load is bit for bit the stock load. The inner optimizer may be
+    TransformerEngine's or apex's FusedAdam or torch's AdamW.
+
+    Args:
+        *args: As `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+        policy: What to take from where; the default keeps no hyperparameter.
+        **kwargs: As `DistributedOptimizer`.
+
+    Note:
+        ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
+        group: one all_reduce of 40 bytes a rank before anything is changed (see
+        `megatron_ext.agree`) and one of 48 bytes for the report. The training step has none.
+
+    Raises (at load):
+        PlanError: A key to keep is unknown or ambiguous.
+        CheckpointError: No optimizer state, or shards that do not fit the model.
+        AgreementError: Another rank refused, or the ranks planned differently.
+    """
+
+    def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
+        """Build the stock optimizer and remember the policy."""
+        super().__init__(*args, **kwargs)
+        self.join(Resume(policy or ResumePolicy()))
+        self._tally = LoadedState()
+        self._awaiting_parameter_state: ResumePlan | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stock state dict; also before the first step of a torch AdamW.
+
+        Stock asserts one common step over an empty state there (distrib_optimizer.py, 0.19.2
+        lines 833-836).
+        """
+        if _is_torch_adam(self.optimizer):
+            _allocate_torch_adam_state(self.optimizer)
+            if not self.optimizer.state:
+                return self._state_dict_without_shards()
+        return super().state_dict()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock sharded state dict; its self-load for allocation is not taken for a resume."""
+        is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
+        if not is_loading or self.is_stub_optimizer:
+            return super().sharded_state_dict(*args, **kwargs)
+        with self._self_load():
+            return super().sharded_state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Merge selectively, then load with the stock loader.
+
+        Args:
+            state_dict: As saved by any Megatron `DistributedOptimizer`; not modified. With
+                ``param_state`` (torch_dist) the resume is complete afterwards; without it
+                (legacy torch) after `load_parameter_state`.
+        """
+        if self._allocating:
+            super().load_state_dict(state_dict)
+            return
+        plan = self._agreed_plan(state_dict)
+        self._tally = LoadedState()
+        merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
+        if _is_torch_adam(self.optimizer):
+            _allocate_torch_adam_state(self.optimizer)
+            for group in optimizer_section(merged)[1]["param_groups"]:
+                group.setdefault("step", 0)
+        super().load_state_dict(merged)
+        self._write_back(plan)
+        if "param_state" in state_dict:
+            self._finish(plan, self._tally)
+        else:
+            self._awaiting_parameter_state = plan
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Load a legacy ``distrib_optim.pt``; a file that cannot be read raises on every rank.
+
+        Args:
+            filename: Read on data-parallel rank 0 and scattered from there.
+            update_legacy_format: As in `DistributedOptimizer.load_parameter_state`.
+        """
+        if self.is_stub_optimizer:
+            return
+        state_dict, error = None, None
+        if self.data_parallel_group.rank() == 0:
+            try:
+                state_dict = torch.load(filename)
+            except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
+                error = _unreadable(filename, e)
+        agree(f"reading {Path(filename).name}", "0" * 32, error)
+        self.load_parameter_state_from_dp_zero(
+            state_dict, update_legacy_format=update_legacy_format
+        )
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: Any, *, update_legacy_format: bool = False
+    ) -> None:
+        """Scatter the parameter state from data-parallel rank 0, after checking that it fits."""
+        error = None
+        if state_dict is not None and not update_legacy_format:
+            error = self._dp_zero_misfit(state_dict)
+        agree("loading the distributed optimizer's parameter state", "0" * 32, error)
+        super().load_parameter_state_from_dp_zero(
+            state_dict, update_legacy_format=update_legacy_format
+        )
+        plan, self._awaiting_parameter_state = self._awaiting_parameter_state, None
+        if plan is not None:
+            if update_legacy_format:
+                self._count_state()
+            self._finish(plan, self._tally)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
+        """One parameter's shard, without torch AdamW's 0-dim ``step``: the groups carry it."""
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if _is_torch_adam(self.optimizer):
+            tensors.pop("step", None)
+        return tensors
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(
+        self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
+    ) -> None:
+        """Write one parameter's shard.
+
+        Without grad mode, because shards of fp32 parameters are views of a leaf that requires
+        grad (distrib_optimizer.py, 0.19.2 lines 467 and 1225). torch AdamW's ``step`` is no part
+        of it: stock either misses it (KeyError) or overwrites it with a stale one.
+        """
+        self._tally.add(tensors)
+        if _is_torch_adam(self.optimizer):
+            group, order = self.model_param_group_index_map[model_param]
+            main_param = self.optimizer.param_groups[group]["params"][order]
+            tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def _state_dict_without_shards(self) -> dict[str, Any]:
+        groups = [{**g, "step": 0} for g in self._live_hyperparameters()]
+        state_dict: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            state_dict["grad_scaler"] = self.grad_scaler.state_dict()
+        return state_dict
+
+    def _dp_zero_misfit(self, state_dict: Mapping[Any, Any]) -> CheckpointError | None:
+        wanted = {
+            f"buffer {index}, {dtype[0]}": [self.buffers[index].numel_unpadded]
+            for index, ranges in enumerate(self.gbuf_ranges)
+            for dtype in ranges
+        }
+        if any("uint8" in key for key in wanted):
+            return None  # fp8 buffers are split from bf16 ones by the stock loader
+        saved = {
+            f"buffer {index}, {dtype[0]}": [world["numel_unpadded"]]
+            for index, dtypes in state_dict.items()
+            if isinstance(index, int)
+            for dtype, world in dtypes.items()
+            if "numel_unpadded" in world
+        }
+        lines = misfits(wanted, saved)
+        return _does_not_fit(lines) if lines else None
+
+    def _count_state(self) -> None:
+        """Count after the fact what the pre-2024 legacy loader has written by itself."""
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                self._tally.add({"param": param, **_moments_of(self.optimizer, param)})
+
+
+class _SelectiveReplicated(_Selective):
+    """The same merge for the optimizers that are not distributed over the data-parallel ranks."""
+
+    _ids_are_live = False
+
+    def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
+        """Build the stock optimizer and remember the policy."""
+        super().__init__(*args, **kwargs)
+        self.join(Resume(policy or ResumePolicy()))
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        # The merged groups already are the live ones in their order.
+        return state_dict_groups
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        """The stock sharded state dict, whose groups need not be as many as the saved ones."""
+        state_dict = super().sharded_state_dict(  # type: ignore[misc]
+            model_sharded_state_dict, is_loading, **kwargs
+        )
+        if is_loading:
+            # dist_checkpointing merges lists only if they are equally long; the ids of the live
+            # parameters are known to us anyway.
+            self._ids_are_live = True
+            _, section = optimizer_section(state_dict)
+            section.pop("param_groups")  # type: ignore[attr-defined]
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Merge selectively, then load with the stock loader.
+
+        Args:
+            state_dict: As saved by the stock class, from torch_dist or legacy torch; not modified.
+        """
+        plan = self._agreed_plan(state_dict)
+        live_ids = [g["params"] for g in self.optimizer.state_dict()["param_groups"]]
+        merged, error = None, None
+        try:
+            merged = merge.merge_replicated(
+                plan,
+                state_dict,
+                self.optimizer.param_groups,
+                live_ids,
+                ids_are_live=self._ids_are_live,
+            )
+        except MegatronExtError as e:
+            error = e
+        agree(f"resume of {_kind(self)}", "0" * 32, error)
+        super().load_state_dict(merged)  # type: ignore[misc]
+        self._ids_are_live = False
+        self._write_back(plan)
+        loaded = LoadedState()
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                loaded.add({"param": param, **_moments_of(self.optimizer, param)})
+        self._finish(plan, loaded)
+
+
+class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat16Params):
+    """`Float16OptimizerWithFloat16Params` (bf16, fp16) with the load of `SelectiveAdam`."""
+
+
+class SelectiveFP32Optimizer(_SelectiveReplicated, FP32Optimizer):
+    """`FP32Optimizer` with the load of `SelectiveAdam`."""
+
+
+def _kind(optimizer: Any) -> str:
+    return f"{type(optimizer).__name__} over {type(optimizer.optimizer).__name__}"
+
+
+def _is_torch_adam(inner: Any) -> bool:
+    """Whether the inner optimizer keeps ``step`` in each parameter's state, as torch does."""
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _moments_of(inner: Any, param: torch.Tensor) -> dict[str, Any]:
+    state = inner.state.get(param, {})
+    return {k: state[k] for k in MOMENT_KEYS if k in state}
+
+
+def _allocate_torch_adam_state(inner: torch.optim.Optimizer) -> None:
+    """Give torch AdamW the state its first step would give it: zero moments and step 0."""
+    for group in inner.param_groups:
+        for param in group["params"]:
+            if not inner.state[param]:
+                inner.state[param].update(
+                    step=torch.tensor(0.0, dtype=torch.float32),
+                    exp_avg=torch.zeros_like(param, requires_grad=False),
+                    exp_avg_sq=torch.zeros_like(param, requires_grad=False),
+                )
+
+
+def _place_step(inner: Any, step: int | None) -> None:
+    """Put ``step`` where the inner optimizer reads it.
+
+    torch's Adam reads one tensor per parameter. Stock hands all parameters the same tensor, which
+    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam
+    reads an int in each group.
+    """
+    if not _is_torch_adam(inner):
+        for group in inner.param_groups:
+            if step is not None:
+                group["step"] = step
+        return
+    for group in inner.param_groups:
+        group.pop("step", None)
+        on_device = group.get("capturable") or group.get("fused")
+        for param in group["params"]:
+            state = inner.state.get(param)
+            if state:
+                device = param.device if on_device else torch.device("cpu")
+                state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)
+
+
+def _unreadable(filename: str, cause: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read the distributed optimizer's parameter state {filename}: "
+        f"{type(cause).__name__}: {cause}. Restore the file or pass --no-load-optim to start with "
+        "a new optimizer (the Adam moments are then lost)"
+    )
+
+
+def _does_not_fit(lines: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint's optimizer state does not fit the model:\n"
+        + "\n".join(f"  {line}" for line in lines[:8])
+        + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
+        + "\nResume with the model and the tensor, pipeline and expert parallel sizes the "
+        "checkpoint was saved with, save it with --dist-ckpt-optim-fully-reshardable to change "
+        "them, or pass --no-load-optim to start with a new optimizer (the Adam moments are then "
+        "lost)"
+    )

@@ -1,0 +1,214 @@
+"""What a resume has done: as lines in Megatron's log style, and as JSON.
+
+The JSON follows ``megatron_ext/schemas/resume-report.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .moments import LoadedState
+from .plan import Decision, GroupPlan, ResumePlan
+from .version import __version__
+
+SCHEMA = "megatron_ext/resume-report/1"
+FILE_NAME = "resume-report.json"
+
+_STATE_NAMES = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "param": "master weights",
+}
+
+
+@dataclass(frozen=True)
+class OptimizerReport:
+    """What was done to one Megatron optimizer.
+
+    Args:
+        kind: Class name of the Megatron optimizer and of the torch optimizer inside.
+        plan: The decisions.
+        loaded: Tensors and elements brought back, summed over all ranks.
+        parameters: For each param_group the number of parameters on rank 0.
+    """
+
+    kind: str
+    plan: ResumePlan
+    loaded: LoadedState
+    parameters: tuple[int, ...]
+
+
+@dataclass
+class ResumeReport:
+    """What was done in one resume, over all optimizers of the run.
+
+    Args:
+        megatron: Version of megatron-core.
+        optimizers: One report per Megatron optimizer, in the order of the chain.
+        scheduler: Values after the scheduler was loaded: the first resumed step's lr and weight
+            decay per group, ``num_steps`` in samples, and the source of every attribute.
+    """
+
+    megatron: str
+    optimizers: list[OptimizerReport] = field(default_factory=list)
+    scheduler: dict[str, Any] | None = None
+
+    def lines(self) -> list[str]:
+        """The report as log lines."""
+        out = []
+        for number, report in enumerate(self.optimizers):
+            out += _optimizer_lines(number, len(self.optimizers), report)
+        return out
+
+    def scheduler_lines(self) -> list[str]:
+        """The first resumed step as log lines."""
+        if self.scheduler is None:
+            return []
+        first = self.scheduler["first_step"]
+        return [
+            f" > first resumed step, optimizer {f['optimizer']} group {f['group']}: learning rate "
+            f"{f['lr']:.6E}, weight decay {f['weight_decay']:g}"
+            for f in first
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "schema": SCHEMA,
+            "megatron_ext": __version__,
+            "megatron_core": self.megatron,
+            "policy": _policy_json(self.optimizers),
+            "optimizers": [_optimizer_json(r) for r in self.optimizers],
+            "scheduler": self.scheduler,
+        }
+
+    def write(self, directory: Path) -> Path:
+        """Write the JSON into a directory; an earlier report is replaced as a whole.
+
+        Args:
+            directory: Created if it does not exist.
+
+        Returns:
+            The file written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / FILE_NAME
+        fd, name = tempfile.mkstemp(dir=directory, prefix=FILE_NAME, suffix=".tmp")
+        with os.fdopen(fd, "w") as stream:
+            json.dump(self.to_json(), stream, indent=2, allow_nan=False)
+            stream.write("\n")
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+        return target
+
+
+def say(lines: str | Sequence[str]) -> None:
+    """Print on rank 0, where Megatron prints its own log (its handler drops foreign loggers)."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for line in [lines] if isinstance(lines, str) else lines:
+            print(line, flush=True)
+
+
+def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[str]:
+    plan, loaded = report.plan, report.loaded
+    title = f"resume of optimizer {number} of {count} ({report.kind})"
+    lines = [f"megatron_ext: {title}"]
+    lines += [
+        f" > {name}: using checkpoint value ({loaded.tensors.get(key, 0)} shards, "
+        f"{loaded.elements.get(key, 0)} elements on all ranks)"
+        for key, name in _STATE_NAMES.items()
+    ]
+    lines.append(f" > step: {plan.step} (checkpoint)")
+    for group, parameters in zip(plan.groups, report.parameters, strict=True):
+        where = "none" if group.saved_index is None else str(group.saved_index)
+        lines.append(
+            f" > param_group {group.index} ({parameters} parameters on rank 0; "
+            f"saved group {where}: {group.note})"
+        )
+        told = [d for d in group.decisions if d.key != "lr"]
+        lines += [_decision_line(d) for d in told if d.changed or d.reason != "default"]
+        same = [d.key for d in told if not d.changed and d.reason == "default"]
+        if same:
+            lines.append(f" >   unchanged: {', '.join(same)}")
+        if group.dropped:
+            lines.append(f" >   only in the checkpoint, not used: {', '.join(group.dropped)}")
+    for index in plan.unused_saved_groups:
+        lines.append(f" > saved param_group {index} corresponds to no current one: not used")
+    return lines
+
+
+def _decision_line(d: Decision) -> str:
+    verb = "using checkpoint value" if d.taken == "checkpoint" else "using argument value"
+    return (
+        f" >   {d.key}: {verb} {_text(d.value)} "
+        f"(checkpoint {_text(d.checkpoint)}, argument {_text(d.argument)}; {d.reason})"
+    )
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None:
+    if not optimizers:
+        return None
+    policy = optimizers[0].plan.policy
+    return {
+        "keep_hyperparameters": list(policy.keep_hyperparameters),
+        "schedule": policy.schedule,
+    }
+
+
+def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
+    return {
+        "kind": report.kind,
+        "plan_digest": report.plan.digest(),
+        "step": {"value": report.plan.step, "taken": "checkpoint"},
+        "loaded": {
+            "tensors": dict(report.loaded.tensors),
+            "elements": dict(report.loaded.elements),
+        },
+        "unused_saved_groups": list(report.plan.unused_saved_groups),
+        "groups": [
+            _group_json(g, n) for g, n in zip(report.plan.groups, report.parameters, strict=True)
+        ],
+    }
+
+
+def _group_json(group: GroupPlan, parameters: int) -> dict[str, Any]:
+    return {
+        "index": group.index,
+        "saved_index": group.saved_index,
+        "note": group.note,
+        "parameters_on_rank_0": parameters,
+        "dropped_keys": list(group.dropped),
+        "keys": {
+            d.key: {
+                "checkpoint": _json_value(d.checkpoint),
+                "argument": _json_value(d.argument),
+                "value": _json_value(d.value),
+                "taken": d.taken,
+                "changed": d.changed,
+                "reason": d.reason,
+            }
+            for d in group.decisions
+        },
+    }
+
+
+def _json_value(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, list | tuple):
+        return [_json_value(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value if isinstance(value, int | float | str | bool | None) else repr(value)

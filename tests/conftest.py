@@ -1,0 +1,71 @@
+"""Rank pools that live as long as the test session, and the checkpoints the tests share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from tests.support.harness import Hyper, Layout
+from tests.support.pool import RankPool
+
+FIRST = Hyper()
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[RankPool]:
+    """Ranks in which this package cannot be imported."""
+    pool = RankPool("stock")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ext() -> Iterator[RankPool]:
+    """Ranks in which it can."""
+    pool = RankPool("ext")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def megatron() -> Version:
+    """The megatron-core the tests run against."""
+    return Version(importlib.metadata.version("megatron-core"))
+
+
+class Checkpoints:
+    """Phase 1 of each layout, trained and saved by stock Megatron, once."""
+
+    def __init__(self, pool: RankPool, directory: Path) -> None:
+        self._pool = pool
+        self._directory = directory
+        self._made: dict[Any, tuple[str, list[dict[str, Any]]]] = {}
+
+    def phase_1(
+        self, layout: Layout, world: int, hyper: Hyper = FIRST
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The checkpoint directory, and per rank the state that was saved."""
+        key = (layout, world, hyper)
+        if key not in self._made:
+            path = str(self._directory / f"phase1-{len(self._made)}")
+            state = self._pool.run(
+                "tests.support.oracle:phase_1",
+                world,
+                layout=layout,
+                hyper=hyper,
+                steps=STEPS,
+                directory=path,
+            )
+            self._made[key] = (path, state)
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(stock: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(stock, tmp_path_factory.mktemp("checkpoints"))

@@ -1,0 +1,89 @@
+"""A rank process of `tests.support.pool`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Forbidden(importlib.abc.MetaPathFinder):
+    """Makes this package impossible to import."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name.split(".")[0] == "megatron_ext":
+            raise ImportError("megatron_ext is not available in this process")
+
+
+def adapt_to_cpu() -> None:
+    """Install the CPU adaptations without importing the package they are a part of."""
+    spec = importlib.util.spec_from_file_location("cpu_adapter", ROOT / "megatron_ext" / "cpu.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cpu_adapter"] = module
+    spec.loader.exec_module(module)
+    module.install()
+
+
+def main(address: str, kind: str, index: str) -> None:
+    connection = Client(address, family="AF_UNIX")
+    os.environ["RANK"] = index
+    if kind == "stock":
+        sys.meta_path.insert(0, _Forbidden())
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    adapt_to_cpu()
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_run(*task))
+
+
+def _run(function: str, rank: int, world: int, store: str, kwargs: dict[str, Any]) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from tests.support.pool import Failure
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=90),
+        )
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(module), name)(**kwargs)
+    except BaseException as e:
+        return Failure(rank, type(e).__name__, str(e), traceback.format_exc())
+    finally:
+        _clean_up()
+
+
+def _clean_up() -> None:
+    import torch.distributed as dist
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
