@@ -159,6 +159,11 @@ def train(run: Run, steps: int) -> None:
 
 def save(run: Run, directory: str, **extra: Any) -> None:
     """Write a checkpoint as megatron.training does, in the layout's format."""
+    if run.layout.overlap:
+        # The last step's weights are gathered only by the next forward pass.
+        for chunk in run.model:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
     with inner_adam(run.layout.adam):
         if run.layout.format == "torch":
             _save_legacy(run, Path(directory))
@@ -208,16 +213,13 @@ def load(run: Run, directory: str, *, scheduler: bool = True) -> None:
 
 def snapshot(run: Run) -> dict[str, Any]:
     """This rank's optimizer: hyperparameters, step and every shard, as plain arrays."""
-    groups, shards, steps = [], [], set()
+    shards, steps = [], set()
     for inner in inner_optimizers(run.optimizer):
         for group in inner.param_groups:
-            groups.append(
-                {k: _plain(v) for k, v in group.items() if k not in ("params", "step")}
-            )
             if group.get("step") is not None and group["params"]:
                 steps.add(int(group["step"]))
             for param in group["params"]:
-                state = inner.state[param]
+                state = inner.state.get(param, {})
                 if "step" in state:
                     steps.add(int(state["step"]))
                 shard = {k: state[k] for k in ("exp_avg", "exp_avg_sq") if k in state}
@@ -226,7 +228,17 @@ def snapshot(run: Run) -> dict[str, Any]:
     weights = [
         p.detach().float().clone().numpy() for chunk in run.model for p in chunk.parameters()
     ]
+    groups = snapshot_groups(run)
     return {"groups": groups, "shards": shards, "steps": sorted(steps), "weights": weights}
+
+
+def snapshot_groups(run: Run) -> list[dict[str, Any]]:
+    """The hyperparameters of every group, without parameters and step."""
+    return [
+        {k: _plain(v) for k, v in group.items() if k not in ("params", "step")}
+        for inner in inner_optimizers(run.optimizer)
+        for group in inner.param_groups
+    ]
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
@@ -313,7 +325,7 @@ def _model(layout: Layout) -> list[Any]:
         expert_model_parallel_size=layout.ep,
         num_moe_experts=layout.experts,
         moe_token_dispatcher_type="allgather",
-        moe_router_topk=1 if layout.experts else 2,
+        moe_router_topk=2,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,

@@ -60,6 +60,26 @@ def stock_resume(
     return {**_result(run), "loaded": loaded}
 
 
+def stock_error(layout: Layout, hyper: Hyper, directory: str) -> tuple[str, str]:
+    """How stock Megatron fails to resume: the exception's type and message; ("", "") if not."""
+    try:
+        stock_resume(layout, hyper, directory, more=1)
+    except Exception as e:
+        return type(e).__name__, str(e)
+    return "", ""
+
+
+def importable(name: str) -> bool:
+    """Whether a module can be imported in this process."""
+    import importlib
+
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
 def _second_phase(run: harness.Run, second: Hyper, more: int) -> dict[str, Any]:
     for inner in harness.inner_optimizers(run.optimizer):
         for group in inner.param_groups:

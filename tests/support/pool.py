@@ -52,7 +52,13 @@ class RankPool:
         self._calls = 0
 
     def run(
-        self, function: str, world: int, *, timeout: float = 240, allow_failure: bool = False, **kwargs: Any
+        self,
+        function: str,
+        world: int,
+        *,
+        timeout: float = 240,
+        allow_failure: bool = False,
+        **kwargs: Any,
     ) -> list[Any]:
         """Call ``module:name`` on `world` ranks; per rank its value or its `Failure`."""
         self._grow(world)

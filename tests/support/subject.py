@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
+
+import torch
 
 import megatron_ext
 from megatron_ext import host
@@ -70,3 +73,42 @@ def train_and_save(layout: Layout, hyper: Hyper, steps: int, directory: str) -> 
     harness.train(run, steps)
     harness.save(run, directory)
     return harness.snapshot(run)
+
+
+def load_twice(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
+    """Load, train, load again into the same optimizer."""
+    run = build(layout, hyper)
+    harness.load(run, directory)
+    harness.train(run, 1)
+    harness.load(run, directory, scheduler=False)
+    return harness.snapshot(run)
+
+
+def count_collectives(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
+    """Bytes of the reductions this package adds to a load; reductions of a step, ours and stock's."""
+    import torch.distributed as dist
+
+    reductions: list[tuple[str, int]] = []
+    original = dist.all_reduce
+
+    def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals["__name__"]
+        reductions.append((caller, tensor.numel() * tensor.element_size()))
+        return original(tensor, *args, **kwargs)
+
+    counts: dict[str, Any] = {}
+    dist.all_reduce = torch.distributed.all_reduce = counting
+    try:
+        run = build(layout, hyper)
+        harness.load(run, directory)
+        counts["load"] = [n for caller, n in reductions if caller.startswith("megatron_ext")]
+        reductions.clear()
+        harness.train(run, 1)
+        counts["step"] = len(reductions)
+        run = harness.build(layout, hyper)
+        reductions.clear()
+        harness.train(run, 1)
+        counts["stock step"] = len(reductions)
+    finally:
+        dist.all_reduce = torch.distributed.all_reduce = original
+    return counts
