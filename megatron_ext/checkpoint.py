@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
@@ -106,6 +107,40 @@ def misfits(
                 f"{key}: the checkpoint has shape {tuple(stored)}, the model {tuple(shape)}"
             )
     return lines
+
+
+def does_not_fit(lines: Sequence[str]) -> CheckpointError:
+    """The error for shards that do not fit, from the lines of `misfits`."""
+    return CheckpointError(
+        "the checkpoint's optimizer state does not fit the model:\n"
+        + "\n".join(f"  {line}" for line in lines[:8])
+        + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
+        + "\nResume with the model and the tensor, pipeline and expert parallel sizes the "
+        "checkpoint was saved with, save it with --dist-ckpt-optim-fully-reshardable to change "
+        "them, or pass --no-load-optim to start with a new optimizer (the Adam moments are then "
+        "lost)"
+    )
+
+
+def stored_entries(directory: str | Path) -> dict[str, Sequence[int] | None]:
+    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
+
+    Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
+    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
+    0.19.2).
+
+    Args:
+        directory: The iteration's directory.
+
+    Returns:
+        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+    }
 
 
 def _canonical(group: Mapping[str, Any]) -> dict[str, Any]:

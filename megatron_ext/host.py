@@ -166,6 +166,9 @@ class Request:
     report_dir: Path | None = None
 
 
+#: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
+_OPTIMIZER_PREFIX = "optimizer."
+
 _scoped: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
 _launched: Request | None = None
 _built = 0
@@ -401,13 +404,18 @@ def _load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(*args, **kwargs).arguments
         # Loading takes the sharded entries out of the dict: look before.
         requested = _optimizer_entries(call["sharded_state_dict"])
+        # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
+        dcp = importlib.import_module("torch.distributed.checkpoint.api")
         try:
             return original(*args, **kwargs)
-        except Exception as e:
-            lines = checkpoint.misfits(requested, _saved_entries(call["checkpoint_dir"]))
+        except (Exception, dcp.CheckpointException) as e:
+            stored = checkpoint.stored_entries(call["checkpoint_dir"])
+            lines = checkpoint.misfits(requested, stored)
             if not lines:
                 raise
-            raise _shards_do_not_fit(call["checkpoint_dir"], requested, lines) from e
+            if not any(_OPTIMIZER_PREFIX in key for key in stored):
+                raise _no_optimizer_state(call["checkpoint_dir"]) from e
+            raise checkpoint.does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
 
     return load
 
@@ -666,31 +674,7 @@ def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
             entries[entry.key] = None if entry.allow_shape_mismatch else entry.global_shape
         elif isinstance(entry, mapping.ShardedObject):
             entries[entry.unique_key] = None
-    return {key: shape for key, shape in entries.items() if "optimizer." in key}
-
-
-def _saved_entries(checkpoint_dir: Any) -> dict[str, Any]:
-    dist_checkpointing = importlib.import_module("megatron.core.dist_checkpointing")
-    serialization = importlib.import_module("megatron.core.dist_checkpointing.serialization")
-    saved: dict[str, Any] = {
-        key: tensor.global_shape
-        for key, tensor in serialization.load_tensors_metadata(str(checkpoint_dir)).items()
-    }
-    for key in dist_checkpointing.load_sharded_metadata(str(checkpoint_dir)):
-        saved.setdefault(key, None)
-    return saved
-
-
-def _shards_do_not_fit(
-    checkpoint_dir: Any, requested: Mapping[str, Any], lines: list[str]
-) -> CheckpointError:
-    if len(lines) == len(requested) and all(
-        line.endswith("not in the checkpoint") for line in lines
-    ):
-        return _no_optimizer_state(checkpoint_dir)
-    from .optimizer import _does_not_fit
-
-    return _does_not_fit([f"in {checkpoint_dir}:", *lines])
+    return {key: shape for key, shape in entries.items() if _OPTIMIZER_PREFIX in key}
 
 
 def _no_optimizer_state(where: Any) -> CheckpointError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .checkpoint import optimizer_section
+from .checkpoint import optimizer_section, read_optimizer
 from .errors import CheckpointError
 from .plan import ResumePlan, match_groups
 
@@ -67,7 +67,7 @@ def merge_replicated(
         order: list[int] = list(range(len(live_groups)))
         ids = [list(i) for i in live_ids]
     else:
-        order = _saved_order(section["param_groups"], live_groups, live_ids)
+        order = _saved_order(state_dict, live_groups, live_ids)
         ids = [list(section["param_groups"][i]["params"]) for i in order]
     step = _step(plan) if any("step" in g for g in section["param_groups"]) else {}
     groups = [
@@ -112,16 +112,22 @@ def _with_groups(
     groups: list[dict[str, Any]],
 ) -> dict[str, Any]:
     merged = {**section, "param_groups": groups}
+    state = section.get("state")
+    if isinstance(state, Mapping):
+        # Stock loaders move `common_step` from here into each parameter's entry.
+        merged["state"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in state.items()}
     return merged if key is None else {**state_dict, key: merged}
 
 
 def _saved_order(
-    saved_groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
     live_groups: Sequence[Mapping[str, Any]],
     live_ids: Sequence[Sequence[int]],
 ) -> list[int]:
     """The saved group whose parameters are those of each live group, by position."""
-    sizes = [len(g["params"]) for g in saved_groups]
+    _, section = optimizer_section(state_dict)
+    sizes = [len(g["params"]) for g in section["param_groups"]]
+    saved_groups = read_optimizer(state_dict).groups
     live_sizes = [len(ids) for ids in live_ids]
     pairs = match_groups(saved_groups, live_groups, sizes, live_sizes)
     order = [i for i in pairs if i is not None]

@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from . import merge
 from .agree import agree
-from .checkpoint import misfits, optimizer_section, read_optimizer
+from .checkpoint import does_not_fit, misfits, optimizer_section, read_optimizer
 from .errors import CheckpointError, MegatronExtError
 from .moments import MOMENT_KEYS, LoadedState
 from .plan import ResumePlan, plan_resume
@@ -241,7 +241,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
             if "numel_unpadded" in world
         }
         lines = misfits(wanted, saved)
-        return _does_not_fit(lines) if lines else None
+        return does_not_fit(lines) if lines else None
 
     def _count_state(self) -> None:
         """Count after the fact what the pre-2024 legacy loader has written by itself."""
@@ -373,16 +373,4 @@ def _unreadable(filename: str, cause: Exception) -> CheckpointError:
         f"cannot read the distributed optimizer's parameter state {filename}: "
         f"{type(cause).__name__}: {cause}. Restore the file or pass --no-load-optim to start with "
         "a new optimizer (the Adam moments are then lost)"
-    )
-
-
-def _does_not_fit(lines: list[str]) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint's optimizer state does not fit the model:\n"
-        + "\n".join(f"  {line}" for line in lines[:8])
-        + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
-        + "\nResume with the model and the tensor, pipeline and expert parallel sizes the "
-        "checkpoint was saved with, save it with --dist-ckpt-optim-fully-reshardable to change "
-        "them, or pass --no-load-optim to start with a new optimizer (the Adam moments are then "
-        "lost)"
     )

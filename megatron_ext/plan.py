@@ -36,6 +36,8 @@ _NOT_AN_IDENTITY = frozenset(
     {*STRUCTURAL_KEYS, "lr", "weight_decay", "max_lr", "min_lr", "step", "params"}
 )
 
+_ABSENT = object()
+
 Source = Literal["arguments", "checkpoint"]
 
 
@@ -114,7 +116,7 @@ class ResumePlan:
             "step": self.step,
             "policy": [sorted(self.policy.kept_keys), self.policy.schedule],
             "groups": [
-                [g.saved_index, [[d.key, d.taken, _plain(d.value)] for d in g.decisions]]
+                [g.saved_index, {d.key: [d.taken, _plain(d.value)] for d in g.decisions}]
                 for g in self.groups
             ],
         }
@@ -245,14 +247,14 @@ def _counterpart(
     if not fit:
         return None, "the checkpoint has no such group (added since)"
     for key in sorted(policy.kept_keys & {k for i in fit for k in saved_groups[i]}):
-        values = [saved_groups[i].get(key) for i in fit]
+        values = [saved_groups[i].get(key, _ABSENT) for i in fit]
         if any(not _same(v, values[0]) for v in values[1:]):
             listing = "\n".join(f"  saved group {i}: {dict(saved_groups[i])}" for i in fit)
             raise PlanError(
                 f"{policy.why_kept(key)}: {len(fit)} saved param_groups fit the current group "
                 f"{_identity(group)} and differ in {key!r}:\n{listing}\n"
                 f"  current group: { {k: v for k, v in group.items() if k != 'params'} }\n"
-                f"Do not keep {key!r}, or give the value by the arguments"
+                f"Leave out {policy.why_kept(key)}: the values then come from the arguments"
             )
     if len(fit) == 1:
         return fit[0], "same group"

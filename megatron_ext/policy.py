@@ -66,8 +66,7 @@ class ResumePolicy:
             )
         if self.schedule not in ("args", "checkpoint"):
             raise PolicyError(f"schedule: expected 'args' or 'checkpoint', found {self.schedule!r}")
-        keys = tuple(dict.fromkeys(self.keep_hyperparameters))
-        for key in keys:
+        for key in self.keep_hyperparameters:
             if not isinstance(key, str) or not re.fullmatch(r"\w+", key):
                 raise PolicyError(
                     f"--selective-keep-hyperparameters: {key!r} is not a param_group key; "
@@ -78,6 +77,7 @@ class ResumePolicy:
                     f"--selective-keep-hyperparameters: {key!r} cannot be kept: "
                     f"{_NOT_A_CHOICE[key]}"
                 )
+        keys = tuple(dict.fromkeys(self.keep_hyperparameters))
         object.__setattr__(self, "keep_hyperparameters", keys)
 
     @property

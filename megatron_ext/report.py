@@ -102,10 +102,10 @@ class ResumeReport:
         """
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / FILE_NAME
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
         fd, name = tempfile.mkstemp(dir=directory, prefix=FILE_NAME, suffix=".tmp")
         with os.fdopen(fd, "w") as stream:
-            json.dump(self.to_json(), stream, indent=2, allow_nan=False)
-            stream.write("\n")
+            stream.write(text + "\n")
         Path(name).chmod(0o644)
         Path(name).replace(target)
         return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def resume_other_model(layout: Layout, hyper: Hyper, directory: str) -> dict[str
     try:
         harness.load(run, directory)
     except Exception as e:
-        return {"type": type(e).__name__, "message": str(e)}
+        return {"type": type(e).__name__, "message": str(e), "trace": traceback.format_exc()}
     return {"type": "", "message": ""}
 
 

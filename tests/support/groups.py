@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
+
+# No deadline: the first example pays for imports, and a loaded machine is slow.
+settings.register_profile("megatron_ext", deadline=None, max_examples=60, database=None)
+settings.load_profile("megatron_ext")
 
 #: Structural keys of `megatron.core.optimizer._get_param_groups`, written out once more.
 STRUCTURE = ("is_expert_parallel", "wd_mult", "lr_mult", "is_decoupled_lr")
