@@ -1,0 +1,139 @@
+"""Run an ordinary training script with megatron.training, with or without the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "megatron_ext" / "demo" / "pretrain_gpt.py"
+
+ARGUMENTS = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
+    --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 8
+    --tokenizer-type NullTokenizer --vocab-size 127 --mock-data --num-workers 0
+    --log-interval 1 --eval-iters 0 --eval-interval 1000 --save-interval 1000 --seed 1
+    --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-persist-layer-norm --distributed-backend gloo
+""".split()
+
+_LINE = re.compile(
+    r"iteration\s+(\d+)/.*?consumed samples:\s+(\d+).*?learning rate: (\S+).*?lm loss: (\S+)"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run printed.
+
+    Args:
+        returncode: Of torchrun.
+        log: stdout and stderr of all ranks.
+        ranks: What each rank printed, by rank.
+        report: The JSON resume report, where one was asked for.
+    """
+
+    returncode: int
+    log: str
+    ranks: dict[int, str]
+    report: dict[str, Any] | None
+
+    @property
+    def iterations(self) -> dict[int, tuple[int, float, str]]:
+        """Iteration -> consumed samples, learning rate after the step, loss as it was printed."""
+        return {
+            int(m[1]): (int(m[2]), float(m[3]), m[4]) for m in map(_LINE.search, self.log.splitlines()) if m
+        }
+
+    @property
+    def losses(self) -> list[str]:
+        return [loss for _, _, loss in self.iterations.values()]
+
+    @property
+    def lrs(self) -> list[float]:
+        return [lr for _, lr, _ in self.iterations.values()]
+
+
+def run(
+    directory: Path,
+    arguments: str,
+    *,
+    world: int = 2,
+    launcher: str = "--cpu",
+    script: Path = SCRIPT,
+    timeout: float = 150,
+    env: dict[str, str] | None = None,
+) -> Training:
+    """Start torchrun and wait for it.
+
+    Args:
+        directory: For logs and, with ``{report}`` in the arguments, the report.
+        arguments: Megatron's arguments beyond `ARGUMENTS`; they win over those.
+        world: Number of ranks.
+        launcher: Options of `megatron_ext.launch`.
+        script: The training script.
+        timeout: Seconds until the run counts as hanging.
+        env: More environment.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    logs = directory / "logs"
+    report = directory / "report"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
+        *("--log-dir", str(logs), "--redirects", "3", "--tee", "0"),
+        *("-m", "megatron_ext.launch", *launcher.split(), str(script), *ARGUMENTS),
+        *arguments.format(report=report).split(),
+    ]
+    output = directory / "torchrun.log"
+    with output.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(env),
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hangs: {' '.join(command)}\n{_logs(logs)}") from None
+        finally:
+            _kill(process)
+    ranks = _logs(logs)
+    file = report / "resume-report.json"
+    return Training(
+        process.returncode,
+        output.read_text() + "".join(ranks.values()),
+        ranks,
+        json.loads(file.read_text()) if file.is_file() else None,
+    )
+
+
+def _environment(env: dict[str, str] | None) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _logs(logs: Path) -> dict[int, str]:
+    """torchrun writes <run>/attempt_0/<rank>/{stdout,stderr}.log."""
+    texts: dict[int, str] = {}
+    for file in sorted(logs.rglob("*.log")):
+        rank = int(file.parent.name)
+        texts[rank] = texts.get(rank, "") + file.read_text(errors="replace")
+    return texts
