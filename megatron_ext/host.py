@@ -543,6 +543,13 @@ def _global_args() -> Any:
 def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> None:
     if config.optimizer != "adam":
         raise _not_adam(request, config.optimizer)
+    if config.overlap_param_gather_with_optimizer_step:
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with "
+            "--overlap-param-gather-with-optimizer-step: Megatron then splits the dense parameters "
+            "into two chained optimizers by model chunk, which is not tested with a selective "
+            "resume. Leave the flag out for this run"
+        )
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
     if getattr(ddp_config, "use_megatron_fsdp", False):
         raise HostError(

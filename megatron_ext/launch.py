@@ -91,6 +91,7 @@ def _peek(options: argparse.Namespace) -> argparse.Namespace:
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--use-megatron-fsdp", action="store_true")
     parser.add_argument("--use-torch-fsdp2", action="store_true")
+    parser.add_argument("--non-persistent-ckpt-type", default=None)
     parser.add_argument(
         "--use-checkpoint-opt_param-scheduler",
         "--use-checkpoint-opt-param-scheduler",
@@ -118,6 +119,9 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
         and "Megatron-FSDP does not load through DistributedOptimizer",
         "--use-torch-fsdp2": args.use_torch_fsdp2
         and "torch FSDP2 does not load through the optimizer's load_state_dict",
+        "--non-persistent-ckpt-type local": args.non_persistent_ckpt_type == "local"
+        and "a local checkpoint takes precedence over --load and is not tested with a selective "
+        "resume. Use --non-persistent-ckpt-type global, or none for the first resume",
     }
     for flag, reason in reasons.items():
         if reason:

@@ -190,6 +190,11 @@ def test_a_missing_parameter_file(ext: RankPool, checkpoints: Checkpoints, tmp_p
 BUILD = {
     "sgd": ({"optimizer": "sgd"}, Layout(), ["--optimizer sgd", "only Adam"]),
     "muon": ({"optimizer": "muon"}, Layout(), ["--optimizer muon", "only Adam"]),
+    "overlap with the step": (
+        {"overlap_param_gather_with_optimizer_step": True},
+        Layout(),
+        ["--overlap-param-gather-with-optimizer-step"],
+    ),
     "fsdp": ({"use_megatron_fsdp": True}, Layout(), ["--use-megatron-fsdp"]),
     "not importable": (
         {"optimizer_class": "no_such_package.Adam"},

@@ -1,6 +1,6 @@
 """What a resume has to give, computed by stock Megatron with the groups corrected by hand.
 
-This file does not import megatron_ext (`tests/test_oracle.py` checks it), and the processes it runs
+This file does not import megatron_ext (`tests/test_host.py` checks it), and the processes it runs
 in cannot.
 """
 

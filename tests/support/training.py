@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "megatron_ext" / "demo" / "pretrain_gpt.py"
+SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
 
 ARGUMENTS = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
@@ -23,6 +27,9 @@ ARGUMENTS = """
     --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --distributed-backend gloo
 """.split()
+
+#: Environment variable by which the processes of a run are found again.
+_MARK = "MEGATRON_EXT_TEST_RUN"
 
 _LINE = re.compile(
     r"iteration\s+(\d+)/.*?consumed samples:\s+(\d+).*?learning rate: (\S+).*?lm loss: (\S+)"
@@ -49,7 +56,9 @@ class Training:
     def iterations(self) -> dict[int, tuple[int, float, str]]:
         """Iteration -> consumed samples, learning rate after the step, loss as it was printed."""
         return {
-            int(m[1]): (int(m[2]), float(m[3]), m[4]) for m in map(_LINE.search, self.log.splitlines()) if m
+            int(m[1]): (int(m[2]), float(m[3]), m[4])
+            for m in map(_LINE.search, self.log.splitlines())
+            if m
         }
 
     @property
@@ -86,7 +95,14 @@ def run(
     logs = directory / "logs"
     report = directory / "report"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(world),
+        ),
         *("--log-dir", str(logs), "--redirects", "3", "--tee", "0"),
         *("-m", "megatron_ext.launch", *launcher.split(), str(script), *ARGUMENTS),
         *arguments.format(report=report).split(),
@@ -99,22 +115,80 @@ def run(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(env),
+            env=_environment({**(env or {}), _MARK: str(directory)}),
         )
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs: {' '.join(command)}\n{_logs(logs)}") from None
         finally:
-            _kill(process)
+            _kill(process, str(directory))
     ranks = _logs(logs)
-    file = report / "resume-report.json"
     return Training(
         process.returncode,
         output.read_text() + "".join(ranks.values()),
         ranks,
-        json.loads(file.read_text()) if file.is_file() else None,
+        _report(report),
     )
+
+
+class Zygote:
+    """Runs of one rank from a process that has imported Megatron already."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.zygote"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=_environment({_MARK: "zygote"}),
+        )
+        self._answers: dict[str, queue.SimpleQueue[int]] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def run(
+        self, directory: Path, arguments: str, *, launcher: str, script: Path, timeout: float = 150
+    ) -> Training:
+        """As `run` with one rank."""
+        directory.mkdir(parents=True, exist_ok=True)
+        log, report = directory / "rank0.log", directory / "report"
+        argv = [*launcher.split(), str(script), *ARGUMENTS]
+        argv += arguments.format(report=report).split()
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        answer = self._answers[str(directory)] = queue.SimpleQueue()
+        request = {"id": str(directory), "argv": argv, "log": str(log), "env": env}
+        with self._lock:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        try:
+            returncode = answer.get(timeout=timeout)
+        except queue.Empty:
+            text = log.read_text() if log.is_file() else ""
+            raise AssertionError(f"hangs: {' '.join(argv)}\n{text}") from None
+        text = log.read_text()
+        return Training(returncode, text, {0: text}, _report(report))
+
+    def close(self) -> None:
+        _kill(self._process, "zygote")
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            self._answers[answer["id"]].put(answer["rc"])
+
+
+def _report(directory: Path) -> dict[str, Any] | None:
+    file = directory / "resume-report.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _environment(env: dict[str, str] | None) -> dict[str, str]:
@@ -122,12 +196,15 @@ def _environment(env: dict[str, str] | None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _kill(process: subprocess.Popen[Any], mark: str) -> None:
+    """End a run and everything it started: writers of a save outlive their rank."""
+    process.kill()
     process.wait()
+    wanted = f"{_MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _logs(logs: Path) -> dict[int, str]:

@@ -1,0 +1,81 @@
+"""What `megatron_ext.host` does to the imported Megatron, seen from inside a rank process."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+from megatron_ext import host
+from megatron_ext.host import HostName
+
+from . import harness
+from .harness import Hyper, Layout
+
+
+def contract() -> dict[str, Any]:
+    """The contract against the installed Megatron, and what is rebound after `install`."""
+    host.check_contract()
+    host.install()
+    host.install()
+    rebound, layers = [], []
+    for name in host.CONTRACT:
+        target = _find(name)
+        if target is not None:
+            original = getattr(target, "__megatron_ext_original__", None)
+            if original is not None:
+                rebound.append((name.module, name.attribute))
+                layers.append(hasattr(original, "__megatron_ext_original__"))
+    return {"version": host.megatron_version(), "rebound": rebound, "rebound twice": any(layers)}
+
+
+def _find(name: HostName) -> Any:
+    try:
+        target: Any = importlib.import_module(name.module)
+        for part in name.attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError):
+        return None
+    return target
+
+
+def broken_contract(names: list[tuple[str, str, tuple[str, ...]]]) -> str:
+    """The error when upstream has moved these names."""
+    before = host.CONTRACT
+    host.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in names))
+    try:
+        host.check_contract()
+    except host.HostError as e:
+        return str(e)
+    finally:
+        host.CONTRACT = before
+    return ""
+
+
+def version_warnings(version: str) -> list[str]:
+    """The warnings of two checks with a Megatron of this version."""
+    stock, host.megatron_version = host.megatron_version, lambda: version
+    before, host._warned_version = host._warned_version, False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            host.check_contract()
+            host.check_contract()
+        return [str(w.message) for w in caught]
+    finally:
+        host.megatron_version = stock
+        host._warned_version = before
+
+
+def stock_after_install() -> dict[str, Any]:
+    """A stock build, step and scheduler load where Megatron has been prepared but not asked."""
+    host.install()
+    run = harness.build(Layout(), Hyper())
+    harness.train(run, 1)
+    core = importlib.import_module("megatron.core.optimizer")
+    return {
+        "types": [type(o).__name__ for o in run.optimizer.chained_optimizers],
+        "module": type(run.optimizer.chained_optimizers[0]).__module__,
+        "global": core.DistributedOptimizer.__module__,
+        "members": len(host.members_of(run.optimizer)),
+    }

@@ -1,0 +1,449 @@
+"""The launcher with megatron.training: an unmodified script, real checkpoints, whole processes.
+
+A process takes 10 s to import Megatron, so the runs are declared in one table, two run at a time,
+and each test reads what its runs printed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from megatron_ext import launch
+from tests.support.training import ROOT, SCRIPT, Training, Zygote, run
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron") is None
+        or importlib.util.find_spec("megatron.training") is None,
+        reason="this megatron-core wheel does not ship the training loop",
+    ),
+]
+
+PHASE_1 = "--lr 3e-4 --min-lr 3e-5 --train-iters 10 --lr-decay-iters 20"
+PHASE_2 = "--lr 3e-5 --min-lr 2e-5 --train-iters 14 --lr-decay-iters 20"
+DISTRIBUTED = "--bf16 --use-distributed-optimizer --ckpt-format torch_dist"
+OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run: its arguments, the run whose checkpoint it loads, its number of ranks."""
+
+    arguments: str
+    loads: str | None = None
+    world: int = 1
+    launcher: str = "--cpu"
+    saves: bool = False
+    script: str | None = None
+
+    @property
+    def forked(self) -> bool:
+        """Whether the run may share its imports; torch's AdamW is chosen at import."""
+        return self.world == 1 and "--cpu-adam" not in self.launcher
+
+
+SCENARIOS = {
+    # The case of Megatron-LM #963 and #1284: flags verbatim.
+    "phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True, world=2),
+    "stock": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler", "phase 1", world=2
+    ),
+    "ours": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler {OURS}", "phase 1", 2, saves=True
+    ),
+    "ours, no override flag": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS}", "phase 1", 2),
+    "phase 3 stock": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} --train-iters 18 --override-opt_param-scheduler", "ours", 2
+    ),
+    "phase 3 ours": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS} --train-iters 18", "ours", 2),
+    # Unchanged arguments.
+    "single phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True),
+    "unchanged stock": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --train-iters 14 --override-opt_param-scheduler",
+        "single phase 1",
+    ),
+    "unchanged ours": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --train-iters 14 {OURS}", "single phase 1"
+    ),
+    # The same flags before the script's name.
+    "flags first": Scenario(
+        f"{PHASE_2} {DISTRIBUTED}",
+        "single phase 1",
+        launcher="--cpu --optimizer-class megatron_ext.SelectiveAdam",
+    ),
+    "own script": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS}",
+        "single phase 1",
+        script="tests/support/own_script.py",
+    ),
+    "scheduler from checkpoint": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --use-checkpoint-opt_param-scheduler", "single phase 1"
+    ),
+    "keep max_lr": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-keep-hyperparameters max_lr min_lr",
+        "single phase 1",
+    ),
+    "no-load-optim stock": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler --no-load-optim", "single phase 1"
+    ),
+    "no-load-optim ours": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --no-load-optim", "single phase 1"
+    ),
+    "not distributed phase 1": Scenario(f"{PHASE_1} --bf16 --ckpt-format torch_dist", saves=True),
+    "not distributed": Scenario(
+        f"{PHASE_2} --bf16 --ckpt-format torch_dist {OURS}", "not distributed phase 1"
+    ),
+    "legacy phase 1": Scenario(
+        f"{PHASE_1} --bf16 --use-distributed-optimizer --ckpt-format torch "
+        "--tensor-model-parallel-size 2",
+        saves=True,
+        world=2,
+    ),
+    "legacy": Scenario(
+        f"{PHASE_2} --bf16 --use-distributed-optimizer --ckpt-format torch {OURS} "
+        "--tensor-model-parallel-size 2",
+        "legacy phase 1",
+        world=2,
+    ),
+    "adamw phase 1": Scenario(
+        f"{PHASE_1} {DISTRIBUTED}", launcher="--cpu --cpu-adam torch", saves=True
+    ),
+    "adamw": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS}", "adamw phase 1", launcher="--cpu --cpu-adam torch"
+    ),
+    # Also there in real runs.
+    "train-samples phase 1": Scenario(
+        f"--lr 3e-4 --min-lr 3e-5 --train-samples 80 --lr-decay-samples 160 {DISTRIBUTED}",
+        saves=True,
+    ),
+    "train-samples": Scenario(
+        f"--lr 3e-5 --min-lr 2e-5 --train-samples 112 --lr-decay-samples 160 {DISTRIBUTED} {OURS}",
+        "train-samples phase 1",
+    ),
+    "rampup phase 1": Scenario(
+        "--lr 3e-4 --min-lr 3e-5 --train-samples 80 --lr-decay-samples 160 "
+        f"--rampup-batch-size 4 2 40 {DISTRIBUTED}",
+        saves=True,
+    ),
+    "rampup": Scenario(
+        "--lr 3e-5 --min-lr 2e-5 --train-samples 112 --lr-decay-samples 160 "
+        f"--rampup-batch-size 4 2 40 {DISTRIBUTED} {OURS}",
+        "rampup phase 1",
+    ),
+    "phase-transition-iterations": Scenario(
+        f"--lr 3e-5 --min-lr 2e-5 --train-samples 112 --lr-decay-samples 160 {DISTRIBUTED} {OURS} "
+        "--phase-transition-iterations 12",
+        "train-samples phase 1",
+    ),
+    "non-persistent phase 1": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --non-persistent-save-interval 5 --save-interval 8 "
+        "--non-persistent-ckpt-type global",
+        saves=True,
+    ),
+    "non-persistent": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --non-persistent-ckpt-type global",
+        "non-persistent phase 1",
+    ),
+    "local checkpoints": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --non-persistent-ckpt-type local "
+        "--non-persistent-local-ckpt-dir /tmp/none"
+    ),
+    "async phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED} --async-save", saves=True),
+    "async": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS} --async-save", "async phase 1", saves=True),
+    "override-ckpt-iteration": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --override-ckpt-iteration 5 --global-batch-size 4",
+        "single phase 1",
+    ),
+    "no optimizer saved": Scenario(f"{PHASE_1} {DISTRIBUTED} --no-save-optim", saves=True, world=2),
+    "no optimizer to load": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS}", "no optimizer saved", 2),
+    "unknown key": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-keep-hyperparameters max_lr momentum",
+        "phase 1",
+        2,
+    ),
+}
+
+
+class Runs:
+    """Starts every scenario two at a time, those it depends on first."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._executor = ThreadPoolExecutor(2)
+        self._zygote = Zygote()
+        self._futures: dict[str, Future[Training]] = {}
+
+    def start(self, names: list[str]) -> None:
+        # Submitted in dependency order to two workers, a run never waits for one not yet started.
+        for name in sorted(names, key=self._depth):
+            self._futures[name] = self._executor.submit(self._run, name)
+
+    def __getitem__(self, name: str) -> Training:
+        return self._futures[name].result()
+
+    def checkpoint(self, name: str) -> Path:
+        return self._directory / name.replace(" ", "_").replace(",", "") / "checkpoint"
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+        self._zygote.close()
+
+    def _depth(self, name: str) -> int:
+        loads = SCENARIOS[name].loads
+        return 0 if loads is None else 1 + self._depth(loads)
+
+    def _run(self, name: str) -> Training:
+        scenario = SCENARIOS[name]
+        arguments = scenario.arguments
+        if scenario.loads is not None:
+            before = self._futures[scenario.loads].result()
+            assert before.returncode == 0, before.log[-3000:]
+            arguments += f" --load {self.checkpoint(scenario.loads)}"
+        if scenario.saves:
+            arguments += f" --save {self.checkpoint(name)}"
+        script = SCRIPT if scenario.script is None else ROOT / scenario.script
+        directory = self.checkpoint(name).parent
+        if scenario.forked:
+            return self._zygote.run(directory, arguments, launcher=scenario.launcher, script=script)
+        return run(
+            directory, arguments, world=scenario.world, launcher=scenario.launcher, script=script
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
+    all_runs = Runs(tmp_path_factory.mktemp("runs"))
+    # Only what the selected tests read, so that one test can be run by itself.
+    wanted: set[str] = set()
+    for item in request.session.items:
+        marker = item.get_closest_marker("reads")
+        wanted.update(marker.args if marker else ())
+    for name in list(wanted):
+        while (loads := SCENARIOS[name].loads) is not None:
+            wanted.add(name := loads)
+    all_runs.start(list(wanted))
+    yield all_runs
+    all_runs.close()
+
+
+def ok(training: Training) -> Training:
+    assert training.returncode == 0, training.log[-4000:]
+    return training
+
+
+def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:
+    """The logged learning rate: of the step after `iteration` steps, linear decay."""
+    return min_lr + (lr - min_lr) * (1 - iteration / decay)
+
+
+@pytest.mark.reads("phase 1", "stock", "ours")
+def test_the_case_of_the_first_users(runs: Runs, megatron: Version) -> None:
+    """3e-4/3e-5, then --lr 3e-5 --min-lr 2e-5 --override-opt_param-scheduler."""
+    assert ok(runs["phase 1"]).lrs[-1] == pytest.approx(linear(3e-4, 3e-5, 10))
+    stock = runs["stock"]
+    if megatron >= Version("0.19"):
+        assert stock.returncode != 0
+        assert "KeyError: (None, 3e-05, 2e-05" in stock.log
+        assert stock.iterations == {}
+    else:
+        assert "overriding learning rate value to 3e-05" in ok(stock).log
+        assert stock.lrs[0] == pytest.approx(linear(3e-4, 3e-5, 11))
+    ours = ok(runs["ours"])
+    assert list(ours.iterations) == [11, 12, 13, 14]
+    assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
+    first = ours.report["scheduler"]["first_step"]
+    assert [f["lr"] for f in first] == pytest.approx([linear(3e-5, 2e-5, 10)] * 2)
+    assert [f["weight_decay"] for f in first] == [0.01, 0.0]
+    assert "SelectiveAdam in place of DistributedOptimizer" in ours.log
+    assert "> exp_avg: using checkpoint value" in ours.log
+    assert "> first resumed step" in ours.log
+
+
+@pytest.mark.reads("ours", "ours, no override flag")
+def test_without_the_override_flag(runs: Runs) -> None:
+    assert ok(runs["ours, no override flag"]).iterations == ok(runs["ours"]).iterations
+
+
+@pytest.mark.reads("phase 3 stock", "phase 3 ours")
+def test_the_way_back(runs: Runs) -> None:
+    """Phase 3 without our flag, from phase 2's checkpoint."""
+    stock = ok(runs["phase 3 stock"])
+    assert list(stock.iterations) == [15, 16, 17, 18]
+    assert stock.iterations == ok(runs["phase 3 ours"]).iterations
+
+
+@pytest.mark.reads("unchanged stock", "unchanged ours")
+def test_unchanged_arguments(runs: Runs) -> None:
+    stock = ok(runs["unchanged stock"])
+    assert list(stock.iterations) == [11, 12, 13, 14]
+    assert stock.iterations == ok(runs["unchanged ours"]).iterations
+
+
+@pytest.mark.reads("flags first", "own script")
+def test_other_ways_in(runs: Runs) -> None:
+    """Flags before the script; a script that passes add_arguments as extra_args_provider."""
+    first, own = ok(runs["flags first"]), ok(runs["own script"])
+    assert first.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
+    assert own.iterations == first.iterations
+    assert own.report is not None
+
+
+@pytest.mark.reads("scheduler from checkpoint", "keep max_lr")
+def test_values_from_the_checkpoint(runs: Runs) -> None:
+    for name in ("scheduler from checkpoint", "keep max_lr"):
+        kept = ok(runs[name])
+        assert kept.lrs == pytest.approx([linear(3e-4, 3e-5, i) for i in range(11, 15)]), name
+
+
+@pytest.mark.reads("no-load-optim stock", "no-load-optim ours")
+def test_no_load_optim_is_stock(runs: Runs) -> None:
+    ours = ok(runs["no-load-optim ours"])
+    assert ours.iterations == ok(runs["no-load-optim stock"]).iterations
+    assert ours.log.count("--no-load-optim: the checkpoint's Adam moments are dropped") == 1
+    assert ours.report is None
+
+
+@pytest.mark.reads("not distributed")
+def test_without_the_distributed_optimizer(runs: Runs) -> None:
+    ours = ok(runs["not distributed"])
+    assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
+    assert "without --use-distributed-optimizer" in ours.log
+    assert ours.report["optimizers"][0]["kind"].startswith("SelectiveFloat16Optimizer")
+
+
+@pytest.mark.reads("legacy", "adamw")
+def test_legacy_format_and_torch_adamw(runs: Runs) -> None:
+    for name in ("legacy", "adamw"):
+        ours = ok(runs[name])
+        assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)]), name
+        assert ours.report["optimizers"][0]["step"]["value"] == 10
+        assert ours.report["optimizers"][0]["loaded"]["elements"]["exp_avg_sq"] > 0
+
+
+@pytest.mark.reads("train-samples", "rampup")
+def test_sample_based_schedules(runs: Runs) -> None:
+    for name in ("train-samples", "rampup"):
+        ours = ok(runs[name])
+        assert ours.iterations
+        for samples, lr, _ in ours.iterations.values():
+            assert lr == pytest.approx(linear(3e-5, 2e-5, samples, 160)), name
+    assert min(s for s, _, _ in runs["train-samples"].iterations.values()) == 88
+
+
+@pytest.mark.reads("phase-transition-iterations")
+def test_megatrons_own_phase_transitions(runs: Runs) -> None:
+    """--phase-transition-iterations is another thing and goes on working."""
+    ours = ok(runs["phase-transition-iterations"])
+    # Megatron stops at the transition, iteration 12, and says so.
+    assert list(ours.iterations) == [11, 12]
+    assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in (11, 12)])
+
+
+@pytest.mark.reads("non-persistent")
+def test_a_global_non_persistent_checkpoint_wins(runs: Runs) -> None:
+    ours = ok(runs["non-persistent"])
+    assert list(ours.iterations) == [11, 12, 13, 14]
+    assert "Loading from a non-persistent checkpoint" in ours.log
+    assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
+
+
+@pytest.mark.reads("local checkpoints")
+def test_local_checkpoints_are_refused(runs: Runs) -> None:
+    refused = runs["local checkpoints"]
+    assert refused.returncode == 2
+    assert "with --non-persistent-ckpt-type local" in refused.log
+    assert "precedence over --load" in refused.log
+
+
+@pytest.mark.reads("async", "ours")
+def test_async_save(runs: Runs) -> None:
+    ours = ok(runs["async"])
+    assert ours.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
+    assert (runs.checkpoint("async") / "iter_0000014" / ".metadata").is_file()
+
+
+@pytest.mark.reads("override-ckpt-iteration")
+def test_override_ckpt_iteration_keeps_its_own_check(runs: Runs) -> None:
+    refused = runs["override-ckpt-iteration"]
+    assert refused.returncode != 0
+    assert "override-ckpt-iteration" in refused.log
+
+
+@pytest.mark.reads("no optimizer to load", "unknown key")
+def test_refusals_reach_every_rank(runs: Runs) -> None:
+    for name, error, words in (
+        (
+            "no optimizer to load",
+            "CheckpointError",
+            ["holds no optimizer state", "--no-load-optim"],
+        ),
+        ("unknown key", "PlanError", ["'momentum'", "Known keys", "--selective-keep"]),
+    ):
+        refused = runs[name]
+        assert refused.returncode != 0
+        assert refused.iterations == {}
+        assert sorted(refused.ranks) == [0, 1]
+        for text in refused.ranks.values():
+            assert f"megatron_ext.errors.{error}" in text
+            for word in words:
+                assert word in text
+
+
+BAD_STARTS = {
+    "--optimizer-class no_such_package.Adam": ["no_such_package.Adam", "cannot be imported"],
+    "--optimizer-class torch.optim.AdamW": ["expected a subclass of", "DistributedOptimizer"],
+    "--optimizer-class megatron_ext.SelectiveAdam --yaml-cfg x.yaml": [
+        "--yaml-cfg",
+        "command line",
+    ],
+    "--optimizer-class megatron_ext.SelectiveAdam --optimizer muon": ["--optimizer muon", "Adam"],
+    "--optimizer-class megatron_ext.SelectiveAdam --use-megatron-fsdp": ["--use-megatron-fsdp"],
+    "--optimizer-class megatron_ext.SelectiveAdam --selective-keep-hyperparameters lr": [
+        "'lr' cannot be kept",
+        "'max_lr'",
+    ],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_STARTS)
+def test_bad_arguments_stop_before_the_script(
+    arguments: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise AssertionError('the script was started')\n")
+    with pytest.raises(SystemExit) as exit_:
+        launch.main([str(script), *arguments.split()])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    for word in (arguments.split()[0], *BAD_STARTS[arguments]):
+        assert word in message
+
+
+def test_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.main(["no_such_script.py"])
+    assert "no_such_script.py: no such script" in capsys.readouterr().err
+
+
+def test_every_scenario_is_read() -> None:
+    read = {
+        name
+        for value in globals().values()
+        for mark in getattr(value, "pytestmark", [])
+        if mark.name == "reads"
+        for name in mark.args
+    }
+    for name in list(read):
+        while (loads := SCENARIOS[name].loads) is not None:
+            read.add(name := loads)
+    assert read == set(SCENARIOS)
