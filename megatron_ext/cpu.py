@@ -23,10 +23,11 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -99,14 +100,14 @@ def _called_from_megatron() -> bool:
 
 
 def _cpu_for_cuda(device: Any) -> Any:
-    """``device``, or the CPU where it names a CUDA device; a bare index means CUDA to torch."""
+    """Return ``device``, or the CPU for a CUDA device; a bare index means CUDA to torch."""
     if isinstance(device, int) or str(device).split(":")[0] == "cuda":
         return torch.device("cpu")
     return device
 
 
 def _without_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its keywords ``device`` and ``pin_memory`` made to fit the CPU."""
+    """Return ``function`` with its keywords ``device`` and ``pin_memory`` made to fit the CPU."""
 
     @functools.wraps(function)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +173,7 @@ class _Stream(torch.cpu.Stream):
     """A stream whose work is done when the call that ordered it returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take CUDA's arguments; torch.cpu's class knows fewer."""
+        pass
 
     synchronize = query = lambda self: True
 
@@ -181,14 +182,10 @@ class _Event(torch.cpu.Event):
     """An event that has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take CUDA's arguments; torch.cpu's class knows none."""
+        pass
 
-    elapsed_time = lambda self, end_event: 0.0  # noqa: E731
-
-
-@contextlib.contextmanager
-def _in_stream(stream: Any = None) -> Iterator[None]:
-    yield
+    def elapsed_time(self, end_event: Any) -> float:
+        return 0.0
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
@@ -199,7 +196,8 @@ def _answer_cuda_runtime_calls() -> None:
     """Give ``torch.cuda`` one device whose work is always finished and whose memory is empty.
 
     Its generator is torch's default one: Megatron's tracker of random states
-    (core/tensor_parallel/random.py) then forks the generator that CPU tensors really use.
+    (core/tensor_parallel/random.py) then forks the generator that CPU tensors really use. Its
+    warning that the CPU's state moved in such a fork, true by construction here, is not logged.
     ``is_available`` is true for Megatron, which refuses to start without
     (training/initialize.py:66), and stays false for torch, whose Adam would look for a CUDA graph.
     """
@@ -227,7 +225,7 @@ def _answer_cuda_runtime_calls() -> None:
         "reset_peak_memory_stats": _do_nothing,
         "set_device": _do_nothing,
         "set_stream": _do_nothing,
-        "stream": _in_stream,
+        "stream": contextlib.nullcontext,
         "synchronize": _do_nothing,
     }
     for name, answer in answers.items():
@@ -239,6 +237,9 @@ def _answer_cuda_runtime_calls() -> None:
         for name in copied:
             if name in vars(module):
                 setattr(module, name, answers[name])
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: not record.getMessage().startswith("CPU RNG state changed")
+    )
 
 
 def _keep_data_loaders_off_the_device_generator() -> None:
@@ -302,6 +303,20 @@ class FusedAdamStandIn(torch.optim.Optimizer):
         \qquad p \leftarrow p - \eta \Big( \frac{m / (1-\beta_1^t)}
         {\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \Big)
 
+    Args:
+        params: Parameters, or groups of them.
+        lr: :math:`\eta`.
+        bias_correction: Whether the moments are divided by :math:`1-\beta^t`.
+        betas: :math:`\beta_1` and :math:`\beta_2`.
+        eps: :math:`\epsilon`.
+        weight_decay: :math:`\lambda`.
+        adam_w_mode: Whether the decay is decoupled, as above, or added to the gradient.
+        **fused_only: What Megatron passes on to the kernels (core/optimizer/__init__.py:543), such
+            as ``capturable``; taken while it asks for nothing.
+
+    Raises:
+        ValueError: Something was asked for that only the kernels have.
+
     References:
         - transformer_engine/pytorch/optimizers/fused_adam.py
         - apex/optimizers/fused_adam.py
@@ -319,22 +334,6 @@ class FusedAdamStandIn(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         **fused_only: Any,
     ) -> None:
-        r"""Take FusedAdam's arguments.
-
-        Args:
-            params: Parameters, or groups of them.
-            lr: :math:`\eta`.
-            bias_correction: Whether the moments are divided by :math:`1-\beta^t`.
-            betas: :math:`\beta_1` and :math:`\beta_2`.
-            eps: :math:`\epsilon`.
-            weight_decay: :math:`\lambda`.
-            adam_w_mode: Whether the decay is decoupled, as above, or added to the gradient.
-            **fused_only: What Megatron passes on to the kernels (core/optimizer/__init__.py:543),
-                such as ``capturable``; taken while it asks for nothing.
-
-        Raises:
-            ValueError: Something was asked for that only the kernels have.
-        """
         asked = {k: v for k, v in fused_only.items() if v not in (False, None, torch.float32)}
         if asked:
             raise ValueError(f"the CPU stand-in for FusedAdam does not have {asked}")
@@ -343,19 +342,14 @@ class FusedAdamStandIn(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update parameters and moments in place and count one step in each group."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = int(group.get("step", 0)) + 1
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, param.grad.float(), group)
-        return loss
 
     def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         """Update one parameter and its moments in place."""
