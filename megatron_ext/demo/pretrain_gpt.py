@@ -2,7 +2,7 @@
 
 An ordinary training script for megatron-core 0.18 and 0.19; it knows nothing of this repository::
 
-    torchrun --nproc-per-node 2 pretrain_tiny.py --mock-data --tokenizer-type NullTokenizer ...
+    torchrun --nproc-per-node 2 pretrain_gpt.py --mock-data --tokenizer-type NullTokenizer ...
 
 Every size comes from Megatron's own arguments, the data from ``--mock-data`` or ``--data-path``.
 """

@@ -1,0 +1,65 @@
+"""Resume reports made from real plans."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_ext.checkpoint import SavedOptimizer
+from megatron_ext.moments import LoadedState
+from megatron_ext.plan import plan_resume
+from megatron_ext.policy import ResumePolicy
+from megatron_ext.report import OptimizerReport, ResumeReport
+
+from .groups import group
+
+LOADED = LoadedState(
+    tensors={"param": 4, "exp_avg": 4, "exp_avg_sq": 4},
+    elements={"param": 640, "exp_avg": 640, "exp_avg_sq": 640},
+)
+
+SAVED = (group(eps=1e-8, amsgrad=False), group(wd_mult=0.0, eps=1e-9), group(lr_mult=0.1))
+CURRENT = (
+    group(max_lr=1e-3, eps=1e-6, lr=0.0, foreach=None),
+    group(max_lr=1e-3, eps=1e-6, lr=0.0, is_expert_parallel=True),
+)
+
+
+def optimizer_report(
+    policy: ResumePolicy = ResumePolicy(("eps",)),  # noqa: B008 - frozen
+    step: int | None = 100,
+    current: tuple[dict[str, Any], ...] = CURRENT,
+) -> OptimizerReport:
+    """One group that goes on, one that was added, two that are gone."""
+    plan = plan_resume(policy, SavedOptimizer(SAVED, step), current)
+    return OptimizerReport(
+        "SelectiveAdam over FusedAdam", plan, LOADED, tuple(range(3, 3 + len(current)))
+    )
+
+
+def scheduler_section(policy: ResumePolicy = ResumePolicy(("weight_decay",))) -> dict[str, Any]:  # noqa: B008
+    """The section as `megatron_ext.host` makes it from a scheduler."""
+    from megatron_ext import host
+
+    values = {
+        "max_lr": 1e-3,
+        "min_lr": 1e-4,
+        "lr_warmup_steps": 24,
+        "lr_decay_steps": 480,
+        "lr_decay_style": "cosine",
+        "start_wd": 0.1,
+        "end_wd": 0.1,
+        "wd_incr_steps": 480,
+        "wd_incr_style": "constant",
+    }
+    scheduler = SimpleNamespace(num_steps=32, **values)
+    groups = [{"lr": 9.5e-4, "weight_decay": 0.1}, {"lr": 9.5e-5, "weight_decay": 0.0}]
+    member = SimpleNamespace(
+        resume=SimpleNamespace(policy=policy), optimizer=SimpleNamespace(param_groups=groups)
+    )
+    saved = {"max_lr": 3e-3, "start_wd": 0.1, "end_wd": 0.1, "num_steps": 32}
+    return host._scheduler_section(scheduler, saved, {**values, "start_wd": 0.2}, [member])
+
+
+def resume_report() -> ResumeReport:
+    return ResumeReport("0.19.2", [optimizer_report(), optimizer_report(step=None)])

@@ -1,0 +1,296 @@
+"""The report: log lines in Megatron's style, JSON, and the JSON's schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from megatron_ext import __version__
+from megatron_ext.plan import Decision
+from megatron_ext.policy import ResumePolicy
+from megatron_ext.report import FILE_NAME, ResumeReport, say
+from tests.support.groups import group
+from tests.support.reports import optimizer_report, resume_report, scheduler_section
+
+SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/resume-report.schema.json").read_text())
+
+
+def validate(document: Any) -> None:
+    """Raise unless a document, once through JSON, follows the schema."""
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(document)))
+
+
+# --- lines
+
+
+def test_the_lines_tell_the_whole_resume() -> None:
+    lines = ResumeReport("0.19.2", [optimizer_report()]).lines()
+    assert lines == [
+        "megatron_ext: resume of optimizer 0 of 1 (SelectiveAdam over FusedAdam)",
+        " > exp_avg: using checkpoint value (4 shards, 640 elements on all ranks)",
+        " > exp_avg_sq: using checkpoint value (4 shards, 640 elements on all ranks)",
+        " > master weights: using checkpoint value (4 shards, 640 elements on all ranks)",
+        " > step: 100 (checkpoint)",
+        " > param_group 0 (3 parameters on rank 0; saved group 0: same group)",
+        " >   max_lr: using argument value 0.001 (checkpoint 0.003, argument 0.001; default)",
+        " >   eps: using checkpoint value 1e-08 (checkpoint 1e-08, argument 1e-06; "
+        "--selective-keep-hyperparameters eps)",
+        " >   unchanged: is_expert_parallel, default_config, wd_mult, lr_mult, is_decoupled_lr, "
+        "min_lr, bias_correction, betas, weight_decay, foreach",
+        " >   only in the checkpoint, not used: amsgrad",
+        " > param_group 1 (4 parameters on rank 0; saved group none: the checkpoint has no such "
+        "group (added since))",
+        " >   is_expert_parallel: using argument value True (checkpoint none, argument True; "
+        "default)",
+        " >   default_config: using argument value True (checkpoint none, argument True; default)",
+        " >   wd_mult: using argument value 1 (checkpoint none, argument 1; default)",
+        " >   lr_mult: using argument value 1 (checkpoint none, argument 1; default)",
+        " >   is_decoupled_lr: using argument value False (checkpoint none, argument False; "
+        "default)",
+        " >   max_lr: using argument value 0.001 (checkpoint none, argument 0.001; default)",
+        " >   min_lr: using argument value 0.0003 (checkpoint none, argument 0.0003; default)",
+        " >   bias_correction: using argument value True (checkpoint none, argument True; default)",
+        " >   betas: using argument value (0.9, 0.95) (checkpoint none, argument (0.9, 0.95); "
+        "default)",
+        " >   eps: using argument value 1e-06 (checkpoint none, argument 1e-06; "
+        "--selective-keep-hyperparameters eps, but the checkpoint has no such group (added since))",
+        " >   weight_decay: using argument value 0.1 (checkpoint none, argument 0.1; default)",
+        " > saved param_group 1 corresponds to no current one: not used",
+        " > saved param_group 2 corresponds to no current one: not used",
+    ]
+
+
+def test_every_optimizer_of_a_chain_has_its_title() -> None:
+    titles = [line for line in resume_report().lines() if not line.startswith(" >")]
+    assert titles == [
+        "megatron_ext: resume of optimizer 0 of 2 (SelectiveAdam over FusedAdam)",
+        "megatron_ext: resume of optimizer 1 of 2 (SelectiveAdam over FusedAdam)",
+    ]
+
+
+def test_the_first_step_is_told_once_the_scheduler_is_loaded() -> None:
+    report = resume_report()
+    assert report.scheduler_lines() == []
+    report.scheduler = scheduler_section()
+    assert report.scheduler_lines() == [
+        " > first resumed step, optimizer 0 group 0: learning rate 9.500000E-04, weight decay 0.1",
+        " > first resumed step, optimizer 0 group 1: learning rate 9.500000E-05, weight decay 0",
+    ]
+
+
+def test_say_prints_one_line_or_several(capsys: pytest.CaptureFixture[str]) -> None:
+    say("one")
+    say(["two", "three"])
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+# --- JSON
+
+
+def test_the_json_holds_the_decisions() -> None:
+    report = optimizer_report()
+    found = ResumeReport("0.19.2", [report]).to_json()
+    assert found["schema"] == "megatron_ext/resume-report/1"
+    assert found["megatron_ext"] == __version__
+    assert found["megatron_core"] == "0.19.2"
+    assert found["policy"] == {"keep_hyperparameters": ["eps"], "schedule": "args"}
+    assert found["scheduler"] is None
+    (optimizer,) = found["optimizers"]
+    assert optimizer["kind"] == "SelectiveAdam over FusedAdam"
+    assert optimizer["plan_digest"] == report.plan.digest()
+    assert optimizer["step"] == {"value": 100, "taken": "checkpoint"}
+    assert optimizer["loaded"]["elements"] == {"param": 640, "exp_avg": 640, "exp_avg_sq": 640}
+    assert optimizer["unused_saved_groups"] == [1, 2]
+    first, added = optimizer["groups"]
+    assert (first["index"], first["saved_index"], first["parameters_on_rank_0"]) == (0, 0, 3)
+    assert (added["index"], added["saved_index"], added["parameters_on_rank_0"]) == (1, None, 4)
+    assert first["dropped_keys"] == ["amsgrad"]
+    assert first["keys"]["eps"] == {
+        "checkpoint": 1e-8,
+        "argument": 1e-6,
+        "value": 1e-8,
+        "taken": "checkpoint",
+        "changed": False,
+        "reason": "--selective-keep-hyperparameters eps",
+    }
+    assert first["keys"]["max_lr"] == {
+        "checkpoint": 3e-3,
+        "argument": 1e-3,
+        "value": 1e-3,
+        "taken": "arguments",
+        "changed": True,
+        "reason": "default",
+    }
+    assert first["keys"]["betas"]["value"] == [0.9, 0.95]
+
+
+def test_without_optimizers_there_is_no_policy() -> None:
+    found = ResumeReport("0.19.2").to_json()
+    assert (found["policy"], found["optimizers"]) == (None, [])
+    validate(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (None, None),
+        (True, True),
+        (7, 7),
+        ((0.9, (1, 2)), [0.9, [1, 2]]),
+        (float("inf"), "inf"),
+        (float("-inf"), "-inf"),
+        (float("nan"), "nan"),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor(float("inf")), "inf"),
+        (torch.bfloat16, "torch.bfloat16"),
+        ({"a": 1}, "{'a': 1}"),
+    ],
+)
+def test_any_value_is_written_as_json(value: Any, written: Any, tmp_path: Path) -> None:
+    report = ResumeReport("0.19.2", [optimizer_report(current=(group(custom=value),))])
+    read = json.loads(report.write(tmp_path).read_text())
+    custom = read["optimizers"][0]["groups"][0]["keys"]["custom"]
+    assert custom["value"] == custom["argument"] == written
+    assert type(custom["value"]) is type(written)
+    validate(read)
+
+
+def test_write_makes_the_directory_and_replaces_an_earlier_report(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "b"
+    report = resume_report()
+    path = report.write(directory)
+    assert path == directory / "resume-report.json"
+    assert json.loads(path.read_text())["scheduler"] is None
+    report.scheduler = scheduler_section()
+    report.write(directory)
+    assert json.loads(path.read_text())["scheduler"]["num_steps"] == 32
+    assert [p.name for p in directory.iterdir()] == [FILE_NAME]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    report = resume_report()
+    before = report.write(tmp_path).read_bytes()
+    report.scheduler = {"num_steps": float("nan")}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write(tmp_path)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(FILE_NAME, before)]
+
+
+# --- schema
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["schema"]["const"] == "megatron_ext/resume-report/1"
+
+
+def test_every_field_is_described_and_no_object_is_open() -> None:
+    def walk(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(node, dict):
+            yield path, node
+            for key, value in node.items():
+                yield from walk(value, f"{path}/{key}")
+
+    fields = {
+        f"{path}/properties/{name}": field
+        for path, node in walk(SCHEMA, "")
+        for name, field in node.get("properties", {}).items()
+    }
+    assert len(fields) > 40
+    assert [path for path, field in fields.items() if not field.get("description")] == []
+    objects = [node for _, node in walk(SCHEMA, "") if node.get("type") == "object"]
+    assert all("additionalProperties" in node for node in objects)
+    for node in objects:
+        assert sorted(node.get("required", [])) == sorted(node.get("properties", {}))
+
+
+POLICIES = [
+    ResumePolicy(),
+    ResumePolicy(("betas", "bias_correction")),
+    ResumePolicy(schedule="checkpoint"),
+    ResumePolicy(("weight_decay", "max_lr"), "checkpoint"),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("step", [None, 100])
+def test_reports_of_real_plans_follow_the_schema(policy: ResumePolicy, step: int | None) -> None:
+    current = (group(eps=1e-6, lr_mult=0.1), group(wd_mult=0.0, end_wd=None))
+    report = ResumeReport("0.19.2", [optimizer_report(policy, step, current)])
+    validate(report.to_json())
+    report.scheduler = scheduler_section(policy)
+    validate(report.to_json())
+    assert report.to_json()["policy"]["schedule"] == policy.schedule
+
+
+def full_report() -> dict[str, Any]:
+    report = resume_report()
+    report.scheduler = scheduler_section()
+    return json.loads(json.dumps(report.to_json()))
+
+
+def _optimizer(d: dict[str, Any]) -> dict[str, Any]:
+    return d["optimizers"][0]
+
+
+def _eps(d: dict[str, Any]) -> dict[str, Any]:
+    return _optimizer(d)["groups"][0]["keys"]["eps"]
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another-format": lambda d: d.update(schema="megatron_ext/resume-report/2"),
+    "no-version": lambda d: d.pop("megatron_ext"),
+    "a-field-too-many": lambda d: d.update(extra=1),
+    "no-scheduler": lambda d: d.pop("scheduler"),
+    "unknown-schedule": lambda d: d["policy"].update(schedule="stock"),
+    "policy-key-twice": lambda d: d["policy"].update(keep_hyperparameters=["eps", "eps"]),
+    "short-digest": lambda d: _optimizer(d).update(plan_digest="abc"),
+    "step-from-arguments": lambda d: _optimizer(d)["step"].update(taken="arguments"),
+    "step-of-half": lambda d: _optimizer(d)["step"].update(value=0.5),
+    "negative-count": lambda d: _optimizer(d)["loaded"]["tensors"].update(exp_avg=-1),
+    "no-second-moment": lambda d: _optimizer(d)["loaded"]["elements"].pop("exp_avg_sq"),
+    "negative-group": lambda d: _optimizer(d)["groups"][0].update(saved_index=-1),
+    "no-note": lambda d: _optimizer(d)["groups"][0].pop("note"),
+    "step-among-the-keys": lambda d: _optimizer(d)["groups"][0]["keys"].update(step=_eps(d)),
+    "taken-from-nowhere": lambda d: _eps(d).update(taken="default"),
+    "changed-is-text": lambda d: _eps(d).update(changed="yes"),
+    "value-is-an-object": lambda d: _eps(d).update(value={}),
+    "value-holds-an-object": lambda d: _eps(d).update(value=[1, {}]),
+    "no-reason": lambda d: _eps(d).pop("reason"),
+    "position-of-half": lambda d: d["scheduler"].update(num_steps=0.5),
+    "scheduler-value-bare": lambda d: d["scheduler"]["values"].update(max_lr=1e-3),
+    "first-step-without-lr": lambda d: d["scheduler"]["first_step"][0].pop("lr"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_report_is_rejected(name: str) -> None:
+    document = full_report()
+    validate(document)
+    wrong = copy.deepcopy(document)
+    WRONG[name](wrong)
+    assert wrong != document
+    with pytest.raises(jsonschema.ValidationError):
+        validate(wrong)
+
+
+def test_a_report_shows_a_value_its_plan_would_write() -> None:
+    report = optimizer_report()
+    group_plan = report.plan.groups[0]
+    changed = Decision("eps", 1e-8, 1e-6, "arguments", "default")
+    others = tuple(d for d in group_plan.decisions if d.key != "eps")
+    plan = replace(report.plan, groups=(replace(group_plan, decisions=(*others, changed)),))
+    found = ResumeReport("0", [replace(report, plan=plan, parameters=(3,))]).to_json()
+    assert found["optimizers"][0]["groups"][0]["keys"]["eps"]["value"] == 1e-6
+    assert plan.groups[0].values["eps"] == 1e-6
