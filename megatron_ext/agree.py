@@ -80,8 +80,8 @@ def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None)
         camps.setdefault(other, []).append(rank)
     listing = "\n".join(f"  ranks {_ranks(ranks)}: plan {d[:12]}" for d, ranks in camps.items())
     raise AgreementError(
-        f"{what}: the ranks made {len(camps)} different plans from the same checkpoint:\n{listing}\n"
-        "Give every rank the same arguments and the same checkpoint"
+        f"{what}: the ranks made {len(camps)} different plans from the same checkpoint:\n"
+        f"{listing}\nGive every rank the same arguments and the same checkpoint"
     )
 
 

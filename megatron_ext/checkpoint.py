@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
@@ -120,27 +119,6 @@ def does_not_fit(lines: Sequence[str]) -> CheckpointError:
         "them, or pass --no-load-optim to start with a new optimizer (the Adam moments are then "
         "lost)"
     )
-
-
-def stored_entries(directory: str | Path) -> dict[str, Sequence[int] | None]:
-    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
-
-    Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
-    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
-    0.19.2).
-
-    Args:
-        directory: The iteration's directory.
-
-    Returns:
-        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
-    """
-    from torch.distributed.checkpoint import FileSystemReader
-
-    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
-    return {
-        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
-    }
 
 
 def _canonical(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -409,7 +409,7 @@ def _load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(*args, **kwargs)
         except (Exception, dcp.CheckpointException) as e:
-            stored = checkpoint.stored_entries(call["checkpoint_dir"])
+            stored = _stored_entries(call["checkpoint_dir"])
             lines = checkpoint.misfits(requested, stored)
             if not lines:
                 raise
@@ -682,6 +682,27 @@ def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
         elif isinstance(entry, mapping.ShardedObject):
             entries[entry.unique_key] = None
     return {key: shape for key, shape in entries.items() if _OPTIMIZER_PREFIX in key}
+
+
+def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
+    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
+
+    Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
+    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
+    0.19.2).
+
+    Args:
+        directory: The iteration's directory.
+
+    Returns:
+        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+    }
 
 
 def _no_optimizer_state(where: Any) -> CheckpointError:

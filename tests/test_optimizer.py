@@ -1,4 +1,4 @@
-"""`SelectiveAdam` beside stock: unchanged arguments, the way back, groups, kept keys, the schedule."""
+"""`SelectiveAdam` beside stock: same arguments, the way back, groups, kept keys, the schedule."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ MODEL = """
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
 """.split()
 UNCHANGED = "--lr 3e-3 --min-lr 3e-4 --lr-decay-iters 2000".split()
-LOWER = f"--lr 1e-3 --min-lr 1e-4 --lr-decay-iters {TOTAL}".split()
+LOWER = "--lr 1e-3 --min-lr 1e-4 --lr-decay-iters 2000".split()
 OVERRIDE = ["--override-opt_param-scheduler"]
 OURS = ["--optimizer-class", "megatron_ext.SelectiveAdam"]
 

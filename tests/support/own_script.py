@@ -4,8 +4,9 @@ import inspect
 import runpy
 from pathlib import Path
 
-import megatron_ext
 from megatron.training import arguments
+
+import megatron_ext
 
 if __name__ == "__main__":
     # Stands for `parse_and_validate_args(extra_args_provider=megatron_ext.add_arguments)`.

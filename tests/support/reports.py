@@ -13,6 +13,8 @@ from megatron_ext.report import OptimizerReport, ResumeReport
 
 from .groups import group
 
+KEEP_EPS = ResumePolicy(("eps",))
+KEEP_WEIGHT_DECAY = ResumePolicy(("weight_decay",))
 LOADED = LoadedState(
     tensors={"param": 4, "exp_avg": 4, "exp_avg_sq": 4},
     elements={"param": 640, "exp_avg": 640, "exp_avg_sq": 640},
@@ -26,7 +28,7 @@ CURRENT = (
 
 
 def optimizer_report(
-    policy: ResumePolicy = ResumePolicy(("eps",)),  # noqa: B008 - frozen
+    policy: ResumePolicy = KEEP_EPS,
     step: int | None = 100,
     current: tuple[dict[str, Any], ...] = CURRENT,
 ) -> OptimizerReport:
@@ -37,7 +39,7 @@ def optimizer_report(
     )
 
 
-def scheduler_section(policy: ResumePolicy = ResumePolicy(("weight_decay",))) -> dict[str, Any]:  # noqa: B008
+def scheduler_section(policy: ResumePolicy = KEEP_WEIGHT_DECAY) -> dict[str, Any]:
     """The section as `megatron_ext.host` makes it from a scheduler."""
     from megatron_ext import host
 

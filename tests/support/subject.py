@@ -85,7 +85,7 @@ def load_twice(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
 
 
 def count_collectives(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
-    """Bytes of the reductions this package adds to a load; reductions of a step, ours and stock's."""
+    """Bytes of the reductions a load adds; number of reductions of a step, ours and stock's."""
     import torch.distributed as dist
 
     reductions: list[tuple[str, int]] = []

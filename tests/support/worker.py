@@ -29,7 +29,8 @@ class _Forbidden(importlib.abc.MetaPathFinder):
 def adapt_to_cpu() -> None:
     """Install the CPU adaptations without importing the package they are a part of."""
     spec = importlib.util.spec_from_file_location("cpu_adapter", ROOT / "megatron_ext" / "cpu.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["cpu_adapter"] = module
     spec.loader.exec_module(module)

@@ -1,0 +1,61 @@
+"""What the ranks of tests/test_agree.py run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext import agree as agreement
+from megatron_ext.errors import MegatronExtError, PlanError
+
+
+def agree(
+    digests: list[str], errors: dict[int, str] | None = None, what: str = "resume of X"
+) -> dict[str, Any]:
+    """`megatron_ext.agree.agree` with this rank's digest and error: outcome and collectives."""
+    rank = dist.get_rank()
+    message = (errors or {}).get(rank)
+    error = None if message is None else PlanError(message)
+    with Collectives() as collectives:
+        try:
+            agreement.agree(what, digests[rank], error)
+            outcome, same = None, False
+        except MegatronExtError as e:
+            outcome, same = (type(e).__name__, str(e)), e is error
+    # No rank is left behind in a collective of its own: the next one is in step again.
+    after = agreement.total([rank, 1])
+    return {"raised": outcome, "own": same, "calls": collectives.calls, "after": after}
+
+
+def total() -> dict[str, Any]:
+    with Collectives() as collectives:
+        values = agreement.total([dist.get_rank() + 1, 10, -dist.get_rank(), 2**40])
+    return {"values": values, "calls": collectives.calls}
+
+
+class Collectives:
+    """Counts what goes through torch.distributed: per call its name and bytes, if a tensor."""
+
+    NAMES = ("all_reduce", "all_gather_object", "all_gather", "broadcast", "barrier")
+
+    def __enter__(self) -> Collectives:
+        self.calls: list[tuple[str, int | None]] = []
+        self._before = {name: getattr(dist, name) for name in self.NAMES}
+        for name, function in self._before.items():
+            setattr(dist, name, self._counting(name, function))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, function in self._before.items():
+            setattr(dist, name, function)
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else None
+            size = first.numel() * first.element_size() if torch.is_tensor(first) else None
+            self.calls.append((name, size))
+            return function(*args, **kwargs)
+
+        return counted

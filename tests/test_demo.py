@@ -1,0 +1,67 @@
+"""The demo's pieces; the whole of it is `make demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.demo import __main__ as demo
+from megatron_ext.demo import table
+from megatron_ext.demo.runs import Point, Run, first_error, parse
+
+LOG = """
+> building train, validation, and test datasets for GPT ...
+ [2026-11-24 00:48:44.404960] iteration        5/       8 | consumed samples:           40 | elapsed time per iteration (ms): 93.5 | learning rate: 2.750000E-05 | global batch size:     8 | lm loss: 4.809665E+00 | loss scale: 1.0 | grad norm: 1.041 |
+ [2026-11-24 00:48:44.457220] iteration        6/       8 | consumed samples:           48 | elapsed time per iteration (ms): 72.0 | learning rate: 2.700000E-05 | global batch size:     8 | lm loss: 4.824479E+00 | loss scale: 1.0 | grad norm: 0.998 |
+"""  # noqa: E501
+
+FAILED = """
+[rank0]: Traceback (most recent call last):
+[rank0]: KeyError: (None, 3e-05, 2e-05, None, None, 1.0, 1.0, False, False)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+
+
+def _run(points: list[Point], error: str | None = None, command: list[str] | None = None) -> Run:
+    return Run(
+        "a run", command or [], int(error is not None), 1.0, Path("x.log"), points, error, None
+    )
+
+
+def test_a_log_is_read_as_megatron_writes_it() -> None:
+    assert parse(LOG) == [Point(5, 2.75e-5, 4.809665), Point(6, 2.7e-5, 4.824479)]
+    assert parse("nothing was trained") == []
+
+
+def test_the_first_error_is_the_ranks_own() -> None:
+    assert first_error(FAILED) == (
+        "KeyError: (None, 3e-05, 2e-05, None, None, 1.0, 1.0, False, False)"
+    )
+    assert first_error(LOG) is None
+
+
+def test_the_table_shows_what_the_runs_logged() -> None:
+    points = [Point(i, 1e-4 * i, 3.0 - i / 10) for i in range(1, 13)]
+    rows = table.rows(
+        [_run(points), _run([], "KeyError: x"), _run(points, None, ["--no-load-optim"])]
+    )
+    assert rows[1] == ("a run", "loaded", "1.000e-04", "2.9000", "2.0000", "1.8000")
+    assert rows[2] == ("a run", "failed: KeyError: x", "-", "-", "-", "-")
+    assert rows[3][1] == "moments lost"
+    assert table.markdown([_run(points)]).count("\n| ") == 2
+
+
+def test_another_directory_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "thesis.tex"
+    mine.write_text("years of work")
+    with pytest.raises(SystemExit, match="--out"):
+        demo._empty(tmp_path)
+    assert mine.read_text() == "years of work"
+
+
+def test_an_earlier_output_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "table.md").write_text("old")
+    demo._empty(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
