@@ -85,6 +85,7 @@ def install(*, adam: Literal["fused", "torch"] = "fused") -> bool:
     _keep_data_loaders_off_the_device_generator()
     _use_gloo()
     _keep_compiled_dataset_helpers()
+    _name_what_transformer_engine_would()
     adam_in_use = _stand_in_for_fused_adam() if adam == "fused" else "as Megatron finds it"
     setattr(torch.cuda, _MARK, adam)
     if os.environ.get("RANK", "0") == "0":
@@ -289,6 +290,18 @@ def _keep_compiled_dataset_helpers() -> None:
     from megatron.core.datasets import utils
 
     utils.compile_helpers = _do_nothing
+
+
+def _name_what_transformer_engine_would() -> None:
+    """Let a MoE router find that there is no Transformer Engine.
+
+    0.16.1 asks ``te_general_gemm is not None`` of a name it only has with Transformer Engine
+    (core/transformer/moe/moe_utils.py:1192 there); later versions set it to None.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 class FusedAdamStandIn(torch.optim.Optimizer):

@@ -176,9 +176,13 @@ _warned_version = False
 
 
 def megatron_version() -> str:
-    """Version of the megatron-core that is imported (`megatron.core.package_info`)."""
+    """Version of the megatron-core that is imported (`megatron.core.package_info`).
+
+    Without the local part: upstream appends the commit of whatever repository the run starts in.
+    """
     core = importlib.import_module("megatron.core")
-    return str(getattr(core, "__version__", None) or importlib.metadata.version("megatron-core"))
+    version = getattr(core, "__version__", None) or importlib.metadata.version("megatron-core")
+    return Version(version).public
 
 
 def check_contract() -> None:

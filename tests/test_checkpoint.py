@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.checkpoint import misfits, optimizer_section, read_optimizer
+from megatron_ext.checkpoint import does_not_fit, misfits, optimizer_section, read_optimizer
 from megatron_ext.errors import CheckpointError
 from tests.support.groups import group
 
@@ -109,3 +109,13 @@ def test_misfits_names_each_key_that_does_not_fit() -> None:
 
 def test_misfits_of_what_fits_is_empty() -> None:
     assert misfits({"a": [2, 3]}, {"a": (2, 3), "more": [1]}) == []
+
+
+def test_what_does_not_fit_is_listed_up_to_eight_lines_with_the_way_out() -> None:
+    lines = [f"exp_avg.{i}: not in the checkpoint" for i in range(10)]
+    message = str(does_not_fit(lines))
+    assert message.startswith("the checkpoint's optimizer state does not fit the model:\n")
+    assert [i for i in range(10) if f"  exp_avg.{i}: not in" in message] == list(range(8))
+    assert "\n  and 2 more\n" in message
+    assert "--dist-ckpt-optim-fully-reshardable" in message
+    assert "more\n" not in str(does_not_fit(lines[:8]))

@@ -56,6 +56,8 @@ def version_warnings(version: str) -> list[str]:
     """The warnings of two checks with a Megatron of this version."""
     stock, host.megatron_version = host.megatron_version, lambda: version
     before, host._warned_version = host._warned_version, False
+    # Only the version is another; the names of the installed one need not be those of that.
+    contract, host.CONTRACT = host.CONTRACT, ()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -64,6 +66,7 @@ def version_warnings(version: str) -> list[str]:
         return [str(w.message) for w in caught]
     finally:
         host.megatron_version = stock
+        host.CONTRACT = contract
         host._warned_version = before
 
 
