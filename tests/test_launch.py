@@ -246,6 +246,7 @@ def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:
     return min_lr + (lr - min_lr) * (1 - iteration / decay)
 
 
+@pytest.mark.matrix
 @pytest.mark.reads("phase 1", "stock", "ours")
 def test_the_case_of_the_first_users(runs: Runs, megatron: Version) -> None:
     """3e-4/3e-5, then --lr 3e-5 --min-lr 2e-5 --override-opt_param-scheduler."""
@@ -274,6 +275,7 @@ def test_without_the_override_flag(runs: Runs) -> None:
     assert ok(runs["ours, no override flag"]).iterations == ok(runs["ours"]).iterations
 
 
+@pytest.mark.matrix
 @pytest.mark.reads("phase 3 stock", "phase 3 ours")
 def test_the_way_back(runs: Runs) -> None:
     """Phase 3 without our flag, from phase 2's checkpoint."""
@@ -282,6 +284,7 @@ def test_the_way_back(runs: Runs) -> None:
     assert stock.iterations == ok(runs["phase 3 ours"]).iterations
 
 
+@pytest.mark.matrix
 @pytest.mark.reads("unchanged stock", "unchanged ours")
 def test_unchanged_arguments(runs: Runs) -> None:
     stock = ok(runs["unchanged stock"])
@@ -313,6 +316,7 @@ def test_no_load_optim_is_stock(runs: Runs) -> None:
     assert ours.report is None
 
 
+@pytest.mark.matrix
 @pytest.mark.reads("not distributed")
 def test_without_the_distributed_optimizer(runs: Runs) -> None:
     ours = ok(runs["not distributed"])
@@ -321,6 +325,7 @@ def test_without_the_distributed_optimizer(runs: Runs) -> None:
     assert ours.report["optimizers"][0]["kind"].startswith("SelectiveFloat16Optimizer")
 
 
+@pytest.mark.matrix
 @pytest.mark.reads("legacy", "adamw")
 def test_legacy_format_and_torch_adamw(runs: Runs) -> None:
     for name in ("legacy", "adamw"):
