@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(e))
     sys.argv = [options.script, *options.arguments]
     sys.path.insert(0, str(script.resolve().parent))
+    # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it
+    # as it would without the launcher, and nothing of what is rebound here.
     runpy.run_path(options.script, run_name="__main__")
     if "megatron_ext.host" in sys.modules:
         from . import host
