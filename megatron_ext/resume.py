@@ -28,6 +28,7 @@ class Resume:
     members: list[Any] = field(default_factory=list)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
+    _told: bool = False
 
     def join(self, optimizer: Any) -> None:
         """Register an optimizer of the chain, in the chain's order."""
@@ -61,4 +62,7 @@ class Resume:
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if self.report is not None and self.report_dir is not None and on_rank_0:
             path = self.report.write(self.report_dir)
-            say(f"megatron_ext: resume report written to {path}")
+            # Written again when the scheduler is loaded; a script may have none.
+            if not self._told:
+                say(f"megatron_ext: resume report written to {path}")
+            self._told = True
