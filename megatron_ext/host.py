@@ -27,8 +27,8 @@ from packaging.version import Version
 
 from . import agree, checkpoint
 from .errors import CheckpointError, HostError, MegatronExtError
+from .log import say
 from .policy import ResumePolicy
-from .report import say
 from .resume import Resume
 
 #: Versions the tests run against; outside of [first, last minor] a warning is given once.

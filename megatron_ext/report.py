@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from .moments import LoadedState
 from .plan import Decision, GroupPlan, ResumePlan
 from .version import __version__
@@ -109,13 +107,6 @@ class ResumeReport:
         Path(name).chmod(0o644)
         Path(name).replace(target)
         return target
-
-
-def say(lines: str | Sequence[str]) -> None:
-    """Print on rank 0, where Megatron prints its own log (its handler drops foreign loggers)."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        for line in [lines] if isinstance(lines, str) else lines:
-            print(line, flush=True)
 
 
 def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .log import say
 from .policy import ResumePolicy
-from .report import OptimizerReport, ResumeReport, say
+from .report import OptimizerReport, ResumeReport
 
 
 @dataclass

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_ext"
 
 #: What decides. It runs without a GPU, without ranks and without importing torch or Megatron.
-PURE = ("errors", "policy", "checkpoint", "plan", "merge")
+PURE = ("errors", "policy", "rules", "layout", "checkpoint", "plan", "merge")
 HEAVY = ("torch", "megatron", "numpy", "transformer_engine", "apex")
 
 

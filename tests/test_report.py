@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from megatron_ext import __version__
+from megatron_ext.log import say
 from megatron_ext.plan import Decision
 from megatron_ext.policy import ResumePolicy
-from megatron_ext.report import FILE_NAME, ResumeReport, say
+from megatron_ext.report import FILE_NAME, ResumeReport
 from tests.support.groups import group
 from tests.support.reports import optimizer_report, resume_report, scheduler_section
 

@@ -1,0 +1,231 @@
+// The CPU kernel's loops, compiled once for each instruction set (loops_*.cpp).
+//
+// Everything here has internal linkage or is forced inline: were an instantiation shared between
+// the translation units, the linker might keep the one a machine cannot run.
+
+#pragma once
+
+#include <cstring>
+
+#include "../segment_table.h"
+#include "../tally.h"
+
+#if !defined(__FLT16_MANT_DIG__)
+#error "the CPU kernel needs a compiler with _Float16: GCC 12 or clang 15"
+#endif
+
+namespace megatron_ext {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+MEGATRON_EXT_INLINE float load(float x) { return x; }
+MEGATRON_EXT_INLINE float load(_Float16 x) { return static_cast<float>(x); }
+MEGATRON_EXT_INLINE float load(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+template <typename T>
+struct Store;
+template <>
+struct Store<float> {
+  MEGATRON_EXT_INLINE static float from(float x) { return x; }
+};
+template <>
+struct Store<_Float16> {
+  MEGATRON_EXT_INLINE static _Float16 from(float x) { return static_cast<_Float16>(x); }
+};
+template <>
+struct Store<BFloat16> {
+  // Round to nearest, ties to even; a NaN must not be rounded to infinity.
+  MEGATRON_EXT_INLINE static BFloat16 from(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+  }
+};
+
+template <typename T, Rule R, Statistics S>
+void transform_range(void* data, int64_t n, const Coefficients& coefficients,
+                     const GlobalIndex& index, int64_t first, Tally& tally) {
+  const Coefficients k = coefficients;
+  const GlobalIndex where = index;
+  T* const x = static_cast<T*>(data);
+  double before = 0.0;
+  double after = 0.0;
+  float largest = 0.0f;
+  uint32_t nonfinite = 0;
+  uint32_t changed = 0;
+#pragma omp simd reduction(+ : before, after, nonfinite, changed) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const float old = reads(R, S) ? load(x[i]) : 0.0f;
+    float y = transform<R>(old, k, where, first + i);
+    if constexpr (R != Rule::keep) {
+      const T stored = Store<T>::from(y);
+      x[i] = stored;
+      y = load(stored);
+    }
+    Tally one;
+    count<S>(one, old, y);
+    before += one.before;
+    after += one.after;
+    largest = one.largest > largest ? one.largest : largest;
+    nonfinite += one.nonfinite;
+    changed += one.changed;
+  }
+  tally = {before, after, largest, nonfinite, changed};
+}
+
+template <typename M, typename V, Statistics S>
+void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coefficients& coefficients,
+                      Tally& tally_m, Tally& tally_v) {
+  const Coefficients k = coefficients;
+  const M* const m = static_cast<const M*>(exp_avg);
+  V* const v = static_cast<V*>(exp_avg_sq);
+  double squares_m = 0.0;
+  double before = 0.0;
+  double after = 0.0;
+  float largest_m = 0.0f;
+  float largest_v = 0.0f;
+  uint32_t nonfinite_m = 0;
+  uint32_t nonfinite_v = 0;
+  uint32_t changed = 0;
+#pragma omp simd reduction(+ : squares_m, before, after, nonfinite_m, nonfinite_v, changed) \
+    reduction(max : largest_m, largest_v)
+  for (int64_t i = 0; i < n; ++i) {
+    const float momentum = load(m[i]);
+    const float old = load(v[i]);
+    const V stored = Store<V>::from(batch_size(momentum, old, k));
+    v[i] = stored;
+    Tally one_m;
+    Tally one_v;
+    count<S>(one_m, momentum, momentum);
+    count<S>(one_v, old, load(stored));
+    squares_m += one_m.after;
+    before += one_v.before;
+    after += one_v.after;
+    largest_m = one_m.largest > largest_m ? one_m.largest : largest_m;
+    largest_v = one_v.largest > largest_v ? one_v.largest : largest_v;
+    nonfinite_m += one_m.nonfinite;
+    nonfinite_v += one_v.nonfinite;
+    changed += one_v.changed;
+  }
+  tally_m = {squares_m, squares_m, largest_m, nonfinite_m, 0};
+  tally_v = {before, after, largest_v, nonfinite_v, changed};
+}
+
+template <typename T, Statistics S>
+void transform_type(Rule rule, void* data, int64_t n, const Coefficients& k,
+                    const GlobalIndex& where, int64_t first, Tally& tally) {
+  switch (rule) {
+    case Rule::keep:
+      return transform_range<T, Rule::keep, S>(data, n, k, where, first, tally);
+    case Rule::scale:
+      return transform_range<T, Rule::scale, S>(data, n, k, where, first, tally);
+    case Rule::fill:
+      return transform_range<T, Rule::fill, S>(data, n, k, where, first, tally);
+    case Rule::floor:
+      return transform_range<T, Rule::floor, S>(data, n, k, where, first, tally);
+    case Rule::prune_magnitude:
+      return transform_range<T, Rule::prune_magnitude, S>(data, n, k, where, first, tally);
+    case Rule::prune_random:
+      return transform_range<T, Rule::prune_random, S>(data, n, k, where, first, tally);
+    case Rule::batch_size:
+      return;  // joint: batch_size_range
+  }
+}
+
+template <Statistics S, typename M>
+void batch_size_type(const Record& r, void* m, void* v, int64_t n, Tally tally[kMoments]) {
+  const Coefficients& k = r.coefficients[1];
+  switch (r.type[1]) {
+    case Type::float32:
+      return batch_size_range<M, float, S>(m, v, n, k, tally[0], tally[1]);
+    case Type::bfloat16:
+      return batch_size_range<M, BFloat16, S>(m, v, n, k, tally[0], tally[1]);
+    case Type::float16:
+      return batch_size_range<M, _Float16, S>(m, v, n, k, tally[0], tally[1]);
+  }
+}
+
+inline void* element(const Record& r, int moment, int64_t index) {
+  const int64_t size = r.type[moment] == Type::float32 ? 4 : 2;
+  return static_cast<char*>(r.data[moment]) + index * size;
+}
+
+template <Statistics S>
+void transform_record(const Record& r, Range range, Tally tally[kMoments]) {
+  const int64_t n = range.end - range.begin;
+  if (r.rule[1] == Rule::batch_size) {
+    void* const m = element(r, 0, range.begin);
+    void* const v = element(r, 1, range.begin);
+    switch (r.type[0]) {
+      case Type::float32:
+        return batch_size_type<S, float>(r, m, v, n, tally);
+      case Type::bfloat16:
+        return batch_size_type<S, BFloat16>(r, m, v, n, tally);
+      case Type::float16:
+        return batch_size_type<S, _Float16>(r, m, v, n, tally);
+    }
+  }
+  for (int moment = 0; moment < kMoments; ++moment) {
+    if (!visits(r.rule[moment], S)) {
+      continue;
+    }
+    const auto run = r.type[moment] == Type::float32    ? transform_type<float, S>
+                     : r.type[moment] == Type::bfloat16 ? transform_type<BFloat16, S>
+                                                        : transform_type<_Float16, S>;
+    run(r.rule[moment], element(r, moment, range.begin), n, r.coefficients[moment], r.where,
+        range.begin - r.begin, tally[moment]);
+  }
+}
+
+inline void transform_any(const Record& r, Range range, Statistics statistics,
+                          Tally tally[kMoments]) {
+  switch (statistics) {
+    case Statistics::none:
+      return transform_record<Statistics::none>(r, range, tally);
+    case Statistics::after:
+      return transform_record<Statistics::after>(r, range, tally);
+    case Statistics::before_and_after:
+      return transform_record<Statistics::before_and_after>(r, range, tally);
+  }
+}
+
+template <typename T>
+void histogram_range(const T* x, int64_t n, uint32_t prefix, int shift, int bits, int64_t* counts) {
+  const uint32_t mask = (1u << bits) - 1u;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = load(x[i]);
+    uint32_t key;
+    std::memcpy(&key, &value, sizeof(key));
+    key &= 0x7FFFFFFFu;
+    if ((key >> (shift + bits)) == prefix) {
+      ++counts[(key >> shift) & mask];
+    }
+  }
+}
+
+inline void histogram_any(const void* data, Type type, int64_t begin, int64_t n, uint32_t prefix,
+                          int shift, int bits, int64_t* counts) {
+  switch (type) {
+    case Type::float32:
+      return histogram_range(static_cast<const float*>(data) + begin, n, prefix, shift, bits,
+                             counts);
+    case Type::bfloat16:
+      return histogram_range(static_cast<const BFloat16*>(data) + begin, n, prefix, shift, bits,
+                             counts);
+    case Type::float16:
+      return histogram_range(static_cast<const _Float16*>(data) + begin, n, prefix, shift, bits,
+                             counts);
+  }
+}
+
+}  // namespace
+}  // namespace megatron_ext

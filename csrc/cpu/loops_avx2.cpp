@@ -1,0 +1,33 @@
+// The loops for x86-64 with AVX2. The standard headers come first, so that nothing of theirs
+// is compiled for it.
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "kernel.h"
+#include "loops.h"
+
+namespace megatron_ext {
+
+void transform_avx2(const Record& r, Range range, Statistics s, Tally tally[kMoments]) {
+  transform_any(r, range, s, tally);
+}
+
+}  // namespace megatron_ext
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

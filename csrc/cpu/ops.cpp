@@ -1,0 +1,146 @@
+// The CPU kernels of the ops that megatron_ext/_ops/schema.py declares.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../read_table.h"
+#include "kernel.h"
+
+namespace megatron_ext {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+TransformChunk best_kernel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("f16c")) {
+    return transform_avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return transform_avx2;
+  }
+#endif
+  return transform_baseline;
+}
+
+Tensor empty_like_statistics(int64_t tensors) {
+  return torch::stable::empty({tensors, kMoments, kColumns}, ScalarType::Double);
+}
+
+// A chunk's partial results, added up in the chunks' order: the number of threads does not show.
+struct Partial {
+  Tally tally[kMoments];
+};
+
+void add_up(const Launch& launch, const std::vector<Partial>& partials, Statistics statistics,
+            double* out) {
+  const size_t tensors = launch.first_chunk.size() - 1;
+  for (size_t t = 0; t < tensors; ++t) {
+    for (int moment = 0; moment < kMoments; ++moment, out += kColumns) {
+      double sums[kColumns] = {};
+      for (int64_t c = launch.first_chunk[t]; c < launch.first_chunk[t + 1]; ++c) {
+        const Tally& tally = partials[c].tally[moment];
+        sums[0] += tally.before;
+        sums[1] += tally.after;
+        sums[2] = std::max(sums[2], static_cast<double>(tally.largest));
+        sums[3] += tally.nonfinite;
+        sums[4] += tally.changed;
+      }
+      if (statistics == Statistics::after) {
+        sums[0] = sums[4] = -1.0;  // not counted
+      }
+      std::copy(sums, sums + kColumns, out);
+    }
+  }
+}
+
+Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                          const Tensor& coefficients, int64_t statistics_code,
+                          std::optional<Tensor> /*device_table*/,
+                          std::optional<Tensor> /*host_table*/) {
+  static const TransformChunk transform_chunk = best_kernel();
+  const Statistics statistics = read_statistics(statistics_code);
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const bool counts = statistics != Statistics::none;
+  std::vector<Partial> partials(counts ? launch.total_chunks() : 0);
+  const int64_t count = static_cast<int64_t>(launch.records.size());
+  torch::stable::parallel_for(0, launch.total_chunks(), 1, [&](int64_t begin, int64_t end) {
+    int64_t record = find(launch.records.data(), count, begin);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (record + 1 < count && launch.records[record + 1].first_chunk <= chunk) {
+        ++record;
+      }
+      const Record& r = launch.records[record];
+      Partial unused;
+      transform_chunk(r, range(r, chunk), statistics,
+                      counts ? partials[chunk].tally : unused.tally);
+    }
+  });
+  Tensor out = empty_like_statistics(counts ? static_cast<int64_t>(exp_avg.size()) : 0);
+  if (counts) {
+    add_up(launch, partials, statistics, static_cast<double*>(out.data_ptr()));
+  }
+  return out;
+}
+
+// There is nothing to copy to the CPU: the table is only checked.
+std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                                        const Tensor& segments, const Tensor& coefficients) {
+  read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  return {torch::stable::empty({0}, ScalarType::Byte), torch::stable::empty({0}, ScalarType::Byte)};
+}
+
+Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
+                           int64_t level) {
+  const HistogramLaunch launch = read_histogram(tensors, ranges, prefixes, level, false, -1);
+  Tensor out = torch::stable::empty({prefixes.size(0), kBins}, ScalarType::Long);
+  int64_t* const counts = static_cast<int64_t*>(out.data_ptr());
+  std::fill(counts, counts + prefixes.size(0) * kBins, 0);
+  const int64_t* const prefix = static_cast<const int64_t*>(prefixes.data_ptr());
+  const int64_t parts = std::min<int64_t>(launch.total_chunks, torch::stable::get_num_threads());
+  std::vector<std::vector<int64_t>> local(parts > 1 ? parts - 1 : 0);
+  for (auto& bins : local) {
+    bins.assign(prefixes.size(0) * kBins, 0);
+  }
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      int64_t* const bins = part == 0 ? counts : local[part - 1].data();
+      const int64_t begin = launch.total_chunks * part / parts;
+      const int64_t end = launch.total_chunks * (part + 1) / parts;
+      for (const HistogramRange& r : launch.ranges) {
+        const int64_t from = r.begin + std::max<int64_t>(begin - r.first_chunk, 0) * kChunk;
+        const int64_t to = std::min(r.end, r.begin + (end - r.first_chunk) * kChunk);
+        if (from < to) {
+          histogram(r.data, r.type, from, to - from, static_cast<uint32_t>(prefix[r.group]),
+                    kLevelShift[level], kLevelBits[level], bins + r.group * kBins);
+        }
+      }
+    }
+  });
+  for (const auto& bins : local) {
+    for (size_t i = 0; i < bins.size(); ++i) {
+      counts[i] += bins[i];
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CPU, library) {
+  library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
+  library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
+}
+
+}  // namespace megatron_ext

@@ -1,0 +1,67 @@
+// What ops.cpp calls in the .cu files, which include no torch header.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../segment_table.h"
+#include "../tally.h"
+
+namespace megatron_ext {
+
+// The launch table in device memory: this header, the records, first_chunk[tensors + 1].
+struct TableHeader {
+  int64_t records;
+  int64_t tensors;
+};
+
+struct Partial {
+  Tally tally[kMoments];
+};
+
+// The bytes of the launch table. `rows` leaves room for the empty segments that have no record, so
+// that its size follows from the arguments' shapes.
+inline std::vector<unsigned char> table_bytes(const std::vector<Record>& records,
+                                              const std::vector<int64_t>& first_chunk,
+                                              int64_t rows) {
+  const TableHeader header{static_cast<int64_t>(records.size()),
+                           static_cast<int64_t>(first_chunk.size()) - 1};
+  const size_t of_records = records.size() * sizeof(Record);
+  const size_t of_chunks = first_chunk.size() * sizeof(int64_t);
+  std::vector<unsigned char> bytes(sizeof(header) + rows * sizeof(Record) + of_chunks);
+  unsigned char* at = bytes.data();
+  std::memcpy(at, &header, sizeof(header));
+  at += sizeof(header);
+  if (of_records > 0) {
+    std::memcpy(at, records.data(), of_records);
+  }
+  std::memcpy(at + of_records, first_chunk.data(), of_chunks);
+  return bytes;
+}
+
+// One kernel on `stream`, no synchronization. With statistics, `done` (uint32 [tensors]) is set to
+// zero first, `partials` has an entry a chunk, and `out` (double [tensors, kMoments, kColumns]) is
+// written as a whole.
+cudaError_t launch_transform(const unsigned char* table, int64_t chunks, int64_t tensors,
+                             Statistics statistics, uint32_t* done, Partial* partials, double* out,
+                             cudaStream_t stream);
+
+struct DeviceRange {
+  const void* data;
+  int64_t begin;
+  int64_t end;
+  int64_t group;
+  int64_t first_chunk;
+  int64_t type;
+};
+
+// Adds to counts, int64 [groups, bins]; one kernel on `stream`.
+cudaError_t launch_histogram(const DeviceRange* ranges, int64_t count, int64_t chunks,
+                             const int64_t* prefixes, int shift, int bits, int64_t* counts,
+                             int64_t bins, cudaStream_t stream);
+
+}  // namespace megatron_ext

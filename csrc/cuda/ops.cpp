@@ -1,0 +1,179 @@
+// The CUDA kernels of the ops that megatron_ext/_ops/schema.py declares.
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../read_table.h"
+#include "launch.h"
+
+namespace megatron_ext {
+namespace {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+// TABLE_BYTES in megatron_ext/_ops/schema.py.
+static_assert(sizeof(TableHeader) == 16 && sizeof(Record) == 160);
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+cudaStream_t current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+torch::stable::Device cuda_device(int32_t index) { return {DeviceType::CUDA, index}; }
+
+// The device of the first tensor that is on one; the others are compared with it.
+int32_t device_of(const Tensors& a, const Tensors& b) {
+  for (const Tensors* list : {&a, &b}) {
+    for (const Tensor& x : *list) {
+      if (x.is_cuda()) {
+        return x.get_device_index();
+      }
+    }
+  }
+  throw std::runtime_error("no tensor is on a CUDA device");
+}
+
+Tensor pinned(const void* bytes, size_t size) {
+  Tensor out = torch::stable::empty({static_cast<int64_t>(size)}, ScalarType::Byte, std::nullopt,
+                                    torch::stable::Device(DeviceType::CPU), true);
+  std::memcpy(out.data_ptr(), bytes, size);
+  return out;
+}
+
+// A copy on the current stream, from pinned memory: nothing waits for it. torch's host allocator
+// keeps the pinned memory until the copy is done.
+Tensor to_device(const Tensor& host, int32_t device_index) {
+  return torch::stable::to(host, cuda_device(device_index), true);
+}
+
+Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                          const Tensor& coefficients, int64_t statistics_code,
+                          std::optional<Tensor> device_table, std::optional<Tensor> host_table) {
+  const Statistics statistics = read_statistics(statistics_code);
+  const int32_t device_index = device_of(exp_avg, exp_avg_sq);
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, true, device_index,
+                                   host_table.has_value());
+  const std::vector<unsigned char> bytes =
+      table_bytes(launch.records, launch.first_chunk, segments.size(0));
+
+  const DeviceGuard guard(device_index);
+  const cudaStream_t stream = current_stream(device_index);
+  if (device_table.has_value() != host_table.has_value()) {
+    throw std::runtime_error("device_table and host_table come together, from launch_table");
+  }
+  if (device_table.has_value()) {
+    const bool same = device_table->is_cuda() && device_table->get_device_index() == device_index &&
+                      device_table->numel() == static_cast<int64_t>(bytes.size()) &&
+                      host_table->is_cpu() &&
+                      host_table->numel() == static_cast<int64_t>(bytes.size()) &&
+                      std::memcmp(host_table->data_ptr(), bytes.data(), bytes.size()) == 0;
+    if (!same) {
+      throw std::runtime_error(
+          "the launch table was made for other tensors or other segments: call launch_table again");
+    }
+  } else if (is_capturing(stream)) {
+    throw std::runtime_error(
+        "a CUDA graph is being captured and the launch table is not on the device: call "
+        "launch_table before and pass what it returns");
+  } else {
+    device_table = to_device(pinned(bytes.data(), bytes.size()), device_index);
+  }
+
+  const int64_t tensors = static_cast<int64_t>(exp_avg.size());
+  const bool counts = statistics != Statistics::none;
+  const auto device = cuda_device(device_index);
+  auto allocate = [&](int64_t size) {
+    return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, device);
+  };
+  Tensor out = torch::stable::empty({counts ? tensors : 0, kMoments, kColumns}, ScalarType::Double,
+                                    std::nullopt, device);
+  Tensor partials =
+      allocate(counts ? launch.total_chunks() * static_cast<int64_t>(sizeof(Partial)) : 0);
+  Tensor done = allocate(counts ? tensors * static_cast<int64_t>(sizeof(uint32_t)) : 0);
+  check(launch_transform(static_cast<const unsigned char*>(device_table->data_ptr()),
+                         launch.total_chunks(), tensors, statistics,
+                         static_cast<uint32_t*>(done.data_ptr()),
+                         static_cast<Partial*>(partials.data_ptr()),
+                         static_cast<double*>(out.data_ptr()), stream),
+        "transform_moments_");
+  return out;
+}
+
+std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                                        const Tensor& segments, const Tensor& coefficients) {
+  const int32_t device_index = device_of(exp_avg, exp_avg_sq);
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, true, device_index);
+  const std::vector<unsigned char> bytes =
+      table_bytes(launch.records, launch.first_chunk, segments.size(0));
+  const DeviceGuard guard(device_index);
+  Tensor host = pinned(bytes.data(), bytes.size());
+  Tensor device = to_device(host, device_index);
+  return {device, host};
+}
+
+Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
+                           int64_t level) {
+  const int32_t device_index = device_of(tensors, {prefixes});
+  const HistogramLaunch launch =
+      read_histogram(tensors, ranges, prefixes, level, true, device_index);
+  std::vector<DeviceRange> table;
+  table.reserve(launch.ranges.size());
+  for (const HistogramRange& r : launch.ranges) {
+    table.push_back({r.data, r.begin, r.end, r.group, r.first_chunk, static_cast<int64_t>(r.type)});
+  }
+  const DeviceGuard guard(device_index);
+  const cudaStream_t stream = current_stream(device_index);
+  Tensor out = torch::stable::empty({prefixes.size(0), kBins}, ScalarType::Long, std::nullopt,
+                                    cuda_device(device_index));
+  torch::stable::zero_(out);
+  if (launch.total_chunks == 0) {
+    return out;
+  }
+  if (is_capturing(stream)) {
+    throw std::runtime_error("magnitude_histogram cannot be captured into a CUDA graph");
+  }
+  Tensor on_device =
+      to_device(pinned(table.data(), table.size() * sizeof(DeviceRange)), device_index);
+  check(launch_histogram(static_cast<const DeviceRange*>(on_device.data_ptr()),
+                         static_cast<int64_t>(table.size()), launch.total_chunks,
+                         static_cast<const int64_t*>(prefixes.data_ptr()), kLevelShift[level],
+                         kLevelBits[level], static_cast<int64_t*>(out.data_ptr()), kBins, stream),
+        "magnitude_histogram");
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CUDA, library) {
+  library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
+  library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
+}
+
+}  // namespace megatron_ext

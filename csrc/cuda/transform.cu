@@ -1,0 +1,468 @@
+// The CUDA kernel of transform_moments_: persistent blocks, one chunk of one segment at a time.
+
+#include "device.cuh"
+#include "launch.h"
+
+namespace megatron_ext {
+namespace {
+
+__device__ __forceinline__ void add(Tally& a, const Tally& b) {
+  a.before += b.before;
+  a.after += b.after;
+  a.largest = b.largest > a.largest ? b.largest : a.largest;
+  a.nonfinite += b.nonfinite;
+  a.changed += b.changed;
+}
+
+__device__ __forceinline__ Tally shuffle_down(const Tally& t, int by) {
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  return {__shfl_down_sync(kAll, t.before, by), __shfl_down_sync(kAll, t.after, by),
+          __shfl_down_sync(kAll, t.largest, by), __shfl_down_sync(kAll, t.nonfinite, by),
+          __shfl_down_sync(kAll, t.changed, by)};
+}
+
+// Puts the block's sum into `sum`, in shared memory, always added in the same order. Thread 0 may
+// read it at once.
+__device__ __forceinline__ void block_sum(Tally t, Tally& sum) {
+  __shared__ Tally of_warp[kThreads / kWarp];
+  __syncthreads();  // an earlier sum may still be read
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) {
+    add(t, shuffle_down(t, by));
+  }
+  if (threadIdx.x % kWarp == 0) {
+    of_warp[threadIdx.x / kWarp] = t;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int w = 1; w < kThreads / kWarp; ++w) {
+      add(t, of_warp[w]);
+    }
+    sum = t;
+  }
+}
+
+// A chunk of a segment. Between the first and the last multiple of N in the tensor its elements are
+// handed out to the threads by N at a time, those before and after one by one. Which thread has
+// which element depends on the element's place in the tensor only, so that the statistics do not
+// depend on the address; whether N elements move as 16-byte vectors depends on the address.
+struct Chunk {
+  int64_t origin;         // the multiple of kChunk in the tensor that begin and end count from
+  int64_t segment_begin;  // counted from there too
+  int begin;
+  int end;
+};
+
+// What a thread has in flight, as fp32 bytes: its loads are issued before the first result is
+// stored.
+constexpr int kInFlight = 64;
+// Resident blocks on a multiprocessor that the registers must suffice for.
+constexpr int kBlocks = 5;
+
+template <Rule R, int C>
+__device__ __forceinline__ void apply(float (&x)[C], const Coefficients& k) {
+#pragma unroll
+  for (int i = 0; i < C; ++i) {
+    x[i] = transform<R>(x[i], k, {}, 0);
+  }
+}
+
+// The rule is the same for a whole segment, so that the branch never diverges.
+template <int C>
+__device__ __forceinline__ void apply(Rule rule, float (&x)[C], const Coefficients& k) {
+  switch (rule) {
+    case Rule::scale:
+      return apply<Rule::scale>(x, k);
+    case Rule::fill:
+      return apply<Rule::fill>(x, k);
+    case Rule::floor:
+      return apply<Rule::floor>(x, k);
+    case Rule::prune_magnitude:
+      return apply<Rule::prune_magnitude>(x, k);
+    default:
+      return;  // keep; prune_random and batch_size have loops of their own
+  }
+}
+
+struct Unary {
+  Rule rule;
+  const Coefficients& k;
+  const GlobalIndex& where;
+  int64_t segment_begin;
+};
+
+template <typename T, Statistics S>
+__device__ __forceinline__ void transform_one(T* x, int at, const Unary& unary, Tally& tally) {
+  const bool needs = reads(unary.rule, S);
+  const float old = needs ? load(x[at]) : 0.0f;
+  float y[1] = {old};
+  if (unary.rule == Rule::prune_random) {
+    y[0] = transform<Rule::prune_random>(old, unary.k, unary.where, at - unary.segment_begin);
+  } else {
+    apply(unary.rule, y, unary.k);
+  }
+  if (unary.rule != Rule::keep) {
+    const T stored = store<T>(y[0]);
+    x[at] = stored;
+    y[0] = load(stored);
+  }
+  count<S>(tally, old, y[0]);
+}
+
+// By 16-byte vectors, U of them at a time.
+template <typename T, Statistics S>
+__device__ __forceinline__ void transform_vectors(T* x, int begin, int end, const Unary& unary,
+                                                  Tally& tally) {
+  constexpr int N = 16 / sizeof(T);
+  constexpr int U = kInFlight / (N * sizeof(float));
+  constexpr int kStride = kThreads * N;
+  const bool needs = reads(unary.rule, S);
+  for (int base = begin + threadIdx.x * N; base < end; base += U * kStride) {
+    Vector<T, N> vector[U] = {};
+    if (needs) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (base + u * kStride < end) {
+          vector[u].read(x + base + u * kStride);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (base + u * kStride >= end) {
+        break;
+      }
+      float y[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        y[i] = load(vector[u].x[i]);
+      }
+      apply(unary.rule, y, unary.k);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const T stored = store<T>(y[i]);
+        // A kept element is not rounded again: a NaN would lose its bits.
+        count<S>(tally, load(vector[u].x[i]), load(stored));
+        vector[u].x[i] = stored;
+      }
+      if (unary.rule != Rule::keep) {
+        vector[u].write(x + base + u * kStride);
+      }
+    }
+  }
+}
+
+template <typename T, Statistics S>
+__device__ __forceinline__ void transform_moment(void* data, const Chunk& c, const Unary& unary,
+                                                 Tally& tally) {
+  constexpr int N = 16 / sizeof(T);
+  T* const x = static_cast<T*>(data) + c.origin;
+  const int begin = min((c.begin + N - 1) / N * N, c.end);
+  const int end = max(c.end / N * N, begin);
+  for (int at = c.begin + threadIdx.x; at < begin; at += kThreads) {
+    transform_one<T, S>(x, at, unary, tally);
+  }
+  if (aligned(x) && unary.rule != Rule::prune_random) {
+    transform_vectors<T, S>(x, begin, end, unary, tally);
+  } else {
+    for (int base = begin + threadIdx.x * N; base < end; base += kThreads * N) {
+#pragma unroll 1
+      for (int i = 0; i < N; ++i) {
+        transform_one<T, S>(x, base + i, unary, tally);
+      }
+    }
+  }
+  for (int at = end + threadIdx.x; at < c.end; at += kThreads) {
+    transform_one<T, S>(x, at, unary, tally);
+  }
+}
+
+// What is kept has the same sum before and after: it is counted once.
+template <Statistics S>
+constexpr Statistics kKept = S == Statistics::none ? Statistics::none : Statistics::after;
+
+template <typename M, typename V, Statistics S>
+__device__ __forceinline__ void batch_size_one(const M* m, V* v, int at, const Coefficients& k,
+                                               Tally* tally) {
+  const float momentum = load(m[at]);
+  const float old = load(v[at]);
+  const V stored = store<V>(batch_size(momentum, old, k));
+  v[at] = stored;
+  count<kKept<S>>(tally[0], momentum, momentum);
+  count<S>(tally[1], old, load(stored));
+}
+
+template <typename M, typename V, Statistics S>
+__device__ __forceinline__ void batch_size_vectors(const M* m, V* v, int begin, int end,
+                                                   const Coefficients& k, Tally* tally) {
+  constexpr int N = sizeof(M) == 4 && sizeof(V) == 4 ? 4 : 8;
+  constexpr int U = kInFlight / (2 * N * sizeof(float));
+  constexpr int kStride = kThreads * N;
+  for (int base = begin + threadIdx.x * N; base < end; base += U * kStride) {
+    Vector<M, N> momentum[U] = {};
+    Vector<V, N> vector[U] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (base + u * kStride < end) {
+        momentum[u].read(m + base + u * kStride);
+        vector[u].read(v + base + u * kStride);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (base + u * kStride >= end) {
+        break;
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float first = load(momentum[u].x[i]);
+        const float old = load(vector[u].x[i]);
+        vector[u].x[i] = store<V>(batch_size(first, old, k));
+        count<kKept<S>>(tally[0], first, first);
+        count<S>(tally[1], old, load(vector[u].x[i]));
+      }
+      vector[u].write(v + base + u * kStride);
+    }
+  }
+}
+
+template <typename M, typename V, Statistics S>
+__device__ __forceinline__ void batch_size_moments(const Record& r, const Chunk& c, Tally* sums) {
+  Tally tally[kMoments];
+  constexpr int N = sizeof(M) == 4 && sizeof(V) == 4 ? 4 : 8;
+  const M* const m = static_cast<const M*>(r.data[0]) + c.origin;
+  V* const v = static_cast<V*>(r.data[1]) + c.origin;
+  const Coefficients& k = r.coefficients[1];
+  const int begin = min((c.begin + N - 1) / N * N, c.end);
+  const int end = max(c.end / N * N, begin);
+  for (int at = c.begin + threadIdx.x; at < begin; at += kThreads) {
+    batch_size_one<M, V, S>(m, v, at, k, tally);
+  }
+  if (aligned(m) && aligned(v)) {
+    batch_size_vectors<M, V, S>(m, v, begin, end, k, tally);
+  } else {
+    for (int base = begin + threadIdx.x * N; base < end; base += kThreads * N) {
+#pragma unroll 1
+      for (int i = 0; i < N; ++i) {
+        batch_size_one<M, V, S>(m, v, base + i, k, tally);
+      }
+    }
+  }
+  for (int at = end + threadIdx.x; at < c.end; at += kThreads) {
+    batch_size_one<M, V, S>(m, v, at, k, tally);
+  }
+  if constexpr (S != Statistics::none) {
+    tally[0].before = tally[0].after;
+    block_sum(tally[0], sums[0]);
+    block_sum(tally[1], sums[1]);
+  }
+}
+
+template <typename M, Statistics S>
+__device__ __forceinline__ void batch_size_type(const Record& r, const Chunk& c, Tally* sums) {
+  switch (r.type[1]) {
+    case Type::float32:
+      return batch_size_moments<M, float, S>(r, c, sums);
+    case Type::bfloat16:
+      return batch_size_moments<M, __nv_bfloat16, S>(r, c, sums);
+    case Type::float16:
+      return batch_size_moments<M, __half, S>(r, c, sums);
+  }
+}
+
+template <Statistics S>
+__device__ __forceinline__ void transform_record(const Record& r, const Chunk& c, Tally* sums) {
+  if (r.rule[1] == Rule::batch_size) {
+    switch (r.type[0]) {
+      case Type::float32:
+        return batch_size_type<float, S>(r, c, sums);
+      case Type::bfloat16:
+        return batch_size_type<__nv_bfloat16, S>(r, c, sums);
+      case Type::float16:
+        return batch_size_type<__half, S>(r, c, sums);
+    }
+  }
+#pragma unroll 1
+  for (int moment = 0; moment < kMoments; ++moment) {
+    if (!visits(r.rule[moment], S)) {
+      continue;
+    }
+    const Unary unary{r.rule[moment], r.coefficients[moment], r.where, c.segment_begin};
+    Tally t;
+    switch (r.type[moment]) {
+      case Type::float32:
+        transform_moment<float, S>(r.data[moment], c, unary, t);
+        break;
+      case Type::bfloat16:
+        transform_moment<__nv_bfloat16, S>(r.data[moment], c, unary, t);
+        break;
+      case Type::float16:
+        transform_moment<__half, S>(r.data[moment], c, unary, t);
+        break;
+    }
+    if constexpr (S != Statistics::none) {
+      block_sum(t, sums[moment]);
+    }
+  }
+}
+
+template <Statistics S>
+__device__ __forceinline__ void write_row(double* out, int64_t tensor, int moment, double before,
+                                          double after, double largest, double nonfinite,
+                                          double changed) {
+  double* const row = out + (tensor * kMoments + moment) * kColumns;
+  constexpr bool kBefore = S == Statistics::before_and_after;
+  row[0] = kBefore ? before : -1.0;
+  row[1] = after;
+  row[2] = largest;
+  row[3] = nonfinite;
+  row[4] = kBefore ? changed : -1.0;
+}
+
+// Sums that may pass 2^32 elements, so that the counts are double as well.
+struct Total {
+  double v[kColumns];
+};
+
+template <Statistics S>
+__device__ __forceinline__ void write_total(const Partial* partials, int64_t first, int64_t last,
+                                            int64_t tensor, int moment, double* out) {
+  __shared__ Total of_thread[kThreads];
+  Total sum{};
+  for (int64_t c = first + threadIdx.x; c < last; c += kThreads) {
+    const Tally t = partials[c].tally[moment];
+    sum.v[0] += t.before;
+    sum.v[1] += t.after;
+    sum.v[2] = t.largest > sum.v[2] ? t.largest : sum.v[2];
+    sum.v[3] += t.nonfinite;
+    sum.v[4] += t.changed;
+  }
+  __syncthreads();
+  of_thread[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      Total& a = of_thread[threadIdx.x];
+      const Total& b = of_thread[threadIdx.x + half];
+      a.v[0] += b.v[0];
+      a.v[1] += b.v[1];
+      a.v[2] = b.v[2] > a.v[2] ? b.v[2] : a.v[2];
+      a.v[3] += b.v[3];
+      a.v[4] += b.v[4];
+    }
+  }
+  if (threadIdx.x == 0) {
+    const Total& t = of_thread[0];
+    write_row<S>(out, tensor, moment, t.v[0], t.v[1], t.v[2], t.v[3], t.v[4]);
+  }
+}
+
+// Hands a chunk's tallies in. The block that hands in a tensor's last one adds them all up, in the
+// chunks' order.
+template <Statistics S>
+__device__ __forceinline__ void hand_in(const Tally* sums, int chunk, int tensor,
+                                        const int64_t* first_chunk, uint32_t* done,
+                                        Partial* partials, double* out) {
+  __shared__ bool is_last;
+  const Tally& m = sums[0];
+  const Tally& v = sums[1];
+  const int64_t first = first_chunk[tensor];
+  const int64_t last = first_chunk[tensor + 1];
+  if (last - first == 1) {
+    if (threadIdx.x == 0) {
+      write_row<S>(out, tensor, 0, m.before, m.after, m.largest, m.nonfinite, m.changed);
+      write_row<S>(out, tensor, 1, v.before, v.after, v.largest, v.nonfinite, v.changed);
+    }
+    return;
+  }
+  if (threadIdx.x == 0) {
+    partials[chunk].tally[0] = m;
+    partials[chunk].tally[1] = v;
+    __threadfence();
+    is_last = atomicAdd(done + tensor, 1u) == static_cast<uint32_t>(last - first - 1);
+  }
+  __syncthreads();
+  if (is_last) {
+    __threadfence();
+    write_total<S>(partials, first, last, tensor, 0, out);
+    write_total<S>(partials, first, last, tensor, 1, out);
+  }
+  __syncthreads();
+}
+
+// The rows of the tensors that no segment touches: no chunk hands anything in for them.
+template <Statistics S>
+__device__ __forceinline__ void write_empty(const int64_t* first_chunk, int64_t tensors,
+                                            double* out) {
+  for (int64_t t = threadIdx.x; t < tensors; t += kThreads) {
+    if (first_chunk[t] == first_chunk[t + 1]) {
+      write_row<S>(out, t, 0, 0.0, 0.0, 0.0, 0.0, 0.0);
+      write_row<S>(out, t, 1, 0.0, 0.0, 0.0, 0.0, 0.0);
+    }
+  }
+}
+
+template <Statistics S>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    transform_kernel(const unsigned char* __restrict__ table, int chunks, uint32_t* done,
+                     Partial* partials, double* out) {
+  const TableHeader& header = *reinterpret_cast<const TableHeader*>(table);
+  const Record* const records = reinterpret_cast<const Record*>(table + sizeof(TableHeader));
+  const int64_t* const first_chunk = reinterpret_cast<const int64_t*>(records + header.records);
+  if (S != Statistics::none && blockIdx.x == 0) {
+    write_empty<S>(first_chunk, header.tensors, out);
+  }
+  __shared__ Tally sums[kMoments];  // thread 0's
+  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const Record& r = records[find(records, header.records, chunk)];
+    const Range elements = range(r, chunk);
+    const int64_t origin = elements.begin / kChunk * kChunk;
+    const Chunk c{origin, r.begin - origin, static_cast<int>(elements.begin - origin),
+                  static_cast<int>(elements.end - origin)};
+    transform_record<S>(r, c, sums);
+    if constexpr (S != Statistics::none) {
+      hand_in<S>(sums, chunk, r.tensor, first_chunk, done, partials, out);
+    }
+  }
+}
+
+template <Statistics S>
+cudaError_t launch(const unsigned char* table, int64_t chunks, uint32_t* done, Partial* partials,
+                   double* out, cudaStream_t stream) {
+  unsigned blocks = 0;
+  const cudaError_t error = grid_size(transform_kernel<S>, chunks > 0 ? chunks : 1, &blocks);
+  if (error != cudaSuccess || blocks == 0) {
+    return error;
+  }
+  transform_kernel<S>
+      <<<blocks, kThreads, 0, stream>>>(table, static_cast<int>(chunks), done, partials, out);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_transform(const unsigned char* table, int64_t chunks, int64_t tensors,
+                             Statistics statistics, uint32_t* done, Partial* partials, double* out,
+                             cudaStream_t stream) {
+  if (statistics == Statistics::none ? chunks == 0 : tensors == 0) {
+    return cudaSuccess;
+  }
+  if (statistics != Statistics::none) {
+    const cudaError_t error = cudaMemsetAsync(done, 0, tensors * sizeof(uint32_t), stream);
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  switch (statistics) {
+    case Statistics::none:
+      return launch<Statistics::none>(table, chunks, done, partials, out, stream);
+    case Statistics::after:
+      return launch<Statistics::after>(table, chunks, done, partials, out, stream);
+    case Statistics::before_and_after:
+      return launch<Statistics::before_and_after>(table, chunks, done, partials, out, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace megatron_ext

@@ -1,0 +1,124 @@
+// What is done to one element of Adam's state, for the CPU and the CUDA kernel alike.
+//
+// The same rules in plain torch are megatron_ext/_ops/reference.py; the two agree bit for bit,
+// which is why every operation is rounded by itself: no fused multiply-add (-ffp-contract=off on
+// the host, __f*_rn on the device).
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MEGATRON_EXT_INLINE __host__ __device__ __forceinline__
+#else
+#define MEGATRON_EXT_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace megatron_ext {
+
+// The numbers stand in the segment table (megatron_ext/_ops/segments.py, Code).
+enum class Rule : uint8_t {
+  keep = 0,
+  scale = 1,
+  fill = 2,
+  floor = 3,
+  prune_magnitude = 4,
+  prune_random = 5,
+  batch_size = 6,
+};
+inline constexpr int kRules = 7;
+inline constexpr int kCoefficients = 6;
+
+struct Coefficients {
+  float c[kCoefficients];
+  uint64_t key;    // of the seed and the parameter
+  uint64_t limit;  // prune_random prunes where 53 random bits are below it
+};
+
+// Where a segment's elements lie in the unsharded parameter. Element j of the segment is element
+// start + j of a block of rows of row_length elements; row r of the block begins at
+// base + r * row_stride. row_length 0: the block is one row.
+struct GlobalIndex {
+  int64_t start;
+  int64_t base;
+  int64_t row_length;
+  int64_t row_stride;
+};
+
+MEGATRON_EXT_INLINE uint64_t global_index(const GlobalIndex& where, int64_t j) {
+  const int64_t i = where.start + j;
+  if (where.row_length == 0) {
+    return static_cast<uint64_t>(where.base + i);
+  }
+  const int64_t row = i / where.row_length;
+  return static_cast<uint64_t>(where.base + row * where.row_stride + (i - row * where.row_length));
+}
+
+// splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA
+// 2014), used as a counter-based generator: output `index` of the stream that starts at `key`.
+MEGATRON_EXT_INLINE uint64_t random_bits(uint64_t key, uint64_t index) {
+  uint64_t z = key + (index + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+MEGATRON_EXT_INLINE float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+MEGATRON_EXT_INLINE float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+MEGATRON_EXT_INLINE float sub(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+
+// One moment by itself. A NaN stays a NaN: it is what a report should find.
+template <Rule R>
+MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const GlobalIndex& where,
+                                    int64_t j) {
+  if constexpr (R == Rule::scale) {
+    return mul(k.c[0], x);
+  } else if constexpr (R == Rule::fill) {
+    return k.c[0];
+  } else if constexpr (R == Rule::floor) {
+    const float y = mul(k.c[0], x);
+    return y < k.c[1] ? k.c[1] : y;
+  } else if constexpr (R == Rule::prune_magnitude) {
+    return fabsf(x) <= k.c[0] ? 0.0f : x;
+  } else if constexpr (R == Rule::prune_random) {
+    return (random_bits(k.key, global_index(where, j)) >> 11) < k.limit ? 0.0f : x;
+  } else {
+    return x;
+  }
+}
+
+// exp_avg_sq after a change of the batch size by k, from m = exp_avg and v = exp_avg_sq.
+// c = {1/(1-b1^t), 1/(1-b2^t), (1-b1)/(1+b1), 1/(1-c), 1/k, 1-b2^t}; the split of v into the
+// squared gradient and its variance, with the latter divided by k (Rule: BatchSize in
+// megatron_ext/rules.py has the formula and its limits).
+MEGATRON_EXT_INLINE float batch_size(float m, float v, const Coefficients& k) {
+  const float m_hat = mul(m, k.c[0]);
+  const float v_hat = mul(v, k.c[1]);
+  float g2 = mul(sub(mul(m_hat, m_hat), mul(k.c[2], v_hat)), k.c[3]);
+  g2 = g2 < 0.0f ? 0.0f : g2;
+  g2 = g2 > v_hat ? v_hat : g2;
+  return mul(add(g2, mul(sub(v_hat, g2), k.c[4])), k.c[5]);
+}
+
+}  // namespace megatron_ext

@@ -1,0 +1,302 @@
+#include "read_table.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace megatron_ext {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Columns of the segment table (megatron_ext/_ops/segments.py, COLUMNS).
+enum Column : int64_t {
+  kTensor,
+  kBegin,
+  kEnd,
+  kRuleM,
+  kRuleV,
+  kStart,
+  kBase,
+  kRowLength,
+  kRowStride,
+  kKeyM,
+  kKeyV,
+  kIntegers,
+};
+
+template <typename... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
+
+const char* device_name(bool cuda) { return cuda ? "CUDA" : "CPU"; }
+
+// What every tensor of a call has to be. Each getter of the stable ABI is a call into libtorch:
+// there may be thousands of tensors, so that none is made twice.
+class TensorCheck {
+ public:
+  TensorCheck(bool cuda, int32_t device_index)
+      : cuda_(cuda),
+        device_index_(device_index),
+        device_type_(cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu()),
+        dtypes_{aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                aoti_torch_dtype_float16()} {}
+
+  // The data of a tensor; sets its type and length.
+  void* operator()(const Tensor& x, const char* list, size_t index, Type& type,
+                   int64_t& numel) const {
+    int32_t device_type = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+    if (device_type != device_type_) {
+      fail(list, "[", index, "] is not on the ", device_name(cuda_), " as the others are");
+    }
+    if (cuda_ && x.get_device_index() != device_index_) {
+      fail(list, "[", index, "] is on device ", x.get_device_index(), ", the first tensor on ",
+           device_index_);
+    }
+    if (!x.is_contiguous()) {
+      fail(list, "[", index, "] is not contiguous");
+    }
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    const auto* found = std::find(std::begin(dtypes_), std::end(dtypes_), dtype);
+    if (found == std::end(dtypes_)) {
+      fail(list, "[", index, "] is neither float32, bfloat16 nor float16");
+    }
+    type = static_cast<Type>(found - std::begin(dtypes_));
+    numel = x.numel();
+    return x.data_ptr();
+  }
+
+ private:
+  bool cuda_;
+  int32_t device_index_;
+  int32_t device_type_;
+  int32_t dtypes_[3];  // in the order of Type
+};
+
+void check_table(const Tensor& x, const char* name, ScalarType dtype, const char* dtype_name,
+                 int64_t width) {
+  if (!x.is_cpu() || x.scalar_type() != dtype || !x.is_contiguous() || x.dim() != 2 ||
+      x.size(1) != width) {
+    fail(name, " must be a contiguous CPU tensor of dtype ", dtype_name, " and shape [n, ", width,
+         "]");
+  }
+}
+
+Rule read_rule(int64_t value, int64_t segment, const char* moment) {
+  if (value < 0 || value >= kRules) {
+    fail("segment ", segment, ": ", value, " is no rule for ", moment);
+  }
+  return static_cast<Rule>(value);
+}
+
+Coefficients read_coefficients(const double* values, uint64_t key, Rule rule) {
+  Coefficients out{};
+  for (int i = 0; i < kCoefficients; ++i) {
+    out.c[i] = static_cast<float>(values[i]);
+  }
+  out.key = key;
+  if (rule == Rule::prune_random) {
+    const double probability = values[0];
+    if (!(probability >= 0.0 && probability <= 1.0)) {
+      fail("prune_random: a probability of ", probability, " is not within 0 and 1");
+    }
+    out.limit = static_cast<uint64_t>(std::llround(std::ldexp(probability, 53)));
+  }
+  return out;
+}
+
+struct Memory {
+  const char* begin;
+  const char* end;
+  const char* list;
+  size_t index;
+};
+
+void check_no_shared_memory(std::vector<Memory>& memory) {
+  auto before = [](const Memory& a, const Memory& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(memory.begin(), memory.end(), before)) {
+    std::sort(memory.begin(), memory.end(), before);
+  }
+  for (size_t i = 1; i < memory.size(); ++i) {
+    const Memory& a = memory[i - 1];
+    const Memory& b = memory[i];
+    if (b.begin < a.end) {
+      fail(a.list, "[", a.index, "] and ", b.list, "[", b.index, "] share memory");
+    }
+  }
+}
+
+}  // namespace
+
+Statistics read_statistics(int64_t statistics) {
+  if (statistics < 0 || statistics > 2) {
+    fail("statistics must be 0 (none), 1 (after) or 2 (before and after), not ", statistics);
+  }
+  return static_cast<Statistics>(statistics);
+}
+
+Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                  const Tensor& coefficients, bool cuda, int32_t device_index, bool known) {
+  const size_t count = exp_avg.size();
+  if (exp_avg_sq.size() != count) {
+    fail("exp_avg has ", count, " tensors, exp_avg_sq ", exp_avg_sq.size());
+  }
+  const TensorCheck check_tensor(cuda, device_index);
+  struct Pair {
+    void* data[kMoments];
+    Type type[kMoments];
+    int64_t numel;
+  };
+  std::vector<Pair> pairs(count);
+  std::vector<Memory> memory;
+  memory.reserve(2 * count);
+  for (size_t i = 0; i < count; ++i) {
+    Pair& pair = pairs[i];
+    int64_t numel_v = 0;
+    pair.data[0] = check_tensor(exp_avg[i], "exp_avg", i, pair.type[0], pair.numel);
+    pair.data[1] = check_tensor(exp_avg_sq[i], "exp_avg_sq", i, pair.type[1], numel_v);
+    if (pair.numel != numel_v) {
+      fail("exp_avg[", i, "] has ", pair.numel, " elements, exp_avg_sq[", i, "] ", numel_v);
+    }
+    if (pair.numel > 0 && !known) {
+      for (int moment = 0; moment < kMoments; ++moment) {
+        const char* begin = static_cast<const char*>(pair.data[moment]);
+        const int64_t size = pair.type[moment] == Type::float32 ? 4 : 2;
+        memory.push_back(
+            {begin, begin + pair.numel * size, moment == 0 ? "exp_avg" : "exp_avg_sq", i});
+      }
+    }
+  }
+  check_no_shared_memory(memory);
+
+  check_table(segments, "segments", ScalarType::Long, "int64", kIntegers);
+  check_table(coefficients, "coefficients", ScalarType::Double, "float64",
+              kMoments * kCoefficients);
+  const int64_t rows = segments.size(0);
+  if (coefficients.size(0) != rows) {
+    fail("segments has ", rows, " rows, coefficients ", coefficients.size(0));
+  }
+  const int64_t* integers = static_cast<const int64_t*>(segments.data_ptr());
+  const double* values = static_cast<const double*>(coefficients.data_ptr());
+
+  Launch launch;
+  launch.records.reserve(rows);
+  for (int64_t s = 0; s < rows; ++s, integers += kIntegers, values += kMoments * kCoefficients) {
+    const int64_t tensor = integers[kTensor];
+    if (tensor < 0 || tensor >= static_cast<int64_t>(count)) {
+      fail("segment ", s, ": there is no tensor ", tensor, ", only ", count);
+    }
+    const Pair& pair = pairs[tensor];
+    Record r{};
+    r.begin = integers[kBegin];
+    r.end = integers[kEnd];
+    if (r.begin < 0 || r.end < r.begin || r.end > pair.numel) {
+      fail("segment ", s, ": elements ", r.begin, " to ", r.end, " are not within tensor ", tensor,
+           " of ", pair.numel, " elements");
+    }
+    r.where = {integers[kStart], integers[kBase], integers[kRowLength], integers[kRowStride]};
+    if (r.where.start < 0 || r.where.base < 0 || r.where.row_length < 0 || r.where.row_stride < 0) {
+      fail("segment ", s, ": start, base, row_length and row_stride must not be negative");
+    }
+    r.tensor = static_cast<int32_t>(tensor);
+    r.rule[0] = read_rule(integers[kRuleM], s, "exp_avg");
+    r.rule[1] = read_rule(integers[kRuleV], s, "exp_avg_sq");
+    if (r.rule[0] == Rule::batch_size) {
+      fail("segment ", s, ": batch_size is a rule for exp_avg_sq, not for exp_avg");
+    }
+    if (r.rule[1] == Rule::batch_size && r.rule[0] != Rule::keep) {
+      fail("segment ", s, ": batch_size reads exp_avg, which must be kept beside it");
+    }
+    for (int moment = 0; moment < kMoments; ++moment) {
+      r.data[moment] = pair.data[moment];
+      r.type[moment] = pair.type[moment];
+      r.coefficients[moment] = read_coefficients(
+          values + moment * kCoefficients,
+          static_cast<uint64_t>(integers[moment == 0 ? kKeyM : kKeyV]), r.rule[moment]);
+    }
+    if (r.begin < r.end) {
+      launch.records.push_back(r);
+    }
+  }
+
+  auto before = [](const Record& a, const Record& b) {
+    return a.tensor != b.tensor ? a.tensor < b.tensor : a.begin < b.begin;
+  };
+  if (!std::is_sorted(launch.records.begin(), launch.records.end(), before)) {
+    std::sort(launch.records.begin(), launch.records.end(), before);
+  }
+  launch.first_chunk.assign(count + 1, 0);
+  int64_t chunk = 0;
+  for (size_t i = 0; i < launch.records.size(); ++i) {
+    Record& r = launch.records[i];
+    if (i > 0 && launch.records[i - 1].tensor == r.tensor && launch.records[i - 1].end > r.begin) {
+      fail("segments overlap in tensor ", r.tensor, ": ", launch.records[i - 1].begin, " to ",
+           launch.records[i - 1].end, " and ", r.begin, " to ", r.end);
+    }
+    r.first_chunk = chunk;
+    chunk += chunks(r);
+    launch.first_chunk[r.tensor + 1] = chunk;
+  }
+  for (size_t t = 1; t <= count; ++t) {
+    launch.first_chunk[t] = std::max(launch.first_chunk[t], launch.first_chunk[t - 1]);
+  }
+  return launch;
+}
+
+HistogramLaunch read_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
+                               int64_t level, bool cuda, int32_t device_index) {
+  if (level < 0 || level >= kLevels) {
+    fail("level must be 0, 1 or 2, not ", level);
+  }
+  const TensorCheck check_tensor(cuda, device_index);
+  std::vector<HistogramRange> whole(tensors.size());
+  std::vector<int64_t> numel(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    whole[i].data = check_tensor(tensors[i], "tensors", i, whole[i].type, numel[i]);
+  }
+  check_table(ranges, "ranges", ScalarType::Long, "int64", 4);
+  if (prefixes.scalar_type() != ScalarType::Long || prefixes.dim() != 1 ||
+      !prefixes.is_contiguous() || (cuda ? !prefixes.is_cuda() : !prefixes.is_cpu())) {
+    fail("prefixes must be a contiguous int64 tensor of one dimension on the ", device_name(cuda));
+  }
+  const int64_t groups = prefixes.size(0);
+  HistogramLaunch launch{{}, 0};
+  const int64_t* row = static_cast<const int64_t*>(ranges.data_ptr());
+  for (int64_t i = 0; i < ranges.size(0); ++i, row += 4) {
+    if (row[0] < 0 || row[0] >= static_cast<int64_t>(tensors.size())) {
+      fail("range ", i, ": there is no tensor ", row[0], ", only ", tensors.size());
+    }
+    HistogramRange range = whole[row[0]];
+    range.begin = row[1];
+    range.end = row[2];
+    range.group = row[3];
+    if (range.begin < 0 || range.end < range.begin || range.end > numel[row[0]]) {
+      fail("range ", i, ": elements ", row[1], " to ", row[2], " are not within tensor ", row[0],
+           " of ", numel[row[0]], " elements");
+    }
+    if (range.group < 0 || range.group >= groups) {
+      fail("range ", i, ": there is no group ", range.group, ", only ", groups);
+    }
+    if (range.begin == range.end) {
+      continue;
+    }
+    range.first_chunk = launch.total_chunks;
+    launch.total_chunks += (range.end - range.begin + kChunk - 1) / kChunk;
+    launch.ranges.push_back(range);
+  }
+  return launch;
+}
+
+}  // namespace megatron_ext

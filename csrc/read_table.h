@@ -1,0 +1,55 @@
+// From the op's arguments to records, with every check that keeps the kernels inside the tensors.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "segment_table.h"
+
+namespace megatron_ext {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+struct Launch {
+  std::vector<Record> records;       // in order of (tensor, begin); none is empty
+  std::vector<int64_t> first_chunk;  // of each tensor, and the total at the end
+  int64_t total_chunks() const { return first_chunk.back(); }
+};
+
+// Throws std::runtime_error, before anything is written, for lists of different length, tensors
+// that are not contiguous, not on `device_type` `device_index` or of another dtype, shared memory,
+// a table of another shape or dtype, an unknown rule, a range outside its tensor, an overlap.
+// `known`: the result is only compared with that of an earlier call, which has looked for shared
+// memory already.
+Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                  const Tensor& coefficients, bool cuda, int32_t device_index, bool known = false);
+
+struct HistogramRange {
+  const void* data;
+  int64_t begin;
+  int64_t end;
+  int64_t group;
+  int64_t first_chunk;
+  Type type;
+};
+
+struct HistogramLaunch {
+  std::vector<HistogramRange> ranges;  // none is empty
+  int64_t total_chunks;
+};
+
+// Bits of a magnitude (fp32 without its sign) that one level of the histogram sorts by.
+inline constexpr int kLevels = 3;
+inline constexpr int kLevelBits[kLevels] = {11, 10, 10};
+inline constexpr int kLevelShift[kLevels] = {20, 10, 0};
+inline constexpr int64_t kBins = 2048;
+
+HistogramLaunch read_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
+                               int64_t level, bool cuda, int32_t device_index);
+
+Statistics read_statistics(int64_t statistics);
+
+}  // namespace megatron_ext

@@ -1,0 +1,76 @@
+// The segment table as the kernels read it: one record a segment, cut into chunks.
+//
+// Chunks begin at multiples of kChunk in the tensor, not in memory and not in the grid, and each
+// chunk's statistics are one partial result. So the same input gives the same bits, whatever the
+// number of threads, the alignment or the free memory.
+
+#pragma once
+
+#include <cstdint>
+
+#include "element_rule.h"
+
+namespace megatron_ext {
+
+inline constexpr int64_t kChunk = 32768;
+
+enum class Type : uint8_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+enum class Statistics : int { none = 0, after = 1, before_and_after = 2 };
+
+inline constexpr int kMoments = 2;  // exp_avg, exp_avg_sq
+
+struct Record {
+  int64_t begin;  // in the tensor
+  int64_t end;
+  int64_t first_chunk;
+  void* data[kMoments];  // of the tensor's first element
+  GlobalIndex where;
+  Coefficients coefficients[kMoments];
+  int32_t tensor;
+  Rule rule[kMoments];
+  Type type[kMoments];
+};
+
+MEGATRON_EXT_INLINE int64_t chunks(const Record& r) {
+  return r.begin == r.end ? 0 : (r.end + kChunk - 1) / kChunk - r.begin / kChunk;
+}
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The elements of a record that chunk `chunk` of the launch holds.
+MEGATRON_EXT_INLINE Range range(const Record& r, int64_t chunk) {
+  const int64_t begin = (r.begin / kChunk + (chunk - r.first_chunk)) * kChunk;
+  const int64_t end = begin + kChunk;
+  return {begin < r.begin ? r.begin : begin, end > r.end ? r.end : end};
+}
+
+// The record (or another struct with first_chunk) that holds chunk `chunk`. Records are in order
+// and none is empty.
+template <typename R>
+MEGATRON_EXT_INLINE int64_t find(const R* records, int64_t count, int64_t chunk) {
+  int64_t low = 0;
+  int64_t high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (records[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Whether a moment has to be visited at all, and whether its old value is needed.
+constexpr MEGATRON_EXT_INLINE bool visits(Rule rule, Statistics statistics) {
+  return rule != Rule::keep || statistics != Statistics::none;
+}
+constexpr MEGATRON_EXT_INLINE bool reads(Rule rule, Statistics statistics) {
+  return rule != Rule::fill || statistics == Statistics::before_and_after;
+}
+
+}  // namespace megatron_ext

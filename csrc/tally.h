@@ -1,0 +1,39 @@
+// Statistics of one moment over a range of elements.
+
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "segment_table.h"
+
+namespace megatron_ext {
+
+// The squares are summed in double: exp_avg_sq is often so small that its square is no fp32.
+struct Tally {
+  double before = 0.0;
+  double after = 0.0;
+  float largest = 0.0f;
+  uint32_t nonfinite = 0;
+  uint32_t changed = 0;
+};
+
+// Columns of the op's result (megatron_ext/_ops/segments.py, STATISTICS_COLUMNS).
+inline constexpr int kColumns = 5;
+
+template <Statistics S>
+MEGATRON_EXT_INLINE void count(Tally& t, float before, float after) {
+  if constexpr (S != Statistics::none) {
+    const float magnitude = fabsf(after);
+    t.after += static_cast<double>(after) * static_cast<double>(after);
+    t.largest = magnitude > t.largest ? magnitude : t.largest;
+    t.nonfinite += magnitude <= FLT_MAX ? 0u : 1u;
+  }
+  if constexpr (S == Statistics::before_and_after) {
+    t.before += static_cast<double>(before) * static_cast<double>(before);
+    t.changed += (before == after || (before != before && after != after)) ? 0u : 1u;
+  }
+}
+
+}  // namespace megatron_ext

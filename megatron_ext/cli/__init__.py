@@ -1,0 +1,28 @@
+"""The command line: one module a command, none of which needs a GPU or ranks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The command and its options; ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit status.
+    """
+    from . import env
+
+    parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    env.add_to(commands)
+    options = parser.parse_args(argv)
+    status: int = options.run(options)
+    return status

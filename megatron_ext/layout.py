@@ -1,0 +1,111 @@
+"""Where a rank's shard of a parameter lies in the unsharded parameter. Pure arithmetic.
+
+Megatron cuts a parameter twice: tensor parallelism by rows or columns, then the distributed
+optimizer by a range of the flattened remainder. A decision that depends on an element's position
+must not depend on either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .errors import PlanError
+
+
+@dataclass(frozen=True)
+class GlobalIndex:
+    """Where a run of elements lies in the unsharded, flattened parameter.
+
+    Element j of the run is element ``start + j`` of a block whose rows of ``row_length`` elements
+    begin at ``base``, ``base + row_stride``, ``base + 2 * row_stride``, ...
+
+    Args:
+        start: Of the run's first element in the block.
+        base: Index of the block's first element in the unsharded parameter.
+        row_length: Elements of a row; 0 if the block is one run of elements.
+        row_stride: From one row's first element to the next one's.
+    """
+
+    start: int = 0
+    base: int = 0
+    row_length: int = 0
+    row_stride: int = 0
+
+
+#: A tensor that holds the parameter from its first element on.
+WHOLE = GlobalIndex()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a tensor-parallel shard, in the shard's order.
+
+    Args:
+        length: Elements.
+        base: As `GlobalIndex`.
+        row_length: As `GlobalIndex`.
+        row_stride: As `GlobalIndex`.
+    """
+
+    length: int
+    base: int = 0
+    row_length: int = 0
+    row_stride: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements ``begin`` to ``end`` of a rank's flattened shard, and where they lie."""
+
+    begin: int
+    end: int
+    index: GlobalIndex
+
+
+def tensor_parallel_blocks(
+    shape: Sequence[int], dim: int | None, size: int, rank: int, halves: int = 1
+) -> tuple[Block, ...]:
+    """The blocks of a tensor-parallel rank's shard.
+
+    Args:
+        shape: Of the unsharded parameter.
+        dim: Partitioned dimension; None where every rank holds the whole.
+        size: Tensor-parallel ranks.
+        rank: One of them.
+        halves: Matrices that are stored one after the other along dim 0 and each cut by itself: 2
+            for a gated fc1 (gate and up projection).
+
+    Raises:
+        PlanError: The dimension cannot be cut that way.
+    """
+    total = math.prod(shape)
+    if dim is None or size == 1:
+        return (Block(total),)
+    if not 0 <= rank < size or not 0 <= dim < len(shape):
+        raise PlanError(f"no shard {rank} of {size} along dimension {dim} of shape {tuple(shape)}")
+    if shape[dim] % (size * halves) or (halves > 1 and dim != 0):
+        raise PlanError(
+            f"shape {tuple(shape)} cannot be cut along dimension {dim} into {size} equal shards"
+            + (f" of {halves} matrices each" if halves > 1 else "")
+        )
+    inner = math.prod(shape[dim:])
+    part = inner // (size * halves)
+    if dim == 0:
+        return tuple(Block(part, half * (inner // halves) + rank * part) for half in range(halves))
+    return (Block(total // size, rank * part, part, inner),)
+
+
+def runs(blocks: Sequence[Block], begin: int, end: int) -> Iterator[Run]:
+    """Elements ``begin`` to ``end`` of a shard of these blocks, a run for each block they touch.
+
+    The runs count from ``begin``: they are ranges of the rank's own flattened tensor.
+    """
+    at = 0
+    for block in blocks:
+        first, last = max(begin, at), min(end, at + block.length)
+        if first < last:
+            index = GlobalIndex(first - at, block.base, block.row_length, block.row_stride)
+            yield Run(first - begin, last - begin, index)
+        at += block.length

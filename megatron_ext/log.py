@@ -1,0 +1,14 @@
+"""Messages to the user, where Megatron's own go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+
+def say(lines: str | Sequence[str]) -> None:
+    """Print on rank 0, where Megatron prints its own log (its handler drops foreign loggers)."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for line in [lines] if isinstance(lines, str) else lines:
+            print(line, flush=True)
