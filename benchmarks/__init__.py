@@ -1,0 +1,1 @@
+"""Benchmarks: programs that measure this package and keep what they measured."""

@@ -1,0 +1,162 @@
+"""What was to be reached, compared with what was measured. Reads a result as it is written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .operations import BATCH_SIZE, RESCALE, RESET
+from .peers import COPY, FOREACH, MUL, OURS, SHORTCUT, ZERO
+from .shapes import HUGE_TENSOR, SMALL_TENSORS
+
+#: Elements from which a figure for one huge tensor counts.
+GPU_ELEMENTS, CPU_ELEMENTS, CPU_THREADS = 10**9, 32 * 10**6, 2
+
+_COUNTED = f"{RESCALE}, statistics before and after"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target.
+
+    Args:
+        figure: What it is about.
+        ours: Measured.
+        peer: Measured.
+        predicted: Ratio from the bytes.
+        measured: Ratio.
+        target: Least ratio, or what it has to be; ``none`` for a figure that is only shown.
+        verdict: ``met``, ``missed``, or ``not run`` and why; ``-`` without a target.
+    """
+
+    figure: str
+    ours: str
+    peer: str
+    predicted: str
+    measured: str
+    target: str
+    verdict: str
+
+
+def verdicts(result: dict[str, Any]) -> list[Verdict]:
+    """Every target, in the report's order."""
+    return [*_gpu(result), *_cpu(result)]
+
+
+def median(row: dict[str, Any]) -> float:
+    """Seconds of a call."""
+    return statistics.median(row["seconds"])
+
+
+def traffic(row: dict[str, Any]) -> int | None:
+    """Bytes for a pair of elements."""
+    return sum(n for _, n in row["traffic"]) if row["traffic"] else None
+
+
+def find(result: dict[str, Any], operation: str, shape: str) -> dict[str, Any] | None:
+    """The group of an operation on a shape."""
+    for group in result["groups"]:
+        if (group["operation"], group["shape"]) == (operation, shape):
+            return group
+    return None
+
+
+def pick(group: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The row of an implementation, if it was measured."""
+    rows = [row for row in group["rows"] if row["name"] == name and row["seconds"]]
+    return rows[0] if rows else None
+
+
+def _gpu(result: dict[str, Any]) -> Iterator[Verdict]:
+    why = "" if result["device"] == "cuda" else "no CUDA device in this run"
+    huge = (HUGE_TENSOR, GPU_ELEMENTS)
+    what = "GPU, rescale m and v with statistics, 1e9 elements"
+    yield _ratio(result, f"{what}: bandwidth against copy_", _COUNTED, huge, COPY, 0.92, why)
+    yield _ratio(result, f"{what}: time against foreach", _COUNTED, huge, FOREACH, 2.0, why)
+    yield _ratio(result, f"{what}: time against its shortcut", _COUNTED, huge, SHORTCUT, None, why)
+    what = "GPU, batch-size rule, 1e9 elements"
+    yield _ratio(result, f"{what}: time against foreach", BATCH_SIZE, huge, FOREACH, 3.0, why)
+    yield _temporaries(result, f"{what}: bytes of temporaries", BATCH_SIZE, huge, why)
+    for shape in result["shapes"]:
+        if shape["single"] and shape["name"] != HUGE_TENSOR:
+            continue
+        least = 5.0 if shape["name"] == SMALL_TENSORS else 1.0
+        whole = (shape["name"], shape["whole"])
+        figure = f"GPU, rescale without statistics, {shape['name']}: time against foreach"
+        yield _ratio(result, figure, RESCALE, whole, FOREACH, least, why)
+    figure = "GPU, reset m and v, 1e9 elements: bandwidth against zero_"
+    yield _ratio(result, figure, RESET, huge, ZERO, 0.92, why)
+
+
+def _cpu(result: dict[str, Any]) -> Iterator[Verdict]:
+    why = "" if result["device"] == "cpu" else "not the device of this run"
+    threads = result["environment"]["threads"]
+    if not why and threads != CPU_THREADS:
+        why = f"{threads} threads, not {CPU_THREADS}"
+    huge = (HUGE_TENSOR, CPU_ELEMENTS)
+    what = "CPU, rescale m and v with statistics, 2 threads, one huge tensor"
+    yield _ratio(result, f"{what}: time against foreach", _COUNTED, huge, FOREACH, 4.0, why)
+    yield _ratio(result, f"{what}: time against its shortcut", _COUNTED, huge, SHORTCUT, None, why)
+    yield _ratio(result, f"{what}: bandwidth against mul_", _COUNTED, huge, MUL, 0.8, why)
+
+
+def _ratio(
+    result: dict[str, Any],
+    figure: str,
+    operation: str,
+    shape: tuple[str, int],
+    name: str,
+    least: float | None,
+    why: str,
+) -> Verdict:
+    """A ratio of times; with a limit as the peer, that of the bandwidths, its bytes being ours.
+
+    Without a least ratio it is shown beside one that has a target.
+    """
+    target = f">= {least:g}x" if least is not None else "none"
+    group = find(result, operation, shape[0])
+    ours = pick(group, OURS) if group else None
+    peer = pick(group, name) if group else None
+    if not why and (group is None or ours is None or peer is None):
+        why = "not measured"
+    if not why and group is not None and group["elements"] < shape[1]:
+        why = f"{group['elements']:,} elements, not {shape[1]:,}"
+    if why or group is None or ours is None or peer is None:
+        return Verdict(figure, "-", "-", "-", "-", target, f"not run ({why})")
+    measured = median(peer) / median(ours)
+    predicted = (traffic(peer) or 0) / (traffic(ours) or 1)
+    return Verdict(
+        figure,
+        _speed(ours, group["elements"]),
+        f"{name.removeprefix('limit: ')} {_speed(peer, group['elements'])}",
+        f"{predicted:.2f}x",
+        f"{measured:.2f}x",
+        target,
+        "-" if least is None else "met" if measured >= least else "missed",
+    )
+
+
+def _temporaries(
+    result: dict[str, Any], figure: str, operation: str, shape: tuple[str, int], why: str
+) -> Verdict:
+    group = find(result, operation, shape[0])
+    ours = pick(group, OURS) if group else None
+    peer = pick(group, FOREACH) if group else None
+    if not why and (group is None or ours is None):
+        why = "not measured"
+    if not why and group is not None and group["elements"] < shape[1]:
+        why = f"{group['elements']:,} elements, not {shape[1]:,}"
+    if why or ours is None:
+        return Verdict(figure, "-", "-", "-", "-", "0", f"not run ({why})")
+    used = ours["temporaries"]
+    other = f"foreach {peer['temporaries']:,}" if peer else "-"
+    met = "met" if used == 0 else "missed"
+    return Verdict(figure, f"{used:,}", other, "-", "-", "0", met)
+
+
+def _speed(row: dict[str, Any], elements: int) -> str:
+    seconds = median(row)
+    speed = (traffic(row) or 0) * elements / seconds / 1e9
+    return f"{seconds * 1e3:.3f} ms, {speed:.1f} GB/s"
