@@ -3,6 +3,10 @@
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
 MATRIX ?= 0.18.2 0.16.1
+# How many tests have to pass with each (0.16.1's wheel has no training loop, which 5 tests need).
+cells_0.18.2 := 128
+cells_0.16.1 := 123
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
 
@@ -19,26 +23,26 @@ bootstrap: ## make .venv, or bring it up to date
 demo: bootstrap ## resume a small run with other hyperparameters and plot what happens
 	$(PYTHON_BIN) -m megatron_ext.demo
 
-lint: bootstrap ## ruff and mypy
+lint: bootstrap ## ruff, mypy and clang-format
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(SOURCES)
 
-format: bootstrap ## let ruff format the code and mend what it can
+format: bootstrap ## let ruff and clang-format format the code and mend what they can
 	$(PYTHON_BIN) -m ruff format .
 	$(PYTHON_BIN) -m ruff check --fix .
+	.venv/bin/clang-format -i $(SOURCES)
 
 test: lint ## lint, then all tests
 	$(PYTHON_BIN) -m pytest $(PYTEST_ARGS)
 
-test-matrix: bootstrap ## the tests that meet Megatron, against each megatron-core of MATRIX
-	@failed=; for version in $(MATRIX); do \
-	    echo "== megatron-core $$version"; \
-	    overlay=$$(.ci/overlay $$version) \
-	        && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest tests -m "ranks or matrix" $(PYTEST_ARGS) \
-	        || failed="$$failed $$version"; \
-	done; \
-	if [ -n "$$failed" ]; then echo "test-matrix: failed with megatron-core$$failed" >&2; exit 1; fi
+test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against each megatron-core of MATRIX
+
+test-with-%: bootstrap
+	@echo "== megatron-core $*"
+	@overlay=$$(.ci/overlay $*) && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest tests \
+	    --ignore tests/test_agree.py -m "ranks or matrix" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(cells_$*:%=--cells=%))
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)

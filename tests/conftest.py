@@ -17,6 +17,25 @@ FIRST = Hyper()
 STEPS = 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cells",
+        type=int,
+        metavar="N",
+        help="fail unless N tests passed",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    wanted = session.config.getoption("--cells")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = len(reporter.stats.get("passed", []))
+    if wanted is not None and session.exitstatus == pytest.ExitCode.OK and passed != wanted:
+        reporter.write_line(f"\nERROR: {passed} tests passed, --cells says {wanted}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def stock() -> Iterator[RankPool]:
     """Ranks in which this package cannot be imported."""
