@@ -21,12 +21,19 @@ if TYPE_CHECKING:
         PlanError,
         PolicyError,
     )
+    from .live import transform_moments
     from .optimizer import SelectiveAdam
-    from .policy import ResumePolicy
+    from .policy import GroupRule, Match, MomentRule, ResumePolicy
+    from .presets import Preset
 
 _WHERE = {
     "SelectiveAdam": "optimizer",
     "ResumePolicy": "policy",
+    "GroupRule": "policy",
+    "Match": "policy",
+    "MomentRule": "policy",
+    "Preset": "presets",
+    "transform_moments": "live",
     "get_megatron_optimizer": "build",
     "add_arguments": "arguments",
     "MegatronExtError": "errors",
@@ -40,15 +47,20 @@ _WHERE = {
 __all__ = [
     "AgreementError",
     "CheckpointError",
+    "GroupRule",
     "HostError",
+    "Match",
     "MegatronExtError",
+    "MomentRule",
     "PlanError",
     "PolicyError",
+    "Preset",
     "ResumePolicy",
     "SelectiveAdam",
     "__version__",
     "add_arguments",
     "get_megatron_optimizer",
+    "transform_moments",
 ]
 
 

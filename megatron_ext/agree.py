@@ -7,6 +7,8 @@ number of ranks. Only when something is wrong a second collective brings the mes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -42,7 +44,7 @@ def agree(what: str, digest: str, error: MegatronExtError | None = None) -> None
     high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
     # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
     probe = torch.tensor(
-        [high, -high, low, -low, int(error is not None)], dtype=torch.int64, device=_device()
+        [high, -high, low, -low, int(error is not None)], dtype=torch.int64, device=device()
     )
     dist.all_reduce(probe, op=dist.ReduceOp.MAX)
     high_max, high_min, low_max, low_min, failed = probe.tolist()
@@ -55,9 +57,24 @@ def total(values: list[int]) -> list[int]:
     """Sum integers over all ranks (8 bytes each a rank); collective over the default group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.int64, device=_device())
+    summed = torch.tensor(values, dtype=torch.int64, device=device())
     dist.all_reduce(summed)
     return [int(v) for v in summed.tolist()]
+
+
+def gather(value: Any) -> list[Any]:
+    """A plain value of every rank, in rank order; collective over the default group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def add_up(tensor: torch.Tensor) -> None:
+    """Add a tensor up over all ranks, in place; collective over the default group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
 
 
 def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None) -> None:
@@ -90,7 +107,8 @@ def _ranks(ranks: list[int]) -> str:
     return named if len(ranks) <= _MAX_NAMED else f"{named} and {len(ranks) - _MAX_NAMED} more"
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where a tensor has to be for the default group's collectives."""
     if "nccl" in str(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+from . import operations, policy_file, presets
+from .errors import PolicyError
 from .host import DEFAULT_CLASS, Request
-from .policy import ResumePolicy
+from .policy import GroupRule, Match, MomentRule, ResumePolicy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,12 +45,86 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"{DEFAULT_CLASS}. Without it nothing changes.",
     )
     group.add_argument(
+        "--selective-policy",
+        metavar="FILE",
+        default=None,
+        help="YAML file with the whole policy; not together with the other --selective flags but "
+        "--selective-report.",
+    )
+    group.add_argument(
         "--selective-keep-hyperparameters",
         metavar="KEY",
         nargs="+",
         default=[],
         help="param_group keys whose value is taken from the checkpoint instead of the current "
         "arguments, for example: betas eps weight_decay.",
+    )
+    group.add_argument(
+        "--selective-hyperparameters",
+        choices=("args", "checkpoint"),
+        default="args",
+        help="Where the keys come from that are not named. Default: args.",
+    )
+    group.add_argument(
+        "--selective-take-hyperparameters",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="With --selective-hyperparameters checkpoint: keys taken from the arguments.",
+    )
+    group.add_argument(
+        "--selective-group-rule",
+        metavar="WORD",
+        nargs="+",
+        action="append",
+        default=[],
+        help="Exception for some param_groups: KEY=VALUE ... keep KEY ... take KEY ..., or one of "
+        "the two, for example: "
+        "is_expert_parallel=true keep max_lr min_lr. May be given again.",
+    )
+    group.add_argument(
+        "--selective-preset",
+        metavar="WORD",
+        nargs="+",
+        default=["keep"],
+        help=f"What is done to the moments that no rule names: {', '.join(presets.forms())}.",
+    )
+    group.add_argument(
+        "--selective-decline",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="Parts of the preset that are left out, for example: lr eps.",
+    )
+    group.add_argument(
+        "--selective-rule",
+        metavar=("MATCH", "EXP_AVG", "EXP_AVG_SQ"),
+        nargs=3,
+        action="append",
+        default=[],
+        help="What is done to the moments of some parameters, for example: "
+        "'output_layer.weight[32000:]' reset 'fill column-mean'. MATCH is a glob, or re: and a "
+        "regular expression, then [rows], ndim=N and KEY=VALUE of the param_group. Operations: "
+        f"{', '.join(operations.GRAMMAR)}. May be given again.",
+    )
+    group.add_argument(
+        "--selective-step",
+        metavar="STEP",
+        default=None,
+        help="Adam's step: keep, reset, or a number. Default: what the preset says.",
+    )
+    group.add_argument(
+        "--selective-nonfinite",
+        choices=("error", "reset", "keep"),
+        default="error",
+        help="What to do about NaN and infinite moments in the checkpoint. Default: error.",
+    )
+    group.add_argument(
+        "--no-selective-strict",
+        dest="selective_strict",
+        action="store_false",
+        default=True,
+        help="Warn where a rule matches nothing, instead of stopping.",
     )
     group.add_argument(
         "--selective-report",
@@ -66,13 +144,84 @@ def request_from_args(args: argparse.Namespace | Any) -> Request:
     Raises:
         PolicyError: The flags contradict themselves.
     """
-    from_checkpoint = getattr(args, "use_checkpoint_opt_param_scheduler", False)
     directory = getattr(args, "selective_report", None)
     return Request(
         optimizer_class=args.optimizer_class,
-        policy=ResumePolicy(
-            keep_hyperparameters=tuple(getattr(args, "selective_keep_hyperparameters", None) or ()),
-            schedule="checkpoint" if from_checkpoint else "args",
-        ),
+        policy=_policy(args),
         report_dir=Path(directory) if directory else None,
     )
+
+
+def own_flags() -> frozenset[str]:
+    """The destinations of all flags of this package."""
+    return frozenset({*_policy_flags(), "optimizer_class", "selective_report", "selective_policy"})
+
+
+def _policy(args: argparse.Namespace | Any) -> ResumePolicy:
+    defaults = _policy_flags()
+    values = {name: getattr(args, name, None) for name in defaults}
+    values = {name: defaults[name] if v is None else v for name, v in values.items()}
+    file = getattr(args, "selective_policy", None)
+    if file is not None:
+        both = [name for name, value in values.items() if value != defaults[name]]
+        if both:
+            raise PolicyError(
+                f"--selective-policy {file} and {', '.join(map(_flag, both))}: expected the file "
+                "or the flags. Put what the flags say into the file"
+            )
+        policy = policy_file.read(file)
+    else:
+        policy = _from_flags(values)
+    if getattr(args, "use_checkpoint_opt_param_scheduler", False):
+        policy = dataclasses.replace(policy, schedule="checkpoint")
+    return policy
+
+
+def _from_flags(values: dict[str, Any]) -> ResumePolicy:
+    name, *numbers = values["selective_preset"]
+    step = values["selective_step"]
+    return ResumePolicy(
+        keep_hyperparameters=tuple(values["selective_keep_hyperparameters"]),
+        take_hyperparameters=tuple(values["selective_take_hyperparameters"]),
+        hyperparameters=values["selective_hyperparameters"],
+        groups=tuple(_group_rule(words) for words in values["selective_group_rule"]),
+        preset=presets.Preset(name, tuple(numbers), tuple(values["selective_decline"])),
+        rules=tuple(
+            MomentRule(Match.parse(match), operations.parse(m), operations.parse(v))
+            for match, m, v in values["selective_rule"]
+        ),
+        step=int(step) if isinstance(step, str) and step.isdecimal() else step,
+        nonfinite=values["selective_nonfinite"],
+        strict=values["selective_strict"],
+    )
+
+
+def _group_rule(words: list[str]) -> GroupRule:
+    match = [w for w in words if "=" in w]
+    rest = words[len(match) :]
+    if words[: len(match)] != match or not rest or rest[0] not in ("keep", "take"):
+        raise PolicyError(
+            f"--selective-group-rule {' '.join(words)}: expected KEY=VALUE ... keep KEY ... take "
+            "KEY ..., or one of the two"
+        )
+    keys: dict[str, list[str]] = {"keep": [], "take": []}
+    for word in rest:
+        if word in keys:
+            named = keys[word]
+        else:
+            named.append(word)
+    pairs = tuple((k, v) for k, _, v in (w.partition("=") for w in match))
+    return GroupRule(pairs, tuple(keys["keep"]), tuple(keys["take"]))
+
+
+@functools.cache
+def _policy_flags() -> dict[str, Any]:
+    """The flags that make a policy, and their defaults."""
+    parser = add_flags(argparse.ArgumentParser(add_help=False))
+    defaults = vars(parser.parse_args([]))
+    others = ("optimizer_class", "selective_report", "selective_policy")
+    return {k: v for k, v in defaults.items() if k not in others}
+
+
+def _flag(name: str) -> str:
+    return "--no-selective-strict" if name == "selective_strict" else f"--{name.replace('_', '-')}"

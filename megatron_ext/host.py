@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -30,6 +31,7 @@ from .errors import CheckpointError, HostError, MegatronExtError
 from .log import say
 from .policy import ResumePolicy
 from .resume import Resume
+from .steps import is_adam, is_hybrid
 
 #: Versions the tests run against; outside of [first, last minor] a warning is given once.
 TESTED = ("0.16.1", "0.18.2", "0.19.2")
@@ -79,7 +81,7 @@ CONTRACT = (
         ("config",),
         rebound=True,
         since="0.18.0",
-        reference="core/optimizer/__init__.py:758; Muon and others, refused by name",
+        reference="core/optimizer/__init__.py:725; Muon and others, chained with Adam",
     ),
     HostName(
         f"{CORE}.optimizer",
@@ -121,10 +123,23 @@ CONTRACT = (
         reference="core/optimizer/distrib_optimizer.py:1460; overridden (self-load)",
     ),
     HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.from_rank_offsets",
+        ("key", "data"),
+        reference="core/dist_checkpointing/mapping.py:181; its global shape, offset and prepended "
+        "axes say where a shard lies (parameters.py)",
+    ),
+    HostName(
         f"{CORE}.distrib_optimizer",
         "DistributedOptimizer.load_parameter_state_from_dp_zero",
         ("state_dict", "update_legacy_format"),
         reference="core/optimizer/distrib_optimizer.py:2225; overridden",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer._get_model_param_range_map",
+        ("param",),
+        reference="core/optimizer/distrib_optimizer.py:786; the shard of a parameter",
     ),
     HostName(
         f"{CORE}.optimizer",
@@ -147,6 +162,14 @@ CONTRACT = (
         rebound=True,
         since="0.18.0",
         reference="training/checkpointing.py:2066; bound in training/training.py too",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "check_checkpoint_args",
+        ("checkpoint_args",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/checkpointing.py:143; sees the saved arguments",
     ),
 )
 
@@ -172,6 +195,8 @@ _OPTIMIZER_PREFIX = "optimizer."
 _scoped: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
 _launched: Request | None = None
 _built = 0
+#: The resume whose checkpoint Megatron is loading.
+_loading: Resume | None = None
 _warned_version = False
 
 
@@ -217,7 +242,7 @@ def install(*, arguments: bool = False) -> None:
     core = importlib.import_module(CORE)
     _rebind(core, "_get_megatron_optimizer_based_on_param_groups", _build_optimizer)
     if hasattr(core, "_get_megatron_emerging_optimizer"):
-        _rebind(core, "_get_megatron_emerging_optimizer", _refuse_emerging)
+        _rebind(core, "_get_megatron_emerging_optimizer", _build_emerging)
     chained = importlib.import_module(f"{CORE}.optimizer").ChainedOptimizer
     _rebind(chained, "__init__", _chain)
     scheduler = importlib.import_module("megatron.core.optimizer_param_scheduler")
@@ -231,9 +256,9 @@ def install(*, arguments: bool = False) -> None:
             "add_megatron_arguments",
             _add_arguments_too,
         )
-    _rebind(
-        importlib.import_module(f"{TRAINING}.checkpointing"), "load_checkpoint", _load_checkpoint
-    )
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    _rebind(checkpointing, "load_checkpoint", _load_checkpoint)
+    _rebind(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
     # training.py binds the name at import; rebind it there if that has happened already.
     if (training := sys.modules.get(f"{TRAINING}.training")) is not None:
         _rebind(training, "load_checkpoint", _load_checkpoint)
@@ -299,6 +324,32 @@ def members_of(optimizer: Any) -> list[Any]:
     return [optimizer] if isinstance(getattr(optimizer, "resume", None), Resume) else []
 
 
+def adam_optimizers(optimizer: Any) -> list[Any]:
+    """The Megatron optimizers whose moments can be reached, ours or stock: itself, or a chain's.
+
+    Raises:
+        HostError: One of them keeps its state elsewhere; named.
+    """
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is not None:
+        return [m for o in chain for m in adam_optimizers(o)]
+    core = importlib.import_module(CORE)
+    known = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
+    torch_optimizer = getattr(optimizer, "optimizer", None)
+    inner = type(torch_optimizer).__name__
+    if not isinstance(optimizer, tuple(getattr(core, name) for name in known)):
+        raise HostError(
+            f"cannot reach the moments of {type(optimizer).__name__} over {inner}; expected "
+            f"{', '.join(known)} or a ChainedOptimizer of these"
+        )
+    if is_hybrid(torch_optimizer):
+        raise HostError(
+            f"cannot reach the moments of {inner} (CPU offload): it keeps them in several "
+            "optimizers. Leave --optimizer-cpu-offload out"
+        )
+    return [optimizer]
+
+
 def require_built() -> None:
     """Raise if a class was asked for and nothing was built with it.
 
@@ -327,27 +378,40 @@ def _build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
         if request is None:
             return original(*args, **kwargs)
         global _built
+        agree.agree("the policy", _digest(request))
         cls = resolve_class(request.optimizer_class)
         call = signature.bind(*args, **kwargs).arguments
         _refuse_unsupported(request, call["config"], call["model_chunks"])
         with _substituted(cls):
             optimizer = original(*args, **kwargs)
-        _check_built(request, cls, optimizer)
+        _check_built(request, cls, optimizer, call["model_chunks"])
         _built += 1
         return optimizer
 
     return build
 
 
-def _refuse_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `_get_megatron_emerging_optimizer`: Muon and others."""
+def _build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `_get_megatron_emerging_optimizer`: Muon and others, which chain an Adam."""
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
-        if (request := active_request()) is not None:
-            config = inspect.signature(original).bind(*args, **kwargs).arguments["config"]
-            raise _not_adam(request, config.optimizer)
-        return original(*args, **kwargs)
+        if (request := active_request()) is None:
+            return original(*args, **kwargs)
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        config, chosen = call["config"], request.optimizer_class
+        by_layer = getattr(config, "use_layer_wise_distributed_optimizer", False)
+        if by_layer or config.optimizer.startswith("dist_"):
+            raise HostError(
+                f"--optimizer-class {chosen} with --optimizer {config.optimizer} and a layer-wise "
+                "distributed optimizer: it keeps its state in a layout of its own. Leave "
+                "--use-layer-wise-distributed-optimizer out"
+            )
+        cls = resolve_class(chosen)
+        with _substituted(cls):
+            optimizer = original(*args, **kwargs)
+        _join_emerging(request, optimizer, call["model_chunks"])
+        return optimizer
 
     return build
 
@@ -454,12 +518,16 @@ def _load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
         else:
             _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
+        global _loading
+        _loading = members[0].resume
         try:
             result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         except KeyError as e:
             if e.args != ("optimizer",):
                 raise
             _raise_no_optimizer_state(getattr(megatron_args, kwargs.get("load_arg", "load")), e)
+        finally:
+            _loading = None
         if not dropped and _loaded_iteration() > 0 and not members[0].resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
@@ -470,6 +538,20 @@ def _load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return load_checkpoint
+
+
+def _check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `check_checkpoint_args`: the saved arguments, before the optimizer is loaded."""
+
+    @functools.wraps(original)
+    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = getattr(checkpoint_args, "global_batch_size", None)
+        current = getattr(_global_args(), "global_batch_size", None)
+        if _loading is not None and saved and current:
+            _loading.global_batch_size = (int(saved), int(current))
+        return original(checkpoint_args, *args, **kwargs)
+
+    return check_checkpoint_args
 
 
 # Helpers of the above.
@@ -554,6 +636,12 @@ def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> Non
             "into two chained optimizers by model chunk, which is not tested with a selective "
             "resume. Leave the flag out for this run"
         )
+    if getattr(config, "optimizer_cpu_offload", False) and request.policy.changes_moments:
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --optimizer-cpu-offload and rules "
+            "for moments: HybridDeviceOptimizer keeps them in several optimizers. Leave the rules "
+            "or the offload out"
+        )
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
     if getattr(ddp_config, "use_megatron_fsdp", False):
         raise HostError(
@@ -573,6 +661,25 @@ def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> Non
             "a local checkpoint takes precedence over --load and is not tested with a selective "
             "resume. Use --non-persistent-ckpt-type global, or none for the first resume"
         )
+
+
+def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
+    """Make the members of a chain that Muon and Adam share one resume."""
+    global _built
+    members = members_of(optimizer)
+    if not any(is_adam(m.optimizer) for m in members):
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class}: no Adam in {type(optimizer).__name__}, "
+            "so there are no moments to keep. Leave --optimizer-class out"
+        )
+    resume = Resume(request.policy, request.report_dir, megatron_version())
+    for member in members:
+        member.resume_chunks = model_chunks
+        member.join(resume)
+        if not is_adam(member.optimizer):
+            inner = type(member.optimizer).__name__
+            say(f"megatron_ext: {inner} is not Adam: its state is kept, moment rules do not apply")
+    _built += 1
 
 
 def _not_adam(request: Request, optimizer: str) -> HostError:
@@ -603,9 +710,14 @@ def _substituted(cls: type) -> Iterator[None]:
             setattr(core, name, stock)
 
 
-def _check_built(request: Request, cls: type, optimizer: Any) -> None:
+def _digest(request: Request) -> str:
+    return hashlib.sha256(repr((request.optimizer_class, request.policy)).encode()).hexdigest()
+
+
+def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:
     inner = type(getattr(optimizer, "optimizer", None)).__name__
     if members_of(optimizer):
+        optimizer.resume_chunks = model_chunks
         optimizer.join(Resume(request.policy, request.report_dir, megatron_version()))
     if isinstance(optimizer, cls):
         say(f"megatron_ext: {cls.__name__} in place of DistributedOptimizer, over {inner}")

@@ -100,12 +100,9 @@ def _peek(options: argparse.Namespace) -> argparse.Namespace:
         dest="use_checkpoint_opt_param_scheduler",
         action="store_true",
     )
-    own = {k: v for k, v in vars(options).items() if k in _FLAGS}
+    own = {k: v for k, v in vars(options).items() if k in arguments.own_flags()}
     args, _ = parser.parse_known_args(options.arguments, argparse.Namespace(**own))
     return args
-
-
-_FLAGS = ("optimizer_class", "selective_keep_hyperparameters", "selective_report")
 
 
 def _refuse_conflicts(args: argparse.Namespace) -> None:
@@ -115,8 +112,8 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
         "--yaml-cfg": args.yaml_cfg is not None
         and "Megatron then replaces all parsed arguments by the YAML file's, this flag included. "
         "Give the arguments on the command line",
-        f"--optimizer {args.optimizer}": args.optimizer != "adam"
-        and "only Adam is supported (its state is exp_avg and exp_avg_sq)",
+        f"--optimizer {args.optimizer}": args.optimizer in ("sgd", "lion")
+        and "only Adam is supported (its state is exp_avg and exp_avg_sq), and chains with it",
         "--use-megatron-fsdp": args.use_megatron_fsdp
         and "Megatron-FSDP does not load through DistributedOptimizer",
         "--use-torch-fsdp2": args.use_torch_fsdp2

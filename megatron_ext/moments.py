@@ -20,12 +20,15 @@ from . import _ops, agree
 from ._ops import Segment
 from ._ops import Statistics as Statistics
 from .errors import CheckpointError, PlanError
-from .layout import WHOLE, GlobalIndex
+from .layout import WHOLE, GlobalIndex, Run
 from .log import say
+from .row_statistics import columns
 from .rules import KEEP, Keep, MomentRule, Scale, SecondMomentRule
 
 #: The tensors of Adam's state; `param` is Megatron's name for the fp32 master weight.
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
+
+_COLUMNS_AT_A_TIME = 1 << 22
 
 
 @dataclass
@@ -35,15 +38,20 @@ class LoadedState:
     Args:
         tensors: State key -> number of shards written on this rank (after `summed`: on all).
         elements: State key -> number of elements in them.
+        nonfinite: Elements of the moments that are NaN or infinite.
+        keys: What has to arrive; of an optimizer that is not Adam all but ``param`` is ``state``.
     """
 
     tensors: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    nonfinite: int = 0
+    keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
 
     def add(self, tensors: Mapping[str, Any]) -> None:
         """Count the tensors of one parameter shard (``param`` and the moments; not ``step``)."""
         for key, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor) and key != "step":
+                key = key if key in self.keys or "state" not in self.keys else "state"
                 self.tensors[key] = self.tensors.get(key, 0) + 1
                 self.elements[key] = self.elements.get(key, 0) + tensor.numel()
 
@@ -53,13 +61,14 @@ class LoadedState:
         Replicas (tensor-parallel duplicates, ranks of a non-distributed optimizer) count on each
         rank that holds them.
         """
-        keys = ("param", *MOMENT_KEYS)
+        keys, n = self.keys, len(self.keys)
         flat = [self.tensors.get(k, 0) for k in keys] + [self.elements.get(k, 0) for k in keys]
-        sums = agree.total(flat)
-        n = len(keys)
+        sums = agree.total([*flat, self.nonfinite])
         return LoadedState(
             tensors=dict(zip(keys, sums[:n], strict=True)),
-            elements=dict(zip(keys, sums[n:], strict=True)),
+            elements=dict(zip(keys, sums[n:-1], strict=True)),
+            nonfinite=sums[-1],
+            keys=keys,
         )
 
     def require_moments(self) -> None:
@@ -68,7 +77,7 @@ class LoadedState:
         Raises:
             CheckpointError: A moment has no element on any rank.
         """
-        missing = [k for k in MOMENT_KEYS if not self.elements.get(k)]
+        missing = [k for k in self.keys[1:] if not self.elements.get(k)]
         if missing:
             raise CheckpointError(
                 f"no element of {' and '.join(missing)} was loaded on any rank, but the moments "
@@ -76,6 +85,20 @@ class LoadedState:
                 "optimizer. Pass --no-load-optim to start with a new optimizer (the Adam moments "
                 "are then lost)"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class FillColumns:
+    """Set every element to its column's value; not a rule of the fused op.
+
+    The elements are filled before the others are changed, so that the statistics before count the
+    new values.
+
+    Args:
+        values: ``[width]``, one for each index into the dimensions after the first.
+    """
+
+    values: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -92,8 +115,8 @@ class RangeRule:
 
     begin: int
     end: int
-    exp_avg: MomentRule = KEEP
-    exp_avg_sq: SecondMomentRule = KEEP
+    exp_avg: MomentRule | FillColumns = KEEP
+    exp_avg_sq: SecondMomentRule | FillColumns = KEEP
     index: GlobalIndex = WHOLE
 
 
@@ -177,9 +200,12 @@ def transform(
             for segment in _segments(tensor, shards[i], exp_avg[tensor].numel(), statistics)
         ]
         calls.append((members, _ops.Transform.of(exp_avg, exp_avg_sq, segments)))
-    if len(calls) > 1:
+    fills = [_column_fills(shard, pair) for shard, pair in zip(shards, moments, strict=True)]
+    if len(calls) > 1 or any(fills):
         # Bad ranges are refused on every device before anything is written on one.
         calls = [(members, call.prepare()) for members, call in calls]
+    for fill in (f for of_shard in fills for f in of_shard):
+        fill()
     for members, call in calls:
         for i, row in zip(members, call(statistics).cpu(), strict=False):
             counts[i] = row
@@ -218,6 +244,15 @@ def magnitude_thresholds(
     return [float(x) for x in out.tolist()]
 
 
+def values(inner: Any, param: torch.Tensor, key: str) -> torch.Tensor:
+    """One moment as flat fp32, bf16 or fp16 values; of a scaled one a copy in fp32."""
+    if _is_scaled(inner, key):
+        unscaled: torch.Tensor = inner.get_unscaled_state(param, key)
+        return unscaled.view(-1)
+    held: torch.Tensor = inner.state[param][key]
+    return held.view(-1)
+
+
 @dataclass(frozen=True)
 class _Moment:
     """One moment of a shard.
@@ -240,7 +275,7 @@ def _open(shard: MomentShard, which: int) -> _Moment:
         raise PlanError(f"{shard.name} has no {key} to change: the optimizer has no state for it")
     if not _is_scaled(shard.inner, key):
         return _Moment(lambda: state[key])
-    rules = [r.exp_avg_sq if which else r.exp_avg for r in shard.rules]
+    rules = _rules(shard, which)
     factor = _whole_scale(shard, rules, state[key].numel())
     # One copy in fp32, made when it is first asked for.
     unscaled = functools.cache(lambda: shard.inner.get_unscaled_state(shard.param, key))
@@ -258,7 +293,13 @@ def _is_scaled(inner: Any, key: str) -> bool:
     return dtypes.get(key) in (torch.float16, torch.uint8)
 
 
-def _whole_scale(shard: MomentShard, rules: Sequence[SecondMomentRule], numel: int) -> float | None:
+def _rules(shard: MomentShard, which: int) -> list[SecondMomentRule | FillColumns]:
+    return [r.exp_avg_sq if which else r.exp_avg for r in shard.rules]
+
+
+def _whole_scale(
+    shard: MomentShard, rules: Sequence[SecondMomentRule | FillColumns], numel: int
+) -> float | None:
     """The factor, if the one thing that is done is to multiply all elements by one above 0."""
     if len(rules) != 1 or (shard.rules[0].begin, shard.rules[0].end) != (0, numel):
         return None
@@ -282,7 +323,7 @@ def _rescale(inner: Any, param: torch.Tensor, key: str, factor: float) -> None:
 def _segments(tensor: int, shard: MomentShard, numel: int, statistics: Statistics) -> list[Segment]:
     number = parameter_number(shard.name)
     out = [
-        Segment(tensor, r.begin, r.end, r.exp_avg, r.exp_avg_sq, r.index, number)
+        Segment(tensor, r.begin, r.end, _of_op(r.exp_avg), _of_op(r.exp_avg_sq), r.index, number)
         for r in shard.rules
     ]
     if statistics:
@@ -295,6 +336,33 @@ def _segments(tensor: int, shard: MomentShard, numel: int, statistics: Statistic
         if at < numel:
             out.append(Segment(tensor, at, numel))
     return out
+
+
+def _of_op(rule: Any) -> Any:
+    """What the fused op is told; columns have been filled before it."""
+    return KEEP if isinstance(rule, FillColumns) else rule
+
+
+def _column_fills(
+    shard: MomentShard, pair: tuple[_Moment, _Moment]
+) -> list[Callable[[], torch.Tensor]]:
+    out: list[Callable[[], torch.Tensor]] = []
+    for which, moment in enumerate(pair):
+        for r, rule in zip(shard.rules, _rules(shard, which), strict=True):
+            if isinstance(rule, FillColumns):
+                run = Run(r.begin, r.end, r.index)
+                out.append(functools.partial(_fill_columns, moment, run, rule.values))
+    return out
+
+
+def _fill_columns(moment: _Moment, run: Run, values: torch.Tensor) -> torch.Tensor:
+    target = moment.tensor().view(-1)[run.begin : run.end]
+    values = values.to(target.device, torch.float32)
+    for begin in range(0, run.end - run.begin, _COLUMNS_AT_A_TIME):
+        end = min(begin + _COLUMNS_AT_A_TIME, run.end - run.begin)
+        column = columns(run, begin, end, len(values), target.device)
+        target[begin:end] = values[column].to(target.dtype)
+    return target
 
 
 def _statistics(row: torch.Tensor | None) -> dict[str, MomentStatistics]:

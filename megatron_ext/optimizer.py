@@ -8,7 +8,8 @@ torch AdamW (its step lives in the state) and fp32 parameters (their shards requ
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,33 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from . import merge
+from . import merge, transition
 from .agree import agree
 from .checkpoint import does_not_fit, misfits, optimizer_section, read_optimizer
 from .errors import CheckpointError, MegatronExtError
 from .moments import MOMENT_KEYS, LoadedState
-from .plan import ResumePlan, plan_resume
+from .plan import Circumstances, ResumePlan, plan_resume
 from .policy import ResumePolicy
 from .report import OptimizerReport
 from .resume import Resume
+from .steps import is_adam, is_torch_adam, place_step
 
 
 class _Selective:
     """What the three optimizers share: the resume they belong to, planning and finishing."""
 
     optimizer: Any
+    config: Any
     resume: Resume
+    _moment_work: transition.MomentWork | None = None
     #: True while Megatron loads the optimizer's own state dict into it to allocate memory
     #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
     _allocating = False
+
+    #: The model chunks it was built for, for the names of its parameters.
+    resume_chunks: Sequence[Any] = ()
+    #: What the arguments say; a preset may change the config's.
+    _argument_clip_grad: float | None = None
 
     def join(self, resume: Resume) -> None:
         """Take part in a resume together with the other optimizers of a chain."""
@@ -59,26 +68,55 @@ class _Selective:
 
     def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
         """Plan on this rank; raise on every rank unless all ranks made the same plan."""
-        plan, error = None, None
+        plan, work, error = None, None, None
         try:
             saved = read_optimizer(state_dict)
-            plan = plan_resume(self.resume.policy, saved, self.optimizer.param_groups)
+            plan = plan_resume(
+                self.resume.policy, saved, self.optimizer.param_groups, self._circumstances()
+            )
+            work = transition.prepare(
+                self, self.resume_chunks, plan, saved.groups, self.resume.members
+            )
         except MegatronExtError as e:
             error = e
         agree(f"resume of {_kind(self)}", "" if plan is None else plan.digest(), error)
         assert plan is not None
+        self._moment_work = None if work is None else transition.meet(work)
         return plan
 
+    def _circumstances(self) -> Circumstances:
+        if self._argument_clip_grad is None:
+            self._argument_clip_grad = self.config.clip_grad
+        return Circumstances(
+            clip_grad=self._argument_clip_grad,
+            decoupled_weight_decay=getattr(self.config, "decoupled_weight_decay", True),
+            global_batch_size=self.resume.global_batch_size,
+            adam=is_adam(self.optimizer),
+        )
+
     def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
-        """Check that the moments arrived, and hand the report in."""
+        """Check that the moments arrived, change them as planned, and hand the report in."""
+        loaded.nonfinite = transition.count_nonfinite(self)
         summed = loaded.summed()
         summed.require_moments()
+        notes: tuple[str, ...] = ()
+        if summed.nonfinite:
+            choice = plan.policy.nonfinite
+            done = transition.mend_nonfinite(self, self.resume_chunks, choice)
+            notes = (f"{summed.nonfinite} elements of the moments {done}",)
+        work = self._moment_work
+        moments = None if work is None else transition.carry_out(work)
         counts = tuple(len(g["params"]) for g in self.optimizer.param_groups)
-        self.resume.done(self, OptimizerReport(_kind(self), plan, summed, counts))
+        report = OptimizerReport(_kind(self), plan, summed, counts, moments, notes)
+        self.resume.done(self, report)
 
     def _write_back(self, plan: ResumePlan) -> None:
         merge.write_groups([g.values for g in plan.groups], self.optimizer.param_groups)
-        _place_step(self.optimizer, plan.step)
+        place_step(self.optimizer, plan.step)
+        if plan.clip_grad is not None:
+            # A chain's members may share the config.
+            self.config = copy.copy(self.config)
+            self.config.clip_grad = plan.clip_grad.value
 
 
 class SelectiveAdam(_Selective, DistributedOptimizer):
@@ -97,7 +135,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
     Note:
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
         group: one all_reduce of 40 bytes a rank before anything is changed (see
-        `megatron_ext.agree`) and one of 48 bytes for the report. The training step has none.
+        `megatron_ext.agree`) and one of 56 bytes for the report. The training step has none.
 
     Raises (at load):
         PlanError: A key to keep is unknown or ambiguous.
@@ -109,6 +147,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         """Build the stock optimizer and remember the policy."""
         super().__init__(*args, **kwargs)
         self.join(Resume(policy or ResumePolicy()))
+        self.resume_chunks = self.model_chunks
         self._tally = LoadedState()
         self._awaiting_parameter_state: ResumePlan | None = None
 
@@ -118,7 +157,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         Stock asserts one common step over an empty state there (distrib_optimizer.py, 0.19.2
         lines 833-836).
         """
-        if _is_torch_adam(self.optimizer):
+        if is_torch_adam(self.optimizer):
             _allocate_torch_adam_state(self.optimizer)
             if not self.optimizer.state:
                 return self._state_dict_without_shards()
@@ -146,7 +185,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         plan = self._agreed_plan(state_dict)
         self._tally = LoadedState()
         merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
-        if _is_torch_adam(self.optimizer):
+        if is_torch_adam(self.optimizer):
             _allocate_torch_adam_state(self.optimizer)
             for group in optimizer_section(merged)[1]["param_groups"]:
                 group.setdefault("step", 0)
@@ -197,7 +236,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
         """One parameter's shard, without torch AdamW's 0-dim ``step``: the groups carry it."""
         tensors = super()._get_main_param_and_optimizer_states(model_param)
-        if _is_torch_adam(self.optimizer):
+        if is_torch_adam(self.optimizer):
             tensors.pop("step", None)
         return tensors
 
@@ -212,7 +251,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         of it: stock either misses it (KeyError) or overwrites it with a stale one.
         """
         self._tally.add(tensors)
-        if _is_torch_adam(self.optimizer):
+        if is_torch_adam(self.optimizer):
             group, order = self.model_param_group_index_map[model_param]
             main_param = self.optimizer.param_groups[group]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
@@ -305,10 +344,14 @@ class _SelectiveReplicated(_Selective):
         super().load_state_dict(merged)  # type: ignore[misc]
         self._ids_are_live = False
         self._write_back(plan)
-        loaded = LoadedState()
+        adam = is_adam(self.optimizer)
+        loaded = LoadedState() if adam else LoadedState(keys=("param", "state"))
         for group in self.optimizer.param_groups:
             for param in group["params"]:
-                loaded.add({"param": param, **_moments_of(self.optimizer, param)})
+                state = self.optimizer.state.get(param, {})
+                loaded.add(
+                    {"param": param, **(_moments_of(self.optimizer, param) if adam else state)}
+                )
         self._finish(plan, loaded)
 
 
@@ -322,11 +365,6 @@ class SelectiveFP32Optimizer(_SelectiveReplicated, FP32Optimizer):
 
 def _kind(optimizer: Any) -> str:
     return f"{type(optimizer).__name__} over {type(optimizer.optimizer).__name__}"
-
-
-def _is_torch_adam(inner: Any) -> bool:
-    """Whether the inner optimizer keeps ``step`` in each parameter's state, as torch does."""
-    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _moments_of(inner: Any, param: torch.Tensor) -> dict[str, Any]:
@@ -344,28 +382,6 @@ def _allocate_torch_adam_state(inner: torch.optim.Optimizer) -> None:
                     exp_avg=torch.zeros_like(param, requires_grad=False),
                     exp_avg_sq=torch.zeros_like(param, requires_grad=False),
                 )
-
-
-def _place_step(inner: Any, step: int | None) -> None:
-    """Put ``step`` where the inner optimizer reads it.
-
-    torch's Adam reads one tensor per parameter. Stock hands all parameters the same tensor, which
-    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam
-    reads an int in each group.
-    """
-    if not _is_torch_adam(inner):
-        for group in inner.param_groups:
-            if step is not None:
-                group["step"] = step
-        return
-    for group in inner.param_groups:
-        group.pop("step", None)
-        on_device = group.get("capturable") or group.get("fused")
-        for param in group["params"]:
-            state = inner.state.get(param)
-            if state:
-                device = param.device if on_device else torch.device("cpu")
-                state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)
 
 
 def _unreadable(filename: str, cause: Exception) -> CheckpointError:

@@ -6,16 +6,19 @@ current groups give the same `ResumePlan` and the same `ResumePlan.digest` on ev
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from .cautions import cautions
 from .checkpoint import SavedOptimizer
-from .errors import PlanError
-from .policy import SCHEDULER_ATTRIBUTES, ResumePolicy
+from .errors import PlanError, PolicyError
+from .policy import SCHEDULE_KEYS, SCHEDULER_ATTRIBUTES, ResumePolicy
+from .presets import Change
 
 #: What makes two param_groups the same group across two runs. The bounds max_lr and min_lr are
 #: not among them: they are what a phase change changes.
@@ -38,7 +41,7 @@ _NOT_AN_IDENTITY = frozenset(
 
 _ABSENT = object()
 
-Source = Literal["arguments", "checkpoint"]
+Source = Literal["arguments", "checkpoint", "preset"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Decision:
         key: The param_group key.
         checkpoint: The saved value, or None where the checkpoint has none.
         argument: The current value, or None where the current group has none.
-        taken: Which of the two is used.
+        taken: Which of the two is used; ``preset``: what a preset makes of the argument.
         reason: Why, in one phrase.
+        derived: The value, for ``preset``.
     """
 
     key: str
@@ -58,10 +62,13 @@ class Decision:
     argument: Any
     taken: Source
     reason: str
+    derived: Any = None
 
     @property
     def value(self) -> Any:
         """The value that is used."""
+        if self.taken == "preset":
+            return self.derived
         return self.checkpoint if self.taken == "checkpoint" else self.argument
 
     @property
@@ -100,21 +107,30 @@ class ResumePlan:
 
     Args:
         groups: One per current param_group, in order.
-        step: The step that goes on (from the checkpoint), or None if none was taken yet.
+        step: The step that goes on, or None if none was taken yet.
         unused_saved_groups: Saved groups that no current group corresponds to.
         policy: The policy it was made from.
+        saved_step: The checkpoint's step.
+        clip_grad: What gradient clipping becomes, where a preset changes it.
+        warnings: What is dangerous about it, with the number.
     """
 
     groups: tuple[GroupPlan, ...]
     step: int | None
     unused_saved_groups: tuple[int, ...]
     policy: ResumePolicy
+    saved_step: int | None = None
+    clip_grad: Decision | None = None
+    warnings: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Hex SHA-256 of all decisions; equal on two ranks if and only if they will do the same."""
+        keys = ("keep_hyperparameters", "take_hyperparameters")
+        in_order: dict[str, Any] = {k: tuple(sorted(getattr(self.policy, k))) for k in keys}
         content = {
             "step": self.step,
-            "policy": [sorted(self.policy.kept_keys), self.policy.schedule],
+            "policy": repr(replace(self.policy, **in_order)),
+            "clip_grad": None if self.clip_grad is None else self.clip_grad.value,
             "groups": [
                 [g.saved_index, {d.key: [d.taken, _plain(d.value)] for d in g.decisions}]
                 for g in self.groups
@@ -124,10 +140,31 @@ class ResumePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """What else of the current run a plan looks at.
+
+    Args:
+        clip_grad: Largest gradient norm; 0: no clipping.
+        decoupled_weight_decay: AdamW; False: L2 in the gradient.
+        global_batch_size: Of the checkpoint's run and of this one, or None where unknown.
+        live: The state is that of the running optimizer: hyperparameters are left alone.
+        adam: False for the part of a chain that another optimizer updates (Muon): its state, its
+            step and what a preset would change are left alone.
+    """
+
+    clip_grad: float = 0.0
+    decoupled_weight_decay: bool = True
+    global_batch_size: tuple[int, int] | None = None
+    live: bool = False
+    adam: bool = True
+
+
 def plan_resume(
     policy: ResumePolicy,
     saved: SavedOptimizer,
     current_groups: Sequence[Mapping[str, Any]],
+    circumstances: Circumstances | None = None,
 ) -> ResumePlan:
     """Decide for every key of every current param_group.
 
@@ -136,26 +173,42 @@ def plan_resume(
         saved: The checkpoint's groups and step.
         current_groups: The live optimizer's param_groups as the current arguments made them.
             ``params`` and ``step`` are ignored.
+        circumstances: What else the decisions and warnings depend on.
 
     Returns:
         The plan; nothing is changed.
 
     Raises:
-        PlanError: A key to be kept is unknown, or two saved groups fit one current group and
-            differ in a key to be kept.
+        PlanError: A key to be kept is unknown, two saved groups fit one current group and differ
+            in a key to be kept, or a preset cannot be carried out with these hyperparameters.
     """
+    circumstances = circumstances or Circumstances()
     _check_known(policy, saved, current_groups)
+    if circumstances.adam and not circumstances.decoupled_weight_decay:
+        _refuse_coupled(policy, current_groups)
     pairs = [_counterpart(policy, group, current_groups, saved.groups) for group in current_groups]
     used = {i for i, _ in pairs if i is not None}
-    return ResumePlan(
-        groups=tuple(
-            _plan_group(policy, index, group, saved.groups, *pair)
-            for index, (group, pair) in enumerate(zip(current_groups, pairs, strict=True))
-        ),
-        step=saved.step,
+    groups = tuple(
+        _plan_group(policy, index, group, saved.groups, *pair)
+        for index, (group, pair) in enumerate(zip(current_groups, pairs, strict=True))
+    )
+    clip_grad = None
+    if not circumstances.live:
+        clip_grad = _clip_grad(policy, circumstances)
+    if circumstances.adam and not circumstances.live:
+        groups = tuple(_derive(policy, group) for group in groups)
+    if circumstances.adam:
+        _refuse_coupled_decay(policy, groups, circumstances)
+    step = _next_step(policy, saved.step) if circumstances.adam else saved.step
+    plan = ResumePlan(
+        groups=groups,
+        step=step,
         unused_saved_groups=tuple(i for i in range(len(saved.groups)) if i not in used),
         policy=policy,
+        saved_step=saved.step,
+        clip_grad=clip_grad,
     )
+    return replace(plan, warnings=cautions(plan, circumstances))
 
 
 def match_groups(
@@ -191,12 +244,32 @@ def _check_known(
 ) -> None:
     known = {k for g in (*saved.groups, *current_groups) for k in g} | set(SCHEDULER_ATTRIBUTES)
     known -= {"params", "step", "lr"}
-    unknown = [k for k in policy.keep_hyperparameters if k not in known]
-    if unknown:
+    for name in ("keep_hyperparameters", "take_hyperparameters"):
+        _require_known(f"--selective-{name.replace('_', '-')}", getattr(policy, name), known)
+    for rule in policy.groups:
+        _require_known(f"group rule {str(rule)!r}", (*rule.keep, *rule.take), known)
+
+
+def _refuse_coupled(policy: ResumePolicy, current_groups: Sequence[Mapping[str, Any]]) -> None:
+    """L2 in the gradient is not scaled with the loss, so the update would change."""
+    decays = {float(g.get("weight_decay") or 0.0) for g in current_groups}
+    if policy.preset.name == "gradient-scale" and decays - {0.0}:
         raise PlanError(
-            f"--selective-keep-hyperparameters: unknown key {', '.join(map(repr, unknown))}; "
+            f"preset {policy.preset}: weight decay {max(decays):g} is added to the gradient here "
+            "(decoupled_weight_decay is False) and does not scale with it; expected decoupled "
+            "weight decay, or none"
+        )
+
+
+def _require_known(where: str, keys: Sequence[str], known: set[str]) -> None:
+    unknown = [k for k in keys if k not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise PlanError(
+            f"{where}: unknown key {', '.join(map(repr, unknown))}; "
             "neither the checkpoint's param_groups nor the current ones have it. "
-            f"Known keys: {', '.join(sorted(known))}"
+            f"{hint}Known keys: {', '.join(sorted(known))}"
         )
 
 
@@ -210,9 +283,11 @@ def _plan_group(
 ) -> GroupPlan:
     saved = saved_groups[saved_index] if saved_index is not None else {}
     keys = [k for k in group if k not in ("params", "step")]
-    kept_only_there = [k for k in saved if k not in group and k in policy.kept_keys]
+    asked = {*policy.named_keys, *(SCHEDULE_KEYS if policy.schedule == "checkpoint" else ())}
+    only_saved = [k for k in saved if k not in group]
+    kept_only_there = [k for k in only_saved if k in asked and policy.source(k, group)[0]]
     decisions = tuple(_decide(policy, k, group, saved, note) for k in (*keys, *kept_only_there))
-    dropped = tuple(k for k in saved if k not in group and k not in policy.kept_keys)
+    dropped = tuple(k for k in only_saved if k not in kept_only_there)
     return GroupPlan(index, saved_index, note, decisions, dropped)
 
 
@@ -224,16 +299,67 @@ def _decide(
     note: str,
 ) -> Decision:
     argument, checkpoint = group.get(key), saved.get(key)
+    from_checkpoint, reason = policy.source(key, group)
     taken: Source = "arguments"
-    if key not in policy.kept_keys:
-        reason = "default"
-    elif key in saved:
-        taken, reason = "checkpoint", policy.why_kept(key)
-    elif saved:
-        reason = f"{policy.why_kept(key)}, but the saved group has no {key}"
-    else:
-        reason = f"{policy.why_kept(key)}, but {note}"
+    if from_checkpoint and key in saved:
+        taken = "checkpoint"
+    elif from_checkpoint:
+        reason += f", but the saved group has no {key}" if saved else f", but {note}"
     return Decision(key, _plain(checkpoint), argument, taken, reason)
+
+
+def _derive(policy: ResumePolicy, group: GroupPlan) -> GroupPlan:
+    """Let the hyperparameters follow that a preset changes and that come from the arguments."""
+    changes = {c.key: c for c in policy.preset.effect.changes}
+    decisions = tuple(
+        _changed(policy, d, changes[d.key])
+        if d.key in changes and d.taken == "arguments" and d.argument is not None
+        else d
+        for d in group.decisions
+    )
+    return replace(group, decisions=decisions)
+
+
+def _changed(policy: ResumePolicy, decision: Decision, change: Change) -> Decision:
+    value = _plain(decision.argument)
+    try:
+        derived = change.apply(value)
+    except PolicyError as e:
+        raise PlanError(str(e)) from None
+    reason = f"preset {policy.preset}: {change.formula(value)}"
+    return replace(decision, taken="preset", reason=reason, derived=derived)
+
+
+def _clip_grad(policy: ResumePolicy, circumstances: Circumstances) -> Decision | None:
+    for change in policy.preset.effect.changes:
+        if change.key == "clip_grad" and circumstances.clip_grad > 0.0:
+            here = Decision("clip_grad", None, circumstances.clip_grad, "arguments", "default")
+            return _changed(policy, here, change)
+    return None
+
+
+def _refuse_coupled_decay(
+    policy: ResumePolicy, groups: Sequence[GroupPlan], circumstances: Circumstances
+) -> None:
+    """L2 in the gradient is not scaled with the gradient."""
+    decays = {d.value for g in groups for d in g.decisions if d.key == "weight_decay"}
+    coupled = not circumstances.decoupled_weight_decay and any(decays)
+    if policy.preset.name == "gradient-scale" and coupled:
+        raise PlanError(
+            f"preset {policy.preset}: weight decay is coupled (L2 in the gradient, "
+            f"weight_decay {sorted(decays)}), and then Adam's update does change with the "
+            "gradient's scale. Use decoupled weight decay (AdamW), or scale the moments by rules"
+        )
+
+
+def _next_step(policy: ResumePolicy, saved_step: int | None) -> int | None:
+    match policy.next_step:
+        case "keep":
+            return saved_step
+        case "reset":
+            return None if saved_step is None else 0
+        case number:
+            return int(number)
 
 
 def _counterpart(
@@ -243,18 +369,23 @@ def _counterpart(
     saved_groups: Sequence[Mapping[str, Any]],
 ) -> tuple[int | None, str]:
     """Find the saved group a current group goes on from; ambiguity matters only for kept keys."""
-    fit = _candidates(group, current_groups, saved_groups, policy.kept_keys)
+    saved_keys = {k for g in saved_groups for k in g}
+    kept = frozenset(k for k in saved_keys if policy.source(k, group)[0])
+    # What is kept as one of all keys still tells groups apart; what is kept by name does not.
+    by_name = kept & {*policy.named_keys, *SCHEDULE_KEYS}
+    fit = _candidates(group, current_groups, saved_groups, by_name)
     if not fit:
         return None, "the checkpoint has no such group (added since)"
-    for key in sorted(policy.kept_keys & {k for i in fit for k in saved_groups[i]}):
+    for key in sorted(kept & {k for i in fit for k in saved_groups[i]}):
         values = [saved_groups[i].get(key, _ABSENT) for i in fit]
         if any(not _same(v, values[0]) for v in values[1:]):
+            why = policy.source(key, group)[1]
             listing = "\n".join(f"  saved group {i}: {dict(saved_groups[i])}" for i in fit)
             raise PlanError(
-                f"{policy.why_kept(key)}: {len(fit)} saved param_groups fit the current group "
+                f"{why}: {len(fit)} saved param_groups fit the current group "
                 f"{_identity(group)} and differ in {key!r}:\n{listing}\n"
                 f"  current group: { {k: v for k, v in group.items() if k != 'params'} }\n"
-                f"Leave out {policy.why_kept(key)}: the values then come from the arguments"
+                f"Leave out {why}: the values then come from the arguments"
             )
     if len(fit) == 1:
         return fit[0], "same group"

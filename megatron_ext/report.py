@@ -16,12 +16,15 @@ from typing import Any
 
 from .moments import LoadedState
 from .plan import Decision, GroupPlan, ResumePlan
+from .policy_file import to_dict
+from .transition import MomentReport
 from .version import __version__
 
 SCHEMA = "megatron_ext/resume-report/1"
 FILE_NAME = "resume-report.json"
 
 _STATE_NAMES = {
+    "state": "state (not Adam's)",
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
     "param": "master weights",
@@ -37,12 +40,16 @@ class OptimizerReport:
         plan: The decisions.
         loaded: Tensors and elements brought back, summed over all ranks.
         parameters: For each param_group the number of parameters on rank 0.
+        moments: What was done to the moments; None where they are kept as they are.
+        notes: What else there is to say.
     """
 
     kind: str
     plan: ResumePlan
     loaded: LoadedState
     parameters: tuple[int, ...]
+    moments: MomentReport | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -117,8 +124,11 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
         f" > {name}: using checkpoint value ({loaded.tensors.get(key, 0)} shards, "
         f"{loaded.elements.get(key, 0)} elements on all ranks)"
         for key, name in _STATE_NAMES.items()
+        if key in loaded.keys
     ]
-    lines.append(f" > step: {plan.step} (checkpoint)")
+    lines += _moment_lines(report)
+    where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
+    lines.append(f" > step: {plan.step} ({where})")
     for group, parameters in zip(plan.groups, report.parameters, strict=True):
         where = "none" if group.saved_index is None else str(group.saved_index)
         lines.append(
@@ -137,8 +147,39 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
     return lines
 
 
+def _moment_lines(report: OptimizerReport) -> list[str]:
+    moments = report.moments
+    lines = []
+    if moments is not None:
+        lines += [
+            f" > {r.rule}: exp_avg {r.exp_avg}, exp_avg_sq {r.exp_avg_sq} ({r.elements} elements "
+            "on all ranks)"
+            for r in moments.rules
+        ]
+        lines += [
+            f" > {key}: RMS {before:.6g} -> {after:.6g}, {moments.changed[key]} elements changed, "
+            f"{moments.nonfinite[key]} not finite"
+            for key, (before, after) in moments.rms.items()
+        ]
+    lines += [f" > WARNING: {w}" for w in warnings_of(report)]
+    if report.plan.clip_grad is not None:
+        lines.append(_decision_line(report.plan.clip_grad))
+    return lines
+
+
+def warnings_of(report: OptimizerReport) -> tuple[str, ...]:
+    """Everything a user should look at."""
+    of_moments = report.moments.warnings if report.moments is not None else ()
+    return (*report.notes, *report.plan.warnings, *of_moments)
+
+
 def _decision_line(d: Decision) -> str:
-    verb = "using checkpoint value" if d.taken == "checkpoint" else "using argument value"
+    verbs = {
+        "checkpoint": "using checkpoint value",
+        "arguments": "using argument value",
+        "preset": "changed to",
+    }
+    verb = verbs[d.taken]
     return (
         f" >   {d.key}: {verb} {_text(d.value)} "
         f"(checkpoint {_text(d.checkpoint)}, argument {_text(d.argument)}; {d.reason})"
@@ -153,17 +194,21 @@ def _policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None
     if not optimizers:
         return None
     policy = optimizers[0].plan.policy
-    return {
-        "keep_hyperparameters": list(policy.keep_hyperparameters),
-        "schedule": policy.schedule,
-    }
+    return to_dict(policy)
 
 
 def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
     return {
         "kind": report.kind,
         "plan_digest": report.plan.digest(),
-        "step": {"value": report.plan.step, "taken": "checkpoint"},
+        "step": {
+            "value": report.plan.step,
+            "checkpoint": report.plan.saved_step,
+            "taken": "checkpoint" if report.plan.step == report.plan.saved_step else "policy",
+        },
+        "moments": _moments_json(report.moments),
+        "clip_grad": None if (c := report.plan.clip_grad) is None else _decision_json(c),
+        "warnings": list(warnings_of(report)),
         "loaded": {
             "tensors": dict(report.loaded.tensors),
             "elements": dict(report.loaded.elements),
@@ -182,16 +227,42 @@ def _group_json(group: GroupPlan, parameters: int) -> dict[str, Any]:
         "note": group.note,
         "parameters_on_rank_0": parameters,
         "dropped_keys": list(group.dropped),
-        "keys": {
-            d.key: {
-                "checkpoint": _json_value(d.checkpoint),
-                "argument": _json_value(d.argument),
-                "value": _json_value(d.value),
-                "taken": d.taken,
-                "changed": d.changed,
-                "reason": d.reason,
+        "keys": {d.key: _decision_json(d) for d in group.decisions},
+    }
+
+
+def _decision_json(d: Decision) -> dict[str, Any]:
+    return {
+        "checkpoint": _json_value(d.checkpoint),
+        "argument": _json_value(d.argument),
+        "value": _json_value(d.value),
+        "taken": d.taken,
+        "changed": d.changed,
+        "reason": d.reason,
+    }
+
+
+def _moments_json(moments: MomentReport | None) -> dict[str, Any] | None:
+    if moments is None:
+        return None
+    return {
+        "rules": [
+            {
+                "rule": r.rule,
+                "exp_avg": r.exp_avg,
+                "exp_avg_sq": r.exp_avg_sq,
+                "elements": r.elements,
             }
-            for d in group.decisions
+            for r in moments.rules
+        ],
+        "state": {
+            key: {
+                "rms_before": _json_value(before),
+                "rms_after": _json_value(after),
+                "changed": moments.changed[key],
+                "nonfinite": moments.nonfinite[key],
+            }
+            for key, (before, after) in moments.rms.items()
         },
     }
 

@@ -21,11 +21,13 @@ class Resume:
         policy: What the user asked.
         report_dir: Where rank 0 writes the JSON report, or None.
         megatron: Version of megatron-core, for the report.
+        global_batch_size: Of the checkpoint's run and of this one, where both are known.
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     report_dir: Path | None = None
     megatron: str = ""
+    global_batch_size: tuple[int, int] | None = None
     members: list[Any] = field(default_factory=list)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_ext import arguments, host
 from megatron_ext.errors import PolicyError
-from megatron_ext.policy import ResumePolicy
+from megatron_ext.operations import FillFrom
+from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
+from megatron_ext.presets import Preset
+from megatron_ext.rules import KEEP, Scale
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -82,6 +86,12 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
     for flag in ("--optimizer-class PATH", "--selective-keep-hyperparameters KEY"):
         assert flag in text
     assert "--selective-report DIR" in text
+    assert "--selective-policy FILE" in text
+    for destination in arguments.own_flags() - {"selective_strict"}:
+        assert f"--{destination.replace('_', '-')} " in text
+    assert "--no-selective-strict" in text
+    for form in ("batch-size OLD NEW", "relora P", "fill column-mean", "prune-random P [seed N]"):
+        assert form in text
     assert "megatron_ext.SelectiveAdam" in text
     assert "Without it nothing changes." in text
 
@@ -95,3 +105,158 @@ def test_add_arguments_prepares_megatron_and_adds_the_flags(
     assert arguments.add_arguments(parser) is parser
     assert calls == ["install"]
     assert parser.parse_args(["--optimizer-class", "a.B"]).optimizer_class == "a.B"
+
+
+def policy(*argv: str) -> ResumePolicy:
+    return arguments.request_from_args(parse(*argv)).policy
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--selective-hyperparameters checkpoint", {"hyperparameters": "checkpoint"}),
+        (
+            "--selective-hyperparameters checkpoint --selective-take-hyperparameters eps betas",
+            {"hyperparameters": "checkpoint", "take_hyperparameters": ("eps", "betas")},
+        ),
+        ("--selective-preset reset", {"preset": Preset("reset")}),
+        ("--selective-preset relora 0.9", {"preset": Preset("relora", (0.9,))}),
+        (
+            "--selective-preset batch-size 256 1024 --selective-decline lr eps",
+            {"preset": Preset("batch-size", (256, 1024), ("lr", "eps"))},
+        ),
+        ("--selective-step keep", {"step": "keep"}),
+        ("--selective-step reset", {"step": "reset"}),
+        ("--selective-step 1000", {"step": 1000}),
+        ("--selective-nonfinite reset", {"nonfinite": "reset"}),
+        ("--no-selective-strict", {"strict": False}),
+    ],
+)
+def test_every_flag_of_a_policy_by_itself(argv: str, expected: dict) -> None:
+    assert policy(*argv.split()) == ResumePolicy(**expected)
+
+
+def test_rules_are_taken_in_the_order_given() -> None:
+    found = policy(
+        *("--selective-rule", "w[3:]", "keep", "fill mean"),
+        *("--selective-rule", "*.bias ndim=1", "scale 0.5", "keep"),
+    )
+    assert found.rules == (
+        MomentRule(Match("w", (3, None)), KEEP, FillFrom("mean")),
+        MomentRule(Match("*.bias", ndim=1), Scale(0.5), KEEP),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ("a=1 keep eps", GroupRule((("a", 1),), ("eps",))),
+        ("a=1 take eps betas", GroupRule((("a", 1),), (), ("eps", "betas"))),
+        (
+            "a=1 b=false keep eps take betas",
+            GroupRule((("a", 1), ("b", False)), ("eps",), ("betas",)),
+        ),
+        ("a=1 take betas keep eps", GroupRule((("a", 1),), ("eps",), ("betas",))),
+    ],
+)
+def test_a_group_rule_in_words(words: str, rule: GroupRule) -> None:
+    assert policy("--selective-group-rule", *words.split()).groups == (rule,)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--selective-group-rule", "a=1"],
+            "--selective-group-rule a=1: expected KEY=VALUE ... keep KEY ... take KEY ...",
+        ),
+        (["--selective-group-rule", "keep", "eps"], "expected at least one attribute to match"),
+        (["--selective-group-rule", "a=1", "eps"], "expected KEY=VALUE ... keep KEY ..."),
+        (["--selective-group-rule", "keep", "a=1", "eps"], "expected KEY=VALUE ... keep KEY ..."),
+        (["--selective-group-rule", "a=1", "keep"], "expected keys to keep or to take, found none"),
+        (["--selective-preset", "rest"], "unknown preset 'rest'; did you mean 'reset'?"),
+        (["--selective-preset", "batch-size", "4"], "expected 'batch-size OLD NEW'"),
+        (["--selective-decline", "lr"], "preset keep: 'lr' cannot be declined; it changes nothing"),
+        (["--selective-rule", "w", "scal 2", "keep"], "did you mean 'scale'?"),
+        (["--selective-rule", "re:(", "keep", "keep"], "not a regular expression"),
+        (["--selective-rule", "", "reset", "reset"], "expected a parameter name or glob"),
+        (["--selective-rule", "w", "keep", "scale -1"], "would make exp_avg_sq negative"),
+        (["--selective-step", "1.5"], "--selective-step: expected keep, reset or a number"),
+        (["--selective-step", "\u00b2"], "--selective-step: expected keep, reset or a number"),
+        (
+            ["--selective-keep-hyperparameters", "eps", "--selective-take-hyperparameters", "eps"],
+            "eps: in --selective-keep-hyperparameters (from the checkpoint) and in",
+        ),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        policy(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv", ["--selective-nonfinite ignore", "--selective-hyperparameters both"]
+)
+def test_a_choice_that_is_none_is_refused_by_the_parser(
+    argv: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*argv.split())
+    assert "invalid choice" in capsys.readouterr().err
+
+
+# --- with a file
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        ("--selective-keep-hyperparameters eps", "--selective-keep-hyperparameters"),
+        ("--selective-take-hyperparameters eps", "--selective-take-hyperparameters"),
+        ("--selective-hyperparameters checkpoint", "--selective-hyperparameters"),
+        ("--selective-group-rule a=1 keep eps", "--selective-group-rule"),
+        ("--selective-preset reset", "--selective-preset"),
+        ("--selective-decline lr", "--selective-decline"),
+        ("--selective-rule w reset reset", "--selective-rule"),
+        ("--selective-step 3", "--selective-step"),
+        ("--selective-nonfinite keep", "--selective-nonfinite"),
+        ("--no-selective-strict", "--no-selective-strict"),
+    ],
+)
+def test_a_file_and_a_flag_together_are_refused(tmp_path: Path, argv: str, flag: str) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text("preset: reset-momentum")
+    with pytest.raises(PolicyError) as caught:
+        policy("--selective-policy", str(path), *argv.split())
+    assert str(caught.value) == (
+        f"--selective-policy {path} and {flag}: expected the file or the flags. Put what the flags "
+        "say into the file"
+    )
+
+
+def test_the_report_and_the_class_go_together_with_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text("preset: reset-momentum")
+    args = parse(*f"--selective-policy {path} --selective-report out --optimizer-class a.B".split())
+    assert arguments.request_from_args(args) == host.Request(
+        "a.B", ResumePolicy(preset=Preset("reset-momentum")), Path("out")
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", "schedule: args", "schedule: checkpoint"])
+def test_megatrons_own_flag_goes_together_with_a_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text(text)
+    args = parse("--selective-policy", str(path))
+    assert arguments.request_from_args(args).policy.schedule == (
+        "checkpoint" if "checkpoint" in text else "args"
+    )
+    args.use_checkpoint_opt_param_scheduler = True
+    assert arguments.request_from_args(args).policy == ResumePolicy(schedule="checkpoint")
+
+
+def test_a_wrong_file_is_refused_while_the_flags_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text("presett: reset")
+    with pytest.raises(PolicyError, match="unknown key 'presett'; did you mean 'preset'"):
+        policy("--selective-policy", str(path))

@@ -66,6 +66,21 @@ def test_both_moments_are_enough() -> None:
     assert loaded.require_moments() is None  # type: ignore[func-returns-value]
 
 
+def test_of_an_optimizer_that_is_not_adam_all_but_the_weights_is_one_state() -> None:
+    loaded = LoadedState(keys=("param", "state"))
+    loaded.add({"param": torch.zeros(6), "momentum_buffer": torch.zeros(6), "step": torch.ones(1)})
+    assert loaded.tensors == {"param": 1, "state": 1}
+    assert loaded.elements == {"param": 6, "state": 6}
+    assert loaded.require_moments() is None  # type: ignore[func-returns-value]
+    assert loaded.summed().elements == {"param": 6, "state": 6}
+    with pytest.raises(CheckpointError, match="no element of state was loaded"):
+        LoadedState(elements={"param": 6}, keys=("param", "state")).require_moments()
+
+
+def test_elements_that_are_not_finite_are_summed_too() -> None:
+    assert LoadedState(nonfinite=3).summed().nonfinite == 3
+
+
 def test_two_counts_do_not_share_their_numbers() -> None:
     one, other = LoadedState(), LoadedState()
     one.add(shard(2))

@@ -20,7 +20,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_ext"
 
 #: What decides. It runs without a GPU, without ranks and without importing torch or Megatron.
-PURE = ("errors", "policy", "rules", "layout", "checkpoint", "plan", "merge")
+PURE = (
+    "errors",
+    "rules",
+    "operations",
+    "presets",
+    "policy",
+    "layout",
+    "checkpoint",
+    "cautions",
+    "plan",
+    "moment_plan",
+    "merge",
+)
 HEAVY = ("torch", "megatron", "numpy", "transformer_engine", "apex")
 
 
@@ -90,7 +102,7 @@ def test_every_public_name_resolves(ext: RankPool) -> None:
     assert {name: module for name, (_, module) in found.items() if name in places} == places
     assert set(found) == set(megatron_ext.__all__)
     functions = {name for name, (kind, _) in found.items() if kind == "function"}
-    assert functions == {"add_arguments", "get_megatron_optimizer"}
+    assert functions == {"add_arguments", "get_megatron_optimizer", "transform_moments"}
 
 
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:

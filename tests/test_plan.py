@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from megatron_ext.checkpoint import SavedOptimizer, read_optimizer
 from megatron_ext.errors import PlanError
 from megatron_ext.plan import Decision, ResumePlan, match_groups, plan_resume
-from megatron_ext.policy import ResumePolicy
+from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
+from megatron_ext.presets import Preset
+from megatron_ext.rules import Scale
 from tests.support.groups import (
     DISTINCT,
     GROUPS,
@@ -123,7 +125,7 @@ def written_out(found: ResumePlan) -> Any:
 
     return (
         found.step,
-        sorted(found.policy.kept_keys),
+        sorted(found.policy.keep_hyperparameters),
         found.policy.schedule,
         [
             (g.saved_index, sorted((d.key, d.taken, repr(plain(d.value))) for d in g.decisions))
@@ -186,6 +188,24 @@ def test_the_digest_sees_what_is_kept_even_where_the_values_are_equal() -> None:
         plan([group()], [group()], schedule="checkpoint").digest(),
     }
     assert len(digests) == 4
+
+
+def test_the_digest_sees_what_is_done_to_the_moments_and_to_the_step() -> None:
+    saved = SavedOptimizer((group(),), 100)
+    policies = [
+        ResumePolicy(),
+        ResumePolicy(preset=Preset("reset-momentum")),
+        ResumePolicy(preset=Preset("relora", (0.5,))),
+        ResumePolicy(preset=Preset("relora", (0.25,))),
+        ResumePolicy(step="reset"),
+        ResumePolicy(step=1),
+        ResumePolicy(rules=(MomentRule(Match("w"), Scale(2.0)),)),
+        ResumePolicy(rules=(MomentRule(Match("w"), Scale(4.0)),)),
+        ResumePolicy(rules=(MomentRule(Match("w", (1, None)), Scale(4.0)),)),
+        ResumePolicy(nonfinite="keep"),
+    ]
+    digests = {plan_resume(p, saved, [group()]).digest() for p in policies}
+    assert len(digests) == len(policies)
 
 
 def test_the_digest_takes_lists_for_tuples_and_ignores_the_order_of_flags() -> None:
@@ -342,6 +362,93 @@ def test_a_value_the_phase_change_touched_does_not_tell_twins_apart() -> None:
     current = [group(betas=(0.9, 0.99)), group(betas=(0.9, 0.999))]
     with pytest.raises(PlanError, match="differ in 'eps'"):
         plan(saved, current, "eps")
+
+
+# --- keeping all keys, and exceptions for some groups
+
+
+def test_all_keys_from_the_checkpoint_but_those_that_are_taken() -> None:
+    saved = group(max_lr=3e-3, eps=1e-8, betas=(0.9, 0.99), lr=7e-4, weight_decay=0.1)
+    now = group(max_lr=1e-3, eps=1e-6, betas=(0.9, 0.95), lr=0.0, weight_decay=0.2)
+    policy = ResumePolicy(hyperparameters="checkpoint", take_hyperparameters=("max_lr",))
+    found = plan_resume(policy, SavedOptimizer((saved,), 100), [now])
+    assert found.groups[0].values == {**saved, "max_lr": 1e-3, "lr": 0.0}
+    assert decision(found, "eps").reason == "--selective-hyperparameters checkpoint"
+    assert decision(found, "max_lr").reason == "--selective-take-hyperparameters max_lr"
+
+
+@given(data=st.data(), groups=DISTINCT)
+def test_from_the_checkpoint_each_group_is_its_counterpart_but_for_lr(
+    data: st.DataObject, groups: list[dict[str, Any]]
+) -> None:
+    order = data.draw(st.permutations(range(len(groups))))
+    current = [{**data.draw(GROUPS), **_structure_of(groups[i])} for i in order]
+    policy = ResumePolicy(hyperparameters="checkpoint")
+    found = plan_resume(policy, SavedOptimizer(tuple(groups), 1), current)
+    for planned, i, now in zip(found.groups, order, current, strict=True):
+        common = {k: groups[i][k] for k in now if k in groups[i] and k != "lr"}
+        assert planned.values == {**now, **common}
+
+
+def test_twins_are_told_apart_by_what_is_kept_as_one_of_all_keys() -> None:
+    saved = [group(eps=1e-8, betas=(0.9, 0.95)), group(eps=1e-9, betas=(0.9, 0.99))]
+    current = [group(betas=(0.9, 0.99), max_lr=1e-3), group(betas=(0.9, 0.95), max_lr=1e-3)]
+    policy = ResumePolicy(hyperparameters="checkpoint")
+    found = plan_resume(policy, SavedOptimizer(tuple(saved), 1), current)
+    assert [g.values["eps"] for g in found.groups] == [1e-9, 1e-8]
+
+
+def test_a_group_rule_decides_for_its_groups_only() -> None:
+    saved = [group(eps=1e-8), group(eps=1e-9, is_expert_parallel=True)]
+    current = [group(eps=1e-6), group(eps=1e-6, is_expert_parallel=True)]
+    policy = ResumePolicy(groups=(GroupRule((("is_expert_parallel", True),), ("eps",)),))
+    found = plan_resume(policy, SavedOptimizer(tuple(saved), 1), current)
+    assert [g.values["eps"] for g in found.groups] == [1e-6, 1e-9]
+    assert decision(found, "eps", 1).reason == "group rule 'is_expert_parallel=true'"
+
+
+def test_a_group_rule_with_an_unknown_key_is_refused_with_a_suggestion() -> None:
+    policy = ResumePolicy(groups=(GroupRule((("wd_mult", 1.0),), ("epss",)),))
+    with pytest.raises(PlanError) as caught:
+        plan_resume(policy, SavedOptimizer((group(),), 1), [group()])
+    message = str(caught.value)
+    assert message.startswith("group rule 'wd_mult=1.0': unknown key 'epss'")
+    assert "Did you mean 'eps'?" in message
+
+
+def test_a_key_to_be_taken_has_to_be_known_too() -> None:
+    policy = ResumePolicy(take_hyperparameters=("beta",))
+    with pytest.raises(PlanError, match=r"--selective-take-hyperparameters: unknown key 'beta'"):
+        plan_resume(policy, SavedOptimizer((group(),), 1), [group()])
+
+
+# --- step
+
+
+@pytest.mark.parametrize(
+    ("step", "saved", "after"),
+    [
+        (None, 100, 100),
+        ("keep", 100, 100),
+        ("reset", 100, 0),
+        (7, 100, 7),
+        (0, 100, 0),
+        ("keep", None, None),
+        ("reset", None, None),
+    ],
+)
+def test_the_step_goes_on_as_the_policy_says(
+    step: Any, saved: int | None, after: int | None
+) -> None:
+    found = plan_resume(ResumePolicy(step=step), SavedOptimizer((group(),), saved), [group()])
+    assert (found.step, found.saved_step) == (after, saved)
+
+
+def test_a_preset_that_resets_the_step_can_be_told_to_keep_it() -> None:
+    saved = SavedOptimizer((group(),), 100)
+    assert plan_resume(ResumePolicy(preset=Preset("reset")), saved, [group()]).step == 0
+    kept = ResumePolicy(preset=Preset("reset"), step="keep")
+    assert plan_resume(kept, saved, [group()]).step == 100
 
 
 # --- groups without a counterpart

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_ext.errors import MegatronExtError, PolicyError
-from megatron_ext.policy import ResumePolicy
+from megatron_ext.operations import BatchRatio, FillFrom
+from megatron_ext.policy import SCHEDULER_ATTRIBUTES, GroupRule, Match, MomentRule, ResumePolicy
+from megatron_ext.presets import Preset
+from megatron_ext.rules import KEEP, Fill, Floor, Scale
+from tests.support.groups import group
+from tests.support.policy_strategies import MATCHES
 
 
 def test_the_default_keeps_no_hyperparameter() -> None:
     policy = ResumePolicy()
     assert policy.keep_hyperparameters == ()
     assert policy.schedule == "args"
-    assert policy.kept_keys == frozenset()
+    assert policy.named_keys == ()
+    assert {policy.source(key, group()) for key in group()} == {(False, "default")}
     assert policy.kept_scheduler_attributes == ()
 
 
@@ -48,7 +58,7 @@ def test_one_string_is_not_taken_for_a_sequence_of_letters() -> None:
     ("key", "reason"),
     [
         ("params", "the parameters always are the current model's"),
-        ("step", "it always comes from the checkpoint"),
+        ("step", "step is state, not a hyperparameter: see --selective-step"),
         ("lr", "keep 'max_lr' and 'min_lr' instead"),
     ],
 )
@@ -71,7 +81,8 @@ def test_a_policy_error_is_a_value_error_and_one_of_the_package() -> None:
 
 def test_the_checkpoints_schedule_keeps_what_the_scheduler_writes_or_reads() -> None:
     policy = ResumePolicy(("eps",), schedule="checkpoint")
-    assert policy.kept_keys == {
+    kept = {key for key in group(start_wd=0.1, end_wd=0.1) if policy.source(key, group())[0]}
+    assert kept == {
         "eps",
         "lr",
         "max_lr",
@@ -103,5 +114,282 @@ def test_the_scheduler_follows_kept_keys(
 
 def test_the_reason_names_the_flag_that_asked_for_it() -> None:
     policy = ResumePolicy(("max_lr",), schedule="checkpoint")
-    assert policy.why_kept("max_lr") == "--selective-keep-hyperparameters max_lr"
-    assert policy.why_kept("min_lr") == "--use-checkpoint-opt_param-scheduler"
+    assert policy.source("max_lr", group()) == (True, "--selective-keep-hyperparameters max_lr")
+    assert policy.source("min_lr", group()) == (True, "--use-checkpoint-opt_param-scheduler")
+    assert policy.source("eps", group()) == (False, "default")
+
+
+# --- where a key comes from
+
+
+def test_all_keys_can_come_from_the_checkpoint_but_some() -> None:
+    policy = ResumePolicy(hyperparameters="checkpoint", take_hyperparameters=("max_lr", "eps"))
+    kept = {key for key in group() if policy.source(key, group())[0]}
+    assert kept == set(group()) - {"max_lr", "eps", "lr"}
+    assert policy.source("betas", group()) == (True, "--selective-hyperparameters checkpoint")
+    assert policy.source("eps", group()) == (False, "--selective-take-hyperparameters eps")
+    assert policy.source("lr", group()) == (False, "default")
+    assert "max_lr" not in policy.kept_scheduler_attributes
+    assert set(policy.kept_scheduler_attributes) == {
+        a for k, names in SCHEDULER_ATTRIBUTES.items() if k != "max_lr" for a in names
+    }
+
+
+EXPERTS = (("is_expert_parallel", True),)
+
+
+def test_a_group_rule_decides_before_the_policys_own_keys() -> None:
+    policy = ResumePolicy(("eps",), groups=(GroupRule(EXPERTS, ("max_lr",), ("eps",)),))
+    expert, dense = group(is_expert_parallel=True), group()
+    assert policy.source("max_lr", expert) == (True, "group rule 'is_expert_parallel=true'")
+    assert policy.source("eps", expert) == (False, "group rule 'is_expert_parallel=true'")
+    assert policy.source("max_lr", dense) == (False, "default")
+    assert policy.source("eps", dense) == (True, "--selective-keep-hyperparameters eps")
+    assert policy.named_keys == ("eps", "max_lr")
+
+
+def test_group_rules_that_disagree_are_an_error_that_names_both() -> None:
+    rules = (GroupRule(EXPERTS, ("eps",)), GroupRule((("lr_mult", 0.1),), (), ("eps",)))
+    policy = ResumePolicy(groups=rules)
+    with pytest.raises(PolicyError) as caught:
+        policy.source("eps", group(is_expert_parallel=True, lr_mult=0.1))
+    assert str(caught.value) == (
+        "group rules 'is_expert_parallel=true' and 'lr_mult=0.1' disagree about 'eps': expected "
+        "one to decide"
+    )
+    assert policy.source("eps", group(is_expert_parallel=True)) == (
+        True,
+        "group rule 'is_expert_parallel=true'",
+    )
+    assert policy.source("betas", group(is_expert_parallel=True, lr_mult=0.1)) == (False, "default")
+
+
+def test_group_rules_that_agree_are_no_problem() -> None:
+    rules = (GroupRule(EXPERTS, ("eps",)), GroupRule((("lr_mult", 0.1),), ("eps",)))
+    both = group(is_expert_parallel=True, lr_mult=0.1)
+    assert ResumePolicy(groups=rules).source("eps", both)[0] is True
+
+
+@pytest.mark.parametrize(
+    ("match", "found", "fits"),
+    [
+        ({"is_expert_parallel": True}, {"is_expert_parallel": True}, True),
+        ({"is_expert_parallel": True}, {"is_expert_parallel": False}, False),
+        ({"is_expert_parallel": False}, {}, False),
+        ({"wd_mult": 1}, {"wd_mult": 1.0}, True),
+        ({"wd_mult": "1e-3"}, {"wd_mult": 1e-3}, True),
+        ({"start_wd": None}, {"start_wd": None}, True),
+        ({"optimizer": "muon"}, {"optimizer": "muon"}, True),
+        ({"optimizer": "muon"}, {"optimizer": "adam"}, False),
+        ({"wd_mult": 1.0, "lr_mult": 0.1}, {"wd_mult": 1.0, "lr_mult": 1.0}, False),
+        ({"wd_mult": 1.0, "lr_mult": 0.1}, {"wd_mult": 1.0, "lr_mult": 0.1}, True),
+    ],
+)
+def test_a_group_fits_if_it_has_all_attributes(
+    match: dict[str, Any], found: dict[str, Any], fits: bool
+) -> None:
+    assert GroupRule(match, ("eps",)).fits(found) is fits  # type: ignore[arg-type]
+    assert Match(group=match).fits("any", 1, found) is fits  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GroupRule((), ("eps",)), "expected at least one attribute to match, found none"),
+        (lambda: GroupRule(EXPERTS), "expected keys to keep or to take, found none"),
+        (lambda: GroupRule(EXPERTS, ("eps",), ("eps",)), "eps both kept and taken"),
+        (lambda: GroupRule(EXPERTS, ("lr",)), "keep 'max_lr' and 'min_lr' instead"),
+        (lambda: GroupRule(EXPERTS, (), ("step",)), "see --selective-step"),
+        (lambda: GroupRule(EXPERTS, "eps"), "found the string 'eps'; write ['eps']"),
+        (lambda: GroupRule((("a", [1]),), ("eps",)), "a: expected a plain value, found [1]"),
+        (lambda: GroupRule((("a", float("nan")),), ("eps",)), "expected a plain value, found nan"),
+        (lambda: GroupRule((("a", 1), ("a", 2)), ("eps",)), "'a' is given twice; expected one"),
+        (lambda: GroupRule((("a",),), ("eps",)), "expected KEY: VALUE pairs, found ('a',)"),
+    ],
+)
+def test_a_group_rule_that_makes_no_sense_is_refused(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        make()
+
+
+# --- which parameters
+
+
+@given(match=MATCHES)
+def test_a_match_without_blanks_is_read_back_from_its_text(match: Match) -> None:
+    plain = all(
+        re.fullmatch(r"[^\s=]+", k) and k != "ndim" and v != "" and not re.search(r"\s", str(v))
+        for k, v in match.group
+    )
+    rows_at_its_end = re.search(r"\[\d*:\d*\]$", match.name) and match.rows is None
+    if plain and not re.search(r"\s", match.name) and not rows_at_its_end:
+        assert Match.parse(str(match)) == match
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("*", Match()),
+        ("*.bias", Match("*.bias")),
+        ("[3:]", Match("*", (3, None))),
+        ("output_layer.weight[32000:]", Match("output_layer.weight", (32000, None))),
+        ("output_layer.weight[:128]", Match("output_layer.weight", (None, 128))),
+        ("w[3:5] ndim=2", Match("w", (3, 5), 2)),
+        ("w[:]", Match("w", (None, None))),
+        ("layer[0-9].w", Match("layer[0-9].w")),
+        ("re:.*[.](weight|bias)", Match("re:.*[.](weight|bias)")),
+        ("re:w[ab]{2}[1:2]", Match("re:w[ab]{2}", (1, 2))),
+        (
+            "* is_expert_parallel=true wd_mult=1e-3 optimizer=muon start_wd=none lr_mult=1",
+            Match(
+                "*",
+                group=(
+                    ("is_expert_parallel", True),
+                    ("lr_mult", 1),
+                    ("optimizer", "muon"),
+                    ("start_wd", None),
+                    ("wd_mult", 1e-3),
+                ),
+            ),
+        ),
+    ],
+)
+def test_a_match_as_text(text: str, match: Match) -> None:
+    assert Match.parse(text) == match
+    assert Match.parse(str(match)) == match
+
+
+LAYER = "decoder.layers.12.mlp.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("*", True),
+        ("decoder.*", True),
+        ("*.weight", True),
+        ("decoder.layers.1.*", False),
+        ("decoder.layers.1?.*", True),
+        ("decoder.layers.[0-9][0-9].*.weight", True),
+        ("layers.12", False),
+        ("re:.*layers[.]1.[.].*", True),
+        ("re:decoder", False),
+        ("re:decoder.*|embedding.*", True),
+        ("re:.*linear_fc[12].weight$", True),
+    ],
+)
+def test_a_name_is_matched_as_a_whole(name: str, fits: bool) -> None:
+    assert Match(name).fits(LAYER, 2, {}) is fits
+
+
+def test_the_number_of_dimensions_counts() -> None:
+    assert Match(ndim=1).fits("b", 1, {})
+    assert not Match(ndim=1).fits("w", 2, {})
+    assert Match(ndim=0).fits("s", 0, {})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Match("re:(a"),
+            "match 're:(a': not a regular expression: missing ), unterminated subpattern at "
+            "position 0; without 're:' it is a glob",
+        ),
+        (lambda: Match(""), "expected a parameter name or glob, found ''"),
+        (lambda: Match(3), "expected a parameter name or glob, found 3"),
+        (lambda: Match("w", (3, 3)), "match 'w': rows 3:3 are empty; expected A:B with A < B"),
+        (lambda: Match("w", (5, 3)), "rows 5:3 are empty"),
+        (lambda: Match("w", (None, 0)), "rows 0:0 are empty"),
+        (lambda: Match("w", (-1, 3)), "rows (-1, 3): expected two numbers"),
+        (lambda: Match("w", (1, 2, 3)), "expected two numbers, A and B of A:B"),
+        (lambda: Match("w", (True, 3)), "expected two numbers"),
+        (lambda: Match("w", ndim=-1), "match 'w': ndim is -1; expected 0, 1, 2"),
+        (lambda: Match("w", ndim=True), "ndim is True"),
+        (lambda: Match.parse(""), "match '': expected a parameter name or glob, found none"),
+        (lambda: Match.parse("w bias"), "match 'w bias': expected KEY=VALUE, found 'bias'"),
+        (lambda: Match.parse("w ndim=two"), "expected one ndim=NUMBER, found two"),
+        (lambda: Match.parse("w ndim=1 ndim=2"), "expected one ndim=NUMBER, found 1, 2"),
+        (lambda: Match.parse("w a=1 a=2"), "rule w: 'a' is given twice"),
+        (lambda: Match.parse("w[4:4]"), "rows 4:4 are empty"),
+    ],
+)
+def test_a_match_that_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        make()
+
+
+# --- rules for moments
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MomentRule(Match(), KEEP, Scale(-1.0)), "rule *: 'scale -1.0' would make"),
+        (lambda: MomentRule(Match(), KEEP, Fill(-1.0)), "'fill -1.0' would make"),
+        (lambda: MomentRule(Match(), KEEP, Floor(-1.0)), "'floor -1.0' would make"),
+        (lambda: MomentRule(Match("w"), BatchRatio(2.0)), "rule w: 'batch-size 2.0' is a rule for"),
+        (lambda: MomentRule(Match(), FillFrom("median")), "exp_avg has two signs"),
+        (lambda: MomentRule(Match(), Floor(1.0)), "'floor 1.0' is for exp_avg_sq"),
+        (lambda: MomentRule(Match(), "reset"), "rule *: exp_avg: expected an operation of"),
+        (lambda: MomentRule("*"), "rule: match: expected Match, found '*'"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        make()
+
+
+def test_a_rule_as_it_stands_in_messages() -> None:
+    rule = MomentRule(Match("w", (3, None)), exp_avg_sq=FillFrom("mean"))
+    assert str(rule) == "'w[3:]' (exp_avg: keep, exp_avg_sq: fill mean)"
+
+
+# --- the rest of a policy
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"step": -1},
+            "--selective-step: expected keep, reset or a number of at least 0, found -1",
+        ),
+        ({"step": "restart"}, "--selective-step: expected keep, reset or a number"),
+        ({"step": True}, "found True"),
+        ({"step": 1.5}, "found 1.5"),
+        ({"nonfinite": "ignore"}, "expected 'error' or 'reset' or 'keep', found 'ignore'"),
+        ({"hyperparameters": "both"}, "hyperparameters: expected 'args' or 'checkpoint'"),
+        (
+            {"keep_hyperparameters": ("eps",), "take_hyperparameters": ("eps", "betas")},
+            "eps: in --selective-keep-hyperparameters (from the checkpoint) and in "
+            "--selective-take-hyperparameters (from the arguments); expected one",
+        ),
+        ({"take_hyperparameters": ("lr",)}, "--selective-take-hyperparameters: 'lr' cannot be"),
+        ({"preset": "reset"}, "preset: expected Preset, found 'reset'"),
+        ({"rules": ("*",)}, "rules: expected MomentRule, found '*'"),
+        ({"groups": (Match(),)}, "groups: expected GroupRule, found Match("),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)):
+        ResumePolicy(**fields)
+
+
+@given(
+    step=st.sampled_from((None, "keep", "reset", 0, 7)), preset=st.sampled_from(("keep", "reset"))
+)
+def test_a_step_that_is_given_goes_before_the_presets(step: Any, preset: str) -> None:
+    policy = ResumePolicy(preset=Preset(preset), step=step)
+    assert policy.next_step == (preset if step is None else step)
+
+
+def test_whether_any_moment_is_changed() -> None:
+    assert not ResumePolicy(("eps",), step="reset").changes_moments
+    assert not ResumePolicy(rules=(MomentRule(Match()),)).changes_moments
+    assert ResumePolicy(preset=Preset("reset-momentum")).changes_moments
+    assert ResumePolicy(rules=(MomentRule(Match("w"), KEEP, Scale(2.0)),)).changes_moments
+    declined = Preset("batch-size", (1, 4), ("exp_avg_sq",))
+    assert not ResumePolicy(preset=declined).changes_moments

@@ -15,13 +15,25 @@ import jsonschema
 import pytest
 import torch
 
-from megatron_ext import __version__
+from megatron_ext import __version__, policy_file
+from megatron_ext.checkpoint import SavedOptimizer
 from megatron_ext.log import say
-from megatron_ext.plan import Decision
-from megatron_ext.policy import ResumePolicy
-from megatron_ext.report import FILE_NAME, ResumeReport
+from megatron_ext.moments import LoadedState
+from megatron_ext.operations import BiasConsistent, FillFrom
+from megatron_ext.plan import Circumstances, Decision, plan_resume
+from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
+from megatron_ext.presets import Preset
+from megatron_ext.report import FILE_NAME, OptimizerReport, ResumeReport
+from megatron_ext.rules import PruneRandom, Scale
+from megatron_ext.transition import MomentReport, RuleReport
 from tests.support.groups import group
-from tests.support.reports import optimizer_report, resume_report, scheduler_section
+from tests.support.reports import (
+    CURRENT,
+    SAVED,
+    optimizer_report,
+    resume_report,
+    scheduler_section,
+)
 
 SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/resume-report.schema.json").read_text())
 
@@ -104,12 +116,13 @@ def test_the_json_holds_the_decisions() -> None:
     assert found["schema"] == "megatron_ext/resume-report/1"
     assert found["megatron_ext"] == __version__
     assert found["megatron_core"] == "0.19.2"
-    assert found["policy"] == {"keep_hyperparameters": ["eps"], "schedule": "args"}
+    assert found["policy"] == {"hyperparameters": {"keep": ["eps"]}}
     assert found["scheduler"] is None
     (optimizer,) = found["optimizers"]
     assert optimizer["kind"] == "SelectiveAdam over FusedAdam"
     assert optimizer["plan_digest"] == report.plan.digest()
-    assert optimizer["step"] == {"value": 100, "taken": "checkpoint"}
+    assert optimizer["step"] == {"value": 100, "checkpoint": 100, "taken": "checkpoint"}
+    assert (optimizer["moments"], optimizer["clip_grad"], optimizer["warnings"]) == (None, None, [])
     assert optimizer["loaded"]["elements"] == {"param": 640, "exp_avg": 640, "exp_avg_sq": 640}
     assert optimizer["unused_saved_groups"] == [1, 2]
     first, added = optimizer["groups"]
@@ -210,10 +223,27 @@ def test_every_field_is_described_and_no_object_is_open() -> None:
     }
     assert len(fields) > 40
     assert [path for path, field in fields.items() if not field.get("description")] == []
-    objects = [node for _, node in walk(SCHEMA, "") if node.get("type") == "object"]
-    assert all("additionalProperties" in node for node in objects)
-    for node in objects:
+    objects = {path: node for path, node in walk(SCHEMA, "") if node.get("type") == "object"}
+    assert all("additionalProperties" in node for node in objects.values())
+    # A policy is written as in a policy file: what has its default is left out.
+    written_in_full = {
+        path: node
+        for path, node in objects.items()
+        if not path.startswith(("/$defs/policy", "/$defs/match"))
+    }
+    assert len(written_in_full) > 10
+    for node in written_in_full.values():
         assert sorted(node.get("required", [])) == sorted(node.get("properties", {}))
+
+
+def test_the_policys_part_is_the_schema_of_a_policy_file() -> None:
+    text = files("megatron_ext").joinpath("schemas/resume-policy.schema.json").read_text()
+    of_a_file = json.loads(text)
+    part = SCHEMA["$defs"]["policy"]
+    for key in ("type", "additionalProperties", "properties"):
+        assert part[key] == of_a_file[key]
+    assert of_a_file["$defs"].items() <= SCHEMA["$defs"].items()
+    assert "required" not in {**part, **of_a_file}
 
 
 POLICIES = [
@@ -221,6 +251,18 @@ POLICIES = [
     ResumePolicy(("betas", "bias_correction")),
     ResumePolicy(schedule="checkpoint"),
     ResumePolicy(("weight_decay", "max_lr"), "checkpoint"),
+    ResumePolicy(preset=Preset("reset"), step=7),
+    ResumePolicy(preset=Preset("gradient-scale", (2.0,)), nonfinite="keep"),
+    ResumePolicy(preset=Preset("batch-size", (256, 1024), ("eps",)), step="reset", strict=False),
+    ResumePolicy(
+        hyperparameters="checkpoint",
+        take_hyperparameters=("max_lr",),
+        groups=(GroupRule({"lr_mult": 0.1}, ("eps",), ("betas",)),),  # type: ignore[arg-type]
+        rules=(
+            MomentRule(Match("*.bias", (3, None)), Scale(0.5), FillFrom("column-mean")),
+            MomentRule(Match("re:a b", None, 2), PruneRandom(0.5, 7), BiasConsistent()),
+        ),
+    ),
 ]
 
 
@@ -232,17 +274,110 @@ def test_reports_of_real_plans_follow_the_schema(policy: ResumePolicy, step: int
     validate(report.to_json())
     report.scheduler = scheduler_section(policy)
     validate(report.to_json())
-    assert report.to_json()["policy"]["schedule"] == policy.schedule
+    written = json.loads(json.dumps(report.to_json()["policy"]))
+    assert policy_file.from_dict(written) == policy
+    assert written.get("schedule", "args") == policy.schedule
+
+
+MOMENTS = MomentReport(
+    rules=(
+        RuleReport("rule '*.bias'", "reset", "fill 0.5", 16),
+        RuleReport("preset keep", "keep", "keep", 624),
+    ),
+    rms={"exp_avg": (0.25, 0.125), "exp_avg_sq": (float("inf"), 0.5)},
+    changed={"exp_avg": 12, "exp_avg_sq": 16},
+    nonfinite={"exp_avg": 0, "exp_avg_sq": 3},
+    warnings=("1 of 2 rules match no parameter",),
+)
+
+
+def changed_report() -> OptimizerReport:
+    """Step, gradient clipping and moments of the checkpoint do not go on as they were."""
+    policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)), step=7)
+    plan = plan_resume(policy, SavedOptimizer(SAVED, 100), CURRENT, Circumstances(clip_grad=1.0))
+    return replace(
+        optimizer_report(), plan=plan, moments=MOMENTS, notes=("3 elements were not finite",)
+    )
+
+
+def test_the_json_holds_what_was_done_to_the_moments() -> None:
+    report = changed_report()
+    found = ResumeReport("0.19.2", [report]).to_json()
+    validate(found)
+    (optimizer,) = found["optimizers"]
+    assert optimizer["step"] == {"value": 7, "checkpoint": 100, "taken": "policy"}
+    assert optimizer["moments"] == {
+        "rules": [
+            {"rule": "rule '*.bias'", "exp_avg": "reset", "exp_avg_sq": "fill 0.5", "elements": 16},
+            {"rule": "preset keep", "exp_avg": "keep", "exp_avg_sq": "keep", "elements": 624},
+        ],
+        "state": {
+            "exp_avg": {"rms_before": 0.25, "rms_after": 0.125, "changed": 12, "nonfinite": 0},
+            "exp_avg_sq": {"rms_before": "inf", "rms_after": 0.5, "changed": 16, "nonfinite": 3},
+        },
+    }
+    assert optimizer["clip_grad"] == {
+        "checkpoint": None,
+        "argument": 1.0,
+        "value": 2.0,
+        "taken": "preset",
+        "changed": True,
+        "reason": "preset gradient-scale 2: 1 x 2",
+    }
+    eps = optimizer["groups"][0]["keys"]["eps"]
+    assert (eps["argument"], eps["value"], eps["taken"]) == (1e-6, 2e-6, "preset")
+    assert optimizer["warnings"] == [
+        "3 elements were not finite",
+        *report.plan.warnings,
+        "1 of 2 rules match no parameter",
+    ]
+    assert len(report.plan.warnings) > 0
+
+
+def test_the_lines_tell_what_was_done_to_the_moments() -> None:
+    lines = ResumeReport("0.19.2", [changed_report()]).lines()
+    for line in (
+        " > rule '*.bias': exp_avg reset, exp_avg_sq fill 0.5 (16 elements on all ranks)",
+        " > exp_avg: RMS 0.25 -> 0.125, 12 elements changed, 0 not finite",
+        " > exp_avg_sq: RMS inf -> 0.5, 16 elements changed, 3 not finite",
+        " > WARNING: 3 elements were not finite",
+        " > WARNING: 1 of 2 rules match no parameter",
+        " >   clip_grad: changed to 2 (checkpoint none, argument 1; preset gradient-scale 2: "
+        "1 x 2)",
+        " > step: 7 (checkpoint 100)",
+        " >   eps: changed to 2e-06 (checkpoint 1e-08, argument 1e-06; preset gradient-scale 2: "
+        "1e-06 x 2)",
+    ):
+        assert line in lines
+
+
+@pytest.mark.parametrize(
+    "loaded",
+    [
+        LoadedState({"param": 2, "state": 2}, {"param": 8, "state": 8}, keys=("param", "state")),
+        LoadedState(),
+    ],
+    ids=["not Adam", "the running optimizer"],
+)
+def test_a_report_about_other_state_follows_the_schema(loaded: LoadedState) -> None:
+    found = ResumeReport("0.19.2", [replace(optimizer_report(), loaded=loaded)]).to_json()
+    validate(found)
+    assert found["optimizers"][0]["loaded"]["tensors"] == loaded.tensors
 
 
 def full_report() -> dict[str, Any]:
     report = resume_report()
+    report.optimizers.append(changed_report())
     report.scheduler = scheduler_section()
     return json.loads(json.dumps(report.to_json()))
 
 
 def _optimizer(d: dict[str, Any]) -> dict[str, Any]:
     return d["optimizers"][0]
+
+
+def _moments(d: dict[str, Any]) -> dict[str, Any]:
+    return d["optimizers"][2]["moments"]
 
 
 def _eps(d: dict[str, Any]) -> dict[str, Any]:
@@ -255,12 +390,25 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a-field-too-many": lambda d: d.update(extra=1),
     "no-scheduler": lambda d: d.pop("scheduler"),
     "unknown-schedule": lambda d: d["policy"].update(schedule="stock"),
-    "policy-key-twice": lambda d: d["policy"].update(keep_hyperparameters=["eps", "eps"]),
+    "policy-key-twice": lambda d: d["policy"]["hyperparameters"].update(keep=["eps", "eps"]),
+    "policy-with-a-field-too-many": lambda d: d["policy"].update(keep_hyperparameters=["eps"]),
+    "unknown-preset": lambda d: d["policy"].update(preset="restart"),
+    "unknown-operation": lambda d: d["policy"].update(moments=[{"match": "*", "exp_avg": "zero"}]),
     "short-digest": lambda d: _optimizer(d).update(plan_digest="abc"),
     "step-from-arguments": lambda d: _optimizer(d)["step"].update(taken="arguments"),
+    "step-without-the-checkpoints": lambda d: _optimizer(d)["step"].pop("checkpoint"),
+    "no-moments": lambda d: _optimizer(d).pop("moments"),
+    "moments-are-text": lambda d: _optimizer(d).update(moments="kept"),
+    "a-rule-without-its-elements": lambda d: _moments(d)["rules"][0].pop("elements"),
+    "one-moment": lambda d: _moments(d)["state"].pop("exp_avg_sq"),
+    "half-an-element-changed": lambda d: _moments(d)["state"]["exp_avg"].update(changed=0.5),
+    "no-clipping": lambda d: _optimizer(d).pop("clip_grad"),
+    "clipping-without-a-source": lambda d: d["optimizers"][2]["clip_grad"].pop("taken"),
+    "one-warning": lambda d: _optimizer(d).update(warnings="look"),
     "step-of-half": lambda d: _optimizer(d)["step"].update(value=0.5),
     "negative-count": lambda d: _optimizer(d)["loaded"]["tensors"].update(exp_avg=-1),
     "no-second-moment": lambda d: _optimizer(d)["loaded"]["elements"].pop("exp_avg_sq"),
+    "half-of-another-optimizer": lambda d: _optimizer(d)["loaded"].update(elements={"state": 1}),
     "negative-group": lambda d: _optimizer(d)["groups"][0].update(saved_index=-1),
     "no-note": lambda d: _optimizer(d)["groups"][0].pop("note"),
     "step-among-the-keys": lambda d: _optimizer(d)["groups"][0]["keys"].update(step=_eps(d)),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import ResumePolicy, host, optimizer
+from megatron_ext import ResumePolicy, host, optimizer, policy_file
 
 from . import harness, subject
 from .harness import Hyper, Layout
@@ -123,13 +123,14 @@ def build_error(layout: Layout, hyper: Hyper, **config: Any) -> tuple[str, str]:
     def get_optimizer(stock_config: Any, model: Any, **kwargs: Any) -> Any:
         arguments = dict(config)
         optimizer_class = arguments.pop("optimizer_class", host.DEFAULT_CLASS)
+        policy = policy_file.loads(arguments.pop("policy", "{}"))
         if arguments.pop("use_megatron_fsdp", False):
             for chunk in model:
                 chunk.ddp_config.use_megatron_fsdp = True
         for key, value in arguments.items():
             setattr(stock_config, key, value)
         return megatron_ext.get_megatron_optimizer(
-            stock_config, model, optimizer_class=optimizer_class, **kwargs
+            stock_config, model, optimizer_class=optimizer_class, policy=policy, **kwargs
         )
 
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from . import muon
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 64, 8, 8
 
@@ -41,6 +44,7 @@ class Hyper:
     end_wd: float | None = None
     wd_incr_style: str = "constant"
     extra_group: bool = False
+    loss_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Layout:
     instances: int = 1
     overlap: bool = False
     hidden: int = 16
+    layers: int | None = None
+    gated: bool = False
+    optimizer: str = "adam"
 
 
 @dataclass
@@ -103,6 +110,8 @@ def build(
     # Every rank builds a model from its own place in the layout, so parameters are set by name.
     model = _model(layout)
     config = _optimizer_config(layout, hyper)
+    if layout.optimizer == "muon":
+        muon.install()
     with inner_adam(layout.adam):
         optimizer = (get_optimizer or get_megatron_optimizer)(
             config, model, config_overrides=_overrides(config, hyper)
@@ -143,7 +152,7 @@ def train(run: Run, steps: int) -> None:
             run.optimizer.zero_grad()
             iterators = [_batches(run.iteration, microbatches) for _ in run.model]
             reduced = schedule(
-                forward_step_func=_forward_step,
+                forward_step_func=functools.partial(_forward_step, run.hyper.loss_factor),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=run.model if len(run.model) > 1 else run.model[0],
                 num_microbatches=microbatches,
@@ -311,7 +320,7 @@ def _model(layout: Layout) -> list[Any]:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-    layers = 2 * layout.pp * (layout.vpp or 1) if layout.pp > 1 else 2
+    layers = layout.layers or (2 * layout.pp * (layout.vpp or 1) if layout.pp > 1 else 2)
     bf16 = layout.dtype == "bf16"
     config = TransformerConfig(
         num_layers=layers,
@@ -319,7 +328,7 @@ def _model(layout: Layout) -> list[Any]:
         num_attention_heads=4,
         ffn_hidden_size=2 * layout.hidden,
         add_bias_linear=not layout.experts,
-        gated_linear_unit=bool(layout.experts),
+        gated_linear_unit=bool(layout.experts) or layout.gated,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -390,7 +399,7 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
     bf16 = layout.dtype == "bf16"
     known = inspect.signature(OptimizerConfig).parameters
     wanted = dict(
-        optimizer="adam",
+        optimizer=layout.optimizer,
         lr=hyper.lr,
         min_lr=hyper.min_lr,
         decoupled_lr=hyper.decoupled_lr,
@@ -420,12 +429,12 @@ def _overrides(config: Any, hyper: Hyper) -> dict[Any, Any]:
     return overrides
 
 
-def _forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
+def _forward_step(factor: float, data_iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
     tokens, labels, positions, mask = next(data_iterator)
     output = model(tokens, positions, mask, labels=labels)
 
     def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = output.float().mean()
+        loss = output.float().mean() * factor
         return loss, {"loss": loss.detach().clone()}
 
     return output, loss_of
@@ -472,12 +481,13 @@ def _model_keys(model: list[Any]) -> list[str]:
 
 def _model_sd(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _unwrapped(chunk).sharded_state_dict(metadata=dict(metadata))
+        key: unwrapped(chunk).sharded_state_dict(metadata=dict(metadata))
         for key, chunk in zip(_model_keys(model), model, strict=True)
     }
 
 
-def _unwrapped(chunk: Any) -> Any:
+def unwrapped(chunk: Any) -> Any:
+    """The model without its wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
@@ -506,7 +516,7 @@ def _save_legacy(run: Run, directory: Path) -> None:
             "opt_param_scheduler": run.scheduler.state_dict(),
         }
         for key, chunk in zip(_model_keys(run.model), run.model, strict=True):
-            state[key] = _unwrapped(chunk).state_dict_for_save_checkpoint()
+            state[key] = unwrapped(chunk).state_dict_for_save_checkpoint()
         torch.save(state, model_file)
     dist.barrier()
     if run.layout.distributed:

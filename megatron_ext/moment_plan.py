@@ -1,0 +1,336 @@
+"""Decide for every row of every parameter what is done to its moments. Pure.
+
+Rules are resolved on unsharded parameters: the same on every layout, and offline. What needs a
+number that only the state itself has (a mean, a quantile) is left as a `Statistic` to be found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import PlanError
+from .operations import (
+    BatchRatio,
+    BiasConsistent,
+    FillFrom,
+    Operation,
+    Prune,
+    RowStatistic,
+    write,
+)
+from .plan import ResumePlan
+from .policy import MomentRule as PolicyRule
+from .policy import ResumePolicy
+from .rules import KEEP, BatchSize, Keep, Scale, SecondMomentRule
+
+Key = Literal["exp_avg", "exp_avg_sq"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One unsharded parameter.
+
+    Args:
+        name: Global name.
+        shape: Unsharded.
+        group: Position of its param_group in the current optimizer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+
+    @property
+    def rows(self) -> int:
+        """Length of dimension 0; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True, order=True)
+class Statistic:
+    """A number about one moment of one unsharded parameter, before anything is changed.
+
+    Args:
+        parameter: Its name.
+        key: Which moment.
+        kind: ``mean``, ``median`` or ``column-mean``; ``quantile``: of abs(x).
+        rows: First row and one past the last of each range that is looked at.
+        fraction: p of the quantile.
+        factor: The statistic is multiplied by it: what those rows are multiplied by.
+    """
+
+    parameter: str
+    key: Key
+    kind: Literal[RowStatistic, "quantile"]
+    rows: tuple[tuple[int, int], ...]
+    fraction: float = 0.0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is done to some rows of a parameter.
+
+    Args:
+        first: First row.
+        last: One past the last.
+        exp_avg: An element rule, or the statistic that gives one.
+        exp_avg_sq: The same.
+        rule: Position of the policy's rule, or None for its preset.
+    """
+
+    first: int
+    last: int
+    exp_avg: SecondMomentRule | Statistic
+    exp_avg_sq: SecondMomentRule | Statistic
+    rule: int | None
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What is done to one unsharded parameter; the rows follow each other without a gap."""
+
+    parameter: Parameter
+    rows: tuple[Rows, ...]
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What has to be known first."""
+        both = (x for r in self.rows for x in (r.exp_avg, r.exp_avg_sq))
+        return tuple(dict.fromkeys(x for x in both if isinstance(x, Statistic)))
+
+
+def plan_moments(
+    plan: ResumePlan,
+    parameters: Sequence[Parameter],
+    saved_groups: Sequence[Mapping[str, Any]],
+    current_groups: Sequence[Mapping[str, Any]],
+) -> tuple[ParameterPlan, ...]:
+    """Decide what is done to the moments of some parameters.
+
+    Args:
+        plan: The plan of the optimizer they belong to.
+        parameters: Some of its parameters; what is decided for one does not depend on the others.
+        saved_groups: The checkpoint's param_groups, for the betas of the moments.
+        current_groups: The current ones, for the attributes that rules match.
+
+    Returns:
+        One plan for each parameter.
+
+    Raises:
+        PlanError: Two rules meet in an element, rows that a parameter does not have, or a rule
+            that this checkpoint cannot be changed by. Names rules and parameter.
+    """
+    return tuple(_plan(plan, p, saved_groups, current_groups[p.group]) for p in parameters)
+
+
+def unmatched(
+    policy: ResumePolicy,
+    used: Collection[int],
+    used_groups: Collection[int],
+    names: Sequence[str],
+) -> str:
+    """What to say of rules that match nothing; empty if all match something.
+
+    Args:
+        policy: Whose rules.
+        used: Positions of the rules that match a parameter, on any rank.
+        used_groups: Positions of the group rules that fit a param_group, on any rank.
+        names: Some names that parameters have.
+    """
+    idle = [rule for i, rule in enumerate(policy.rules) if i not in used]
+    out = []
+    if idle:
+        out.append(
+            f"{len(idle)} of {len(policy.rules)} rules match no parameter that holds moments: "
+            + "; ".join(f"rule {rule}" for rule in idle)
+            + f". Names look like {', '.join(names[:3]) or '(none)'}"
+        )
+    out += [
+        f"group rule {str(rule)!r} fits no param_group"
+        for i, rule in enumerate(policy.groups)
+        if i not in used_groups
+    ]
+    return ". ".join(out)
+
+
+def _plan(
+    plan: ResumePlan,
+    parameter: Parameter,
+    saved_groups: Sequence[Mapping[str, Any]],
+    group: Mapping[str, Any],
+) -> ParameterPlan:
+    rules = plan.policy.rules
+    pieces: list[tuple[int, int, int]] = []
+    for number, rule in enumerate(rules):
+        if rule.match.fits(parameter.name, len(parameter.shape), group):
+            pieces.append((*_rows(rule, parameter), number))
+    pieces.sort()
+    for (_, last, one), (first, end, two) in itertools.pairwise(pieces):
+        if first < last:
+            raise PlanError(
+                f"rules {rules[one]} and {rules[two]} both apply to {parameter.name}, rows {first} "
+                f"to {min(last, end) - 1}; expected one. Narrow one of them"
+            )
+    effect = plan.policy.preset.effect
+    rows: list[tuple[int, int, Operation, Operation, int | None]] = []
+    at = 0
+    for first, last, number in [*pieces, (parameter.rows, parameter.rows, -1)]:
+        if at < first:
+            rows.append((at, first, effect.exp_avg, effect.exp_avg_sq, None))
+        if first < last:
+            rule = rules[number]
+            rows.append((first, last, rule.exp_avg, rule.exp_avg_sq, number))
+        at = max(at, last)
+    facts = _Facts(plan, parameter, saved_groups)
+    first_moments = _resolve(facts, "exp_avg", [(a, b, m, n) for a, b, m, _, n in rows])
+    second_moments = _resolve(facts, "exp_avg_sq", [(a, b, v, n) for a, b, _, v, n in rows])
+    out = []
+    for (first, last, _, _, chosen), m, v in zip(rows, first_moments, second_moments, strict=True):
+        if isinstance(v, BatchSize) and not isinstance(m, Keep):
+            raise PlanError(
+                f"{facts.who(chosen)}: the batch-size rule for exp_avg_sq reads exp_avg, which "
+                "must be kept. Do the two in two steps"
+            )
+        out.append(Rows(first, last, m, v, chosen))
+    return ParameterPlan(parameter, tuple(out))
+
+
+def _rows(rule: PolicyRule, parameter: Parameter) -> tuple[int, int]:
+    if rule.match.rows is None:
+        return 0, parameter.rows
+    first, last = rule.match.rows
+    first, last = first or 0, parameter.rows if last is None else last
+    if not parameter.shape or first >= parameter.rows or last > parameter.rows:
+        raise PlanError(
+            f"rule {rule}: {parameter.name} has shape {parameter.shape}, so no rows {first}:{last}"
+            f"; expected rows within 0:{parameter.rows if parameter.shape else 0}"
+        )
+    return first, last
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the rules of one parameter may ask of the plan."""
+
+    plan: ResumePlan
+    parameter: Parameter
+    saved_groups: Sequence[Mapping[str, Any]]
+
+    def who(self, number: int | None) -> str:
+        """The rule, for messages."""
+        policy = self.plan.policy
+        rule = f"preset {policy.preset}" if number is None else f"rule {policy.rules[number]}"
+        return f"{rule}, {self.parameter.name}"
+
+    def step(self, number: int | None) -> int:
+        """T of the moments, at least 1."""
+        t = self.plan.saved_step
+        if not t:
+            raise PlanError(
+                f"{self.who(number)}: the checkpoint was written before the first step, so its "
+                "moments are 0 and say nothing about the gradient. Leave the rule out"
+            )
+        return t
+
+    def saved_betas(self, number: int | None) -> tuple[float, float]:
+        """b1 and b2 with which the moments were made."""
+        index = self.plan.groups[self.parameter.group].saved_index
+        found = [self.saved_groups[index]] if index is not None else list(self.saved_groups)
+        betas = {tuple(float(b) for b in g["betas"]) for g in found if g.get("betas") is not None}
+        if len(betas) != 1:
+            raise PlanError(
+                f"{self.who(number)}: needs the betas of the checkpoint; the parameter's group has "
+                f"no counterpart there and the saved groups have {sorted(betas) or 'none'}"
+            )
+        b1, b2 = betas.pop()
+        return b1, b2
+
+    def next_betas(self, number: int | None) -> tuple[float, float]:
+        """b1 and b2 after the resume."""
+        betas = self.plan.groups[self.parameter.group].values.get("betas")
+        if betas is None:
+            raise PlanError(f"{self.who(number)}: needs betas, and its param_group has none")
+        b1, b2 = betas
+        return float(b1), float(b2)
+
+
+def _resolve(
+    facts: _Facts, key: Key, rows: Sequence[tuple[int, int, Operation, int | None]]
+) -> list[SecondMomentRule | Statistic]:
+    """Element rules for one moment of all rows of a parameter."""
+    simple = [_element_rule(facts, key, o, number) for _, _, o, number in rows]
+    out: list[SecondMomentRule | Statistic] = []
+    for (_, _, operation, number), rule in zip(rows, simple, strict=True):
+        if isinstance(operation, Prune):
+            span = tuple((a, b) for a, b, _, other in rows if other == number)
+            name = facts.parameter.name
+            out.append(Statistic(name, key, "quantile", span, operation.fraction))
+        elif isinstance(operation, FillFrom):
+            out.append(_fill(facts, key, operation, number, rows, simple))
+        else:
+            assert rule is not None
+            out.append(rule)
+    return out
+
+
+def _element_rule(
+    facts: _Facts, key: Key, operation: Operation, number: int | None
+) -> SecondMomentRule | None:
+    if isinstance(operation, Prune | FillFrom):
+        return None
+    if isinstance(operation, BatchRatio):
+        return BatchSize(operation.ratio, facts.saved_betas(number), facts.step(number))
+    if not isinstance(operation, BiasConsistent):
+        return operation
+    t, after = facts.plan.saved_step, facts.plan.step
+    if not t:
+        return KEEP
+    if not after:
+        raise PlanError(
+            f"{facts.who(number)}: with step 0 the bias-consistent moments are all 0. Keep step, "
+            "give it a number, or reset the moments"
+        )
+    which = 0 if key == "exp_avg" else 1
+    old, new = facts.saved_betas(number)[which], facts.next_betas(number)[which]
+    factor = (1.0 - new**after) / (1.0 - old**t)
+    return KEEP if factor == 1.0 else Scale(factor)
+
+
+def _fill(
+    facts: _Facts,
+    key: Key,
+    operation: FillFrom,
+    number: int | None,
+    rows: Sequence[tuple[int, int, Operation, int | None]],
+    simple: Sequence[SecondMomentRule | None],
+) -> Statistic:
+    """The statistic of the rows that are kept."""
+    name = facts.parameter.name
+    if len(rows) == 1:
+        return Statistic(name, key, operation.statistic, ((0, facts.parameter.rows),))
+    spans, factors = [], set()
+    for (first, last, _, _), rule in zip(rows, simple, strict=True):
+        if isinstance(rule, Keep | Scale):
+            spans.append((first, last))
+            factors.add(rule.factor if isinstance(rule, Scale) else 1.0)
+    if not spans:
+        raise PlanError(
+            f"{facts.who(number)}: {write(operation)!r} needs rows that are kept or scaled, and "
+            f"{name} has none. Fill with a number, or keep some rows"
+        )
+    if len(factors) > 1:
+        raise PlanError(
+            f"{facts.who(number)}: {write(operation)!r}: the other rows are scaled by different "
+            f"factors, {sorted(factors)}; expected one. Do it in two steps"
+        )
+    return Statistic(name, key, operation.statistic, tuple(spans), factor=factors.pop())

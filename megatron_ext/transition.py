@@ -1,0 +1,387 @@
+"""The moments' part of a resume: from the plan to what the fused op does on this rank's shards.
+
+Ranks that hold different parameters have to find the same statistics together, so they first tell
+each other which ones their parameters need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import agree
+from .errors import CheckpointError, PlanError
+from .layout import WHOLE
+from .moment_plan import ParameterPlan, Statistic, plan_moments, unmatched
+from .moments import (
+    MOMENT_KEYS,
+    FillColumns,
+    MomentShard,
+    MomentStatistics,
+    RangeRule,
+    Statistics,
+    transform,
+    values,
+)
+from .operations import Prune, write
+from .parameters import Shard, held_by, names_of, shards_of
+from .plan import ResumePlan
+from .policy import ResumePolicy
+from .row_statistics import Value, find, pieces
+from .rules import Fill, Keep, PruneMagnitude, PruneRandom, SecondMomentRule
+from .steps import is_adam, is_hybrid
+
+#: Columns that are added up over the ranks, per moment.
+_COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed")
+
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class RuleReport:
+    """What one rule did, on all ranks.
+
+    Args:
+        rule: As the policy has it; the preset for the elements no rule names.
+        exp_avg: What was done to exp_avg.
+        exp_avg_sq: What was done to exp_avg_sq.
+        elements: Number of elements; one that several ranks hold counts on each.
+    """
+
+    rule: str
+    exp_avg: str
+    exp_avg_sq: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class MomentReport:
+    """What was done to the moments of one Megatron optimizer, on all ranks.
+
+    Args:
+        rules: One each, and one for the preset.
+        rms: For each moment its root mean square before and after.
+        changed: For each moment the number of elements with another value than before.
+        nonfinite: For each moment the number of NaN and infinite elements after.
+        warnings: Rules that match nothing.
+    """
+
+    rules: tuple[RuleReport, ...]
+    rms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    changed: Mapping[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def count_nonfinite(optimizer: Any) -> int:
+    """Number of NaN and infinite elements in this rank's moments; one pass that reads them."""
+    return sum(_nonfinite(optimizer).values())
+
+
+def mend_nonfinite(optimizer: Any, model_chunks: Sequence[Any], choice: str) -> str:
+    """Refuse, reset or keep NaN and infinite moments; collective, called where some rank has any.
+
+    Args:
+        optimizer: A Megatron optimizer with state.
+        model_chunks: Its model, for the names.
+        choice: ``error``, ``reset`` or ``keep`` (`ResumePolicy.nonfinite`).
+
+    Returns:
+        What was done, for the report.
+
+    Raises:
+        CheckpointError: For ``error``, on every rank that has one.
+        AgreementError: For ``error``, on the others, with the messages.
+    """
+    names = names_of(optimizer, model_chunks)
+    bad = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
+    error = None
+    if bad and choice == "error":
+        listing = ", ".join(f"{name}: {n}" for name, n in list(bad.items())[:_MAX_NAMED])
+        more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
+        error = CheckpointError(
+            f"the checkpoint's moments are not finite (elements of exp_avg and exp_avg_sq): "
+            f"{listing}{more}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
+            "set these elements to 0, or keep to go on with them"
+        )
+    agree.agree("looking at the moments", "0" * 32, error)
+    if choice == "reset":
+        _reset_nonfinite(optimizer)
+    return f"not finite in the checkpoint: {'reset to 0' if choice == 'reset' else 'kept'}"
+
+
+@dataclass(frozen=True)
+class MomentWork:
+    """What is to be done to one optimizer's moments on this rank.
+
+    Args:
+        policy: What the user asked.
+        shards: This rank's.
+        plans: By parameter name.
+        used: Positions of the rules that match a parameter of the chain on this rank.
+        used_groups: Positions of the group rules that fit one of its param_groups.
+        kept: The optimizer is not Adam: its state is left alone.
+        wanted: The statistics that some rank needs, the same list on every rank.
+        shapes: The unsharded shapes of their parameters.
+        warnings: Rules that match nothing on any rank.
+    """
+
+    policy: ResumePolicy
+    shards: tuple[Shard, ...]
+    plans: Mapping[str, ParameterPlan]
+    used: frozenset[int]
+    used_groups: frozenset[int] = frozenset()
+    kept: bool = False
+    wanted: tuple[Statistic, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def prepare(
+    optimizer: Any,
+    model_chunks: Sequence[Any],
+    plan: ResumePlan,
+    saved_groups: Sequence[Mapping[str, Any]],
+    chain: Sequence[Any] = (),
+) -> MomentWork | None:
+    """Resolve a plan's rules against this rank's shards; nothing is changed, not collective.
+
+    Args:
+        optimizer: A Megatron optimizer.
+        model_chunks: The model it was built for.
+        plan: Its plan.
+        saved_groups: The checkpoint's param_groups.
+        chain: All optimizers that the policy is for; a rule has to match in one of them.
+
+    Returns:
+        None where the policy has no rules and keeps all moments.
+
+    Raises:
+        PlanError: A rule cannot be carried out.
+        HostError: The model does not say where its parameters lie.
+    """
+    policy = plan.policy
+    if not (policy.changes_moments or policy.rules or policy.groups):
+        return None
+    chain = [o for o in chain or [optimizer] if o.optimizer is not None]
+    used = frozenset().union(*(_used(policy, one, model_chunks) for one in chain))
+    used_groups = frozenset(
+        number
+        for number, rule in enumerate(policy.groups)
+        if any(rule.fits(g) for one in chain for g in one.optimizer.param_groups)
+    )
+    if optimizer.optimizer is None or not (policy.changes_moments or policy.rules):
+        return MomentWork(policy, (), {}, used, used_groups)
+    shards = tuple(shards_of(optimizer, model_chunks))
+    if not is_adam(optimizer.optimizer):
+        _refuse_rules(policy, optimizer.optimizer, shards)
+        return MomentWork(policy, (), {}, used, used_groups, kept=True)
+    parameters = {s.parameter.name: s.parameter for s in shards}
+    groups = optimizer.optimizer.param_groups
+    plans = plan_moments(plan, list(parameters.values()), saved_groups, groups)
+    return MomentWork(policy, shards, {p.parameter.name: p for p in plans}, used, used_groups)
+
+
+def meet(work: MomentWork) -> MomentWork:
+    """Tell the other ranks which rules matched and which statistics are needed; collective.
+
+    One gather of plain values, and only where a rule or the preset's quantile asks for it.
+
+    Raises:
+        PlanError: A rule matches nothing on any rank (strict policies); on every rank.
+    """
+    policy, effect = work.policy, work.policy.preset.effect
+    selects = any(isinstance(o, Prune) for o in (effect.exp_avg, effect.exp_avg_sq))
+    if not policy.rules and not policy.groups and not selects:
+        return work
+    needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
+    examples = sorted(work.plans)
+    mine = (needed, work.used, work.used_groups, [*examples[:1], *examples[-1:]])
+    of_ranks, used, used_groups, names = zip(*agree.gather(mine), strict=True)
+    idle = unmatched(
+        policy,
+        frozenset().union(*used),
+        frozenset().union(*used_groups),
+        sorted({name for some in names for name in some}),
+    )
+    if idle and policy.strict:
+        raise PlanError(f"{idle}. Mend the rule, or pass --no-selective-strict")
+    return replace(
+        work,
+        wanted=tuple(sorted({s for needed in of_ranks for s in needed})),
+        shapes={s.parameter: shape for needed in of_ranks for s, shape in needed.items()},
+        warnings=(idle,) if idle else (),
+    )
+
+
+def carry_out(work: MomentWork) -> MomentReport | None:
+    """Change the moments as planned; collective.
+
+    The statistics that are needed are found together (`megatron_ext.row_statistics.find`), the
+    fused op is called once a device, and one small reduction adds the report up.
+
+    Args:
+        work: From `meet`; the moments have arrived.
+
+    Returns:
+        None where there is nothing to do.
+    """
+    if work.kept or not (work.policy.changes_moments or work.policy.rules):
+        return None
+    shards = [s for s in work.shards if _has_moments(s)]
+    device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else agree.device()
+    found: dict[Statistic, Value] = {}
+    if work.wanted:
+        found = find(
+            work.wanted,
+            shards,
+            lambda shard, key: values(shard.inner, shard.key, key),
+            work.shapes,
+            agree.add_up,
+            device,
+        )
+    jobs = [_work(shard, work.plans[shard.parameter.name], found) for shard in shards]
+    counted = transform(jobs, Statistics.BEFORE_AND_AFTER)
+    return _report(work, shards, counted, device)
+
+
+def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> None:
+    """Raise if a rule is for a parameter that another optimizer than Adam updates."""
+    for shard in shards:
+        name, group = shard.parameter.name, inner.param_groups[shard.parameter.group]
+        for rule in policy.rules:
+            if rule.match.fits(name, len(shard.parameter.shape), group):
+                raise PlanError(
+                    f"rule {rule} matches {name}, which {type(inner).__name__} updates: it has no "
+                    "Adam moments, and its state is kept. Narrow the rule, for example with "
+                    "optimizer=adam"
+                )
+
+
+def _used(policy: ResumePolicy, optimizer: Any, model_chunks: Sequence[Any]) -> set[int]:
+    """The rules that match a parameter which an optimizer holds."""
+    if not policy.rules or optimizer.optimizer is None:
+        return set()
+    groups = optimizer.optimizer.param_groups
+    return {
+        number
+        for shard in shards_of(optimizer, model_chunks)
+        for number, rule in enumerate(policy.rules)
+        if rule.match.fits(
+            shard.parameter.name, len(shard.parameter.shape), groups[shard.parameter.group]
+        )
+    }
+
+
+def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
+    """What the fused op is to do to a shard."""
+    rules: list[RangeRule] = []
+    for rows in plan.rows:
+        m, v = (_rule(x, found) for x in (rows.exp_avg, rows.exp_avg_sq))
+        if isinstance(m, Keep) and isinstance(v, Keep):
+            continue
+        by_position = any(isinstance(x, PruneRandom | FillColumns) for x in (m, v))
+        if len(plan.rows) == 1 and not by_position:
+            # One range: a rescale of a scaled moment is then a change of its scale.
+            rules.append(RangeRule(0, shard.end - shard.begin, m, v, WHOLE))
+            continue
+        for run in pieces(shard, ((rows.first, rows.last),)):
+            rules.append(RangeRule(run.begin, run.end, m, v, run.index))
+    rules.sort(key=lambda r: r.begin)
+    return MomentShard(shard.parameter.name, shard.inner, shard.key, tuple(rules))
+
+
+def _rule(decided: SecondMomentRule | Statistic, found: Mapping[Statistic, Value]) -> Any:
+    if not isinstance(decided, Statistic):
+        return decided
+    value = found[decided]
+    if isinstance(value, torch.Tensor):
+        return FillColumns(value)
+    return PruneMagnitude(value) if decided.kind == "quantile" else Fill(value)
+
+
+def _report(
+    work: MomentWork,
+    shards: Sequence[Shard],
+    counted: Sequence[Mapping[str, MomentStatistics]],
+    device: torch.device,
+) -> MomentReport:
+    policy = work.policy
+    sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
+    elements = [0.0] * (len(policy.rules) + 1)
+    for shard, statistics in zip(shards, counted, strict=True):
+        for row, key in zip(sums, MOMENT_KEYS, strict=True):
+            s = statistics[key]
+            found = ((s.norm_before or 0.0) ** 2, s.norm_after**2, shard.end - shard.begin)
+            for i, value in enumerate((*found, s.nonfinite, s.changed or 0)):
+                row[i] += value
+        for rows in work.plans[shard.parameter.name].rows:
+            held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
+            elements[-1 if rows.rule is None else rows.rule] += held
+    flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=device)
+    agree.add_up(flat)
+    total = flat.tolist()
+    by_key = {
+        key: dict(zip(_COLUMNS, total[i * len(_COLUMNS) :], strict=False))
+        for i, key in enumerate(MOMENT_KEYS)
+    }
+    effect = policy.preset.effect
+    told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
+    told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
+    reports = tuple(
+        RuleReport(name, write(m), write(v), int(n))
+        for (name, m, v), n in zip(told, total[2 * len(_COLUMNS) :], strict=True)
+    )
+    return MomentReport(
+        rules=reports,
+        rms={
+            key: (_rms(c["square_sum_before"], c), _rms(c["square_sum_after"], c))
+            for key, c in by_key.items()
+        },
+        changed={key: int(c["changed"]) for key, c in by_key.items()},
+        nonfinite={key: int(c["nonfinite"]) for key, c in by_key.items()},
+        warnings=work.warnings,
+    )
+
+
+def _rms(square_sum: float, counts: Mapping[str, float]) -> float:
+    return math.sqrt(square_sum / counts["elements"]) if counts["elements"] else 0.0
+
+
+def _has_moments(shard: Shard) -> bool:
+    return all(key in shard.inner.state.get(shard.key, {}) for key in MOMENT_KEYS)
+
+
+def _nonfinite(optimizer: Any) -> dict[int, int]:
+    """Id of each state's key -> number of elements that are not finite."""
+    if optimizer.optimizer is None or not is_adam(optimizer.optimizer):
+        return {}
+    if is_hybrid(optimizer.optimizer):
+        return {}
+    inner = optimizer.optimizer
+    keys = [h.key for h in held_by(optimizer)]
+    keys = [k for k in keys if all(m in inner.state.get(k, {}) for m in MOMENT_KEYS)]
+    counted = transform([MomentShard("", inner, k, ()) for k in keys], Statistics.AFTER)
+    return {
+        id(k): sum(s.nonfinite for s in statistics.values())
+        for k, statistics in zip(keys, counted, strict=True)
+    }
+
+
+@torch.no_grad()
+def _reset_nonfinite(optimizer: Any) -> None:
+    bad = {i for i, n in _nonfinite(optimizer).items() if n}
+    inner = optimizer.optimizer
+    for held in held_by(optimizer):
+        if id(held.key) not in bad:
+            continue
+        moments = {k: values(inner, held.key, k) for k in MOMENT_KEYS}
+        wrong = ~(moments["exp_avg"].isfinite() & moments["exp_avg_sq"].isfinite())
+        for key, found in moments.items():
+            found.masked_fill_(wrong, 0.0)
+            if found.data_ptr() != inner.state[held.key][key].data_ptr():
+                inner.set_scaled_state(held.key, key, found)

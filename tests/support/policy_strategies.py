@@ -1,0 +1,108 @@
+"""Hypothesis strategies for policies and their parts."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from megatron_ext.operations import RESET, BatchRatio, BiasConsistent, FillFrom, Prune
+from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
+from megatron_ext.presets import Preset
+from megatron_ext.rules import KEEP, Fill, Floor, PruneRandom, Scale
+
+from .groups import KEEPABLE
+
+_FINITE = st.floats(allow_nan=False, allow_infinity=False)
+_AT_LEAST_0 = st.floats(0.0, allow_infinity=False)
+_ABOVE_0 = st.floats(1e-6, 1e6)
+_FRACTIONS = st.floats(0.0, 1.0)
+
+_FOR_BOTH = st.one_of(
+    st.sampled_from((KEEP, RESET, BiasConsistent(), FillFrom("mean"), FillFrom("column-mean"))),
+    st.builds(Prune, _FRACTIONS),
+    st.builds(PruneRandom, _FRACTIONS, st.integers()),
+    st.builds(Scale, _AT_LEAST_0),
+    st.builds(Fill, _AT_LEAST_0),
+)
+FOR_EXP_AVG = _FOR_BOTH | st.builds(Scale, _FINITE) | st.builds(Fill, _FINITE)
+FOR_EXP_AVG_SQ = st.one_of(
+    _FOR_BOTH,
+    st.just(FillFrom("median")),
+    st.builds(Floor, _AT_LEAST_0),
+    st.builds(BatchRatio, st.floats(0.0, exclude_min=True, allow_infinity=False)),
+)
+OPERATIONS = FOR_EXP_AVG | FOR_EXP_AVG_SQ
+
+_PLAIN = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.sampled_from(("muon", "1e-3", "true", "a b", "")),
+)
+_ATTRIBUTES = st.dictionaries(
+    st.sampled_from(("is_expert_parallel", "wd_mult", "lr_mult", "ndim", "a b", "a=b")), _PLAIN
+)
+_ENDS = st.none() | st.integers(0, 100)
+_ROWS = st.none() | st.tuples(_ENDS, _ENDS).filter(lambda r: r[1] is None or (r[0] or 0) < r[1])
+_NAMES = st.sampled_from(
+    (
+        "*",
+        "decoder.layers.1.*",
+        "*[0-9].bias",
+        "*[0:3]",
+        "two words",
+        "re:.*[.]weight",
+        "re:(a|b) c",
+        "re:[:]",
+        "a b=c",
+        " ",
+        "ndim=2",
+    )
+)
+MATCHES = st.builds(
+    lambda name, rows, ndim, group: Match(name, rows, ndim, tuple(group.items())),
+    _NAMES,
+    _ROWS,
+    st.none() | st.integers(0, 4),
+    _ATTRIBUTES,
+)
+
+_KEY_PAIRS = st.lists(st.sampled_from(KEEPABLE), unique=True, max_size=4).flatmap(
+    lambda keys: st.integers(0, len(keys)).map(lambda n: (tuple(keys[:n]), tuple(keys[n:])))
+)
+GROUP_RULES = st.builds(
+    lambda match, keys: GroupRule(tuple(match.items()), *keys),
+    _ATTRIBUTES.filter(bool),
+    _KEY_PAIRS.filter(any),
+)
+PRESETS = st.one_of(
+    st.sampled_from([Preset(n) for n in ("keep", "reset", "reset-momentum", "bias-consistent")]),
+    st.builds(
+        lambda s, decline: Preset("gradient-scale", (s,), tuple(decline)),
+        _ABOVE_0,
+        st.lists(st.sampled_from(("eps", "clip_grad")), unique=True),
+    ),
+    st.builds(
+        lambda old, new, decline: Preset("batch-size", (old, new), tuple(decline)),
+        _ABOVE_0,
+        _ABOVE_0,
+        st.lists(st.sampled_from(("lr", "betas", "eps", "exp_avg_sq")), unique=True),
+    ),
+    st.builds(lambda p: Preset("relora", (p,)), _FRACTIONS),
+)
+POLICIES = st.builds(
+    lambda keys, **fields: ResumePolicy(
+        keep_hyperparameters=keys[0], take_hyperparameters=keys[1], **fields
+    ),
+    _KEY_PAIRS,
+    hyperparameters=st.sampled_from(("args", "checkpoint")),
+    schedule=st.sampled_from(("args", "checkpoint")),
+    groups=st.lists(GROUP_RULES, max_size=3).map(tuple),
+    preset=PRESETS,
+    rules=st.lists(st.builds(MomentRule, MATCHES, FOR_EXP_AVG, FOR_EXP_AVG_SQ), max_size=3).map(
+        tuple
+    ),
+    step=st.none() | st.sampled_from(("keep", "reset")) | st.integers(0, 10**9),
+    nonfinite=st.sampled_from(("error", "reset", "keep")),
+    strict=st.booleans(),
+)
