@@ -4,8 +4,8 @@ PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
 MATRIX ?= 0.18.2 0.16.1
 # How many tests have to pass with each (0.16.1's wheel has no training loop, which 5 tests need).
-cells_0.18.2 := 128
-cells_0.16.1 := 123
+cells_0.18.2 := 139
+cells_0.16.1 := 134
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
@@ -42,7 +42,7 @@ test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against ea
 test-with-%: bootstrap
 	@echo "== megatron-core $*"
 	@overlay=$$(.ci/overlay $*) && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest tests \
-	    --ignore tests/test_agree.py -m "ranks or matrix" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(cells_$*:%=--cells=%))
+	    --ignore tests/test_agree.py -m "(ranks or matrix) and not latest" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(cells_$*:%=--cells=%))
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)

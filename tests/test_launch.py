@@ -91,6 +91,16 @@ SCENARIOS = {
         f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-keep-hyperparameters max_lr min_lr",
         "single phase 1",
     ),
+    "batch size": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --global-batch-size 16 --train-iters 14 "
+        "--selective-preset batch-size 8 16 --selective-decline lr betas "
+        "--selective-rule embedding.word_embeddings.weight[64:] reset reset",
+        "single phase 1",
+    ),
+    "policy file": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-policy tests/support/policy.yaml",
+        "single phase 1",
+    ),
     "no-load-optim stock": Scenario(
         f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler --no-load-optim", "single phase 1"
     ),
@@ -308,6 +318,35 @@ def test_values_from_the_checkpoint(runs: Runs) -> None:
         assert kept.lrs == pytest.approx([linear(3e-4, 3e-5, i) for i in range(11, 15)]), name
 
 
+@pytest.mark.reads("batch size", "policy file")
+def test_policies_from_flags_and_from_a_file(runs: Runs) -> None:
+    found = ok(runs["batch size"])
+    assert list(found.iterations) == [11, 12, 13, 14]
+    assert found.report["policy"] == {
+        "preset": {"name": "batch-size", "old": 8.0, "new": 16.0, "decline": ["lr", "betas"]},
+        "moments": [
+            {
+                "match": "embedding.word_embeddings.weight[64:]",
+                "exp_avg": "reset",
+                "exp_avg_sq": "reset",
+            }
+        ],
+    }
+    (optimizer,) = found.report["optimizers"]
+    assert optimizer["groups"][0]["keys"]["eps"]["value"] == pytest.approx(1e-8 / 2**0.5)
+    assert optimizer["groups"][0]["keys"]["eps"]["taken"] == "preset"
+    assert optimizer["moments"]["rules"][0]["elements"] == 64 * 32
+    assert optimizer["moments"]["state"]["exp_avg_sq"]["changed"] > 64 * 32
+    text = "\n".join(optimizer["warnings"])
+    assert "the global batch size goes from 8 to 16" in text
+    assert "betas is declined" in text
+    found = ok(runs["policy file"])
+    (optimizer,) = found.report["optimizers"]
+    assert optimizer["step"] == {"value": 0, "checkpoint": 10, "taken": "policy"}
+    assert optimizer["moments"]["state"]["exp_avg"]["rms_after"] == 0.0
+    assert "re-warm-up of about 1000 steps" in found.log
+
+
 @pytest.mark.reads("no-load-optim stock", "no-load-optim ours")
 def test_no_load_optim_is_stock(runs: Runs) -> None:
     ours = ok(runs["no-load-optim ours"])
@@ -411,12 +450,22 @@ BAD_STARTS = {
         "--yaml-cfg",
         "command line",
     ],
-    "--optimizer-class megatron_ext.SelectiveAdam --optimizer muon": ["--optimizer muon", "Adam"],
+    "--optimizer-class megatron_ext.SelectiveAdam --optimizer sgd": ["--optimizer sgd", "Adam"],
     "--optimizer-class megatron_ext.SelectiveAdam --use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--optimizer-class megatron_ext.SelectiveAdam --selective-keep-hyperparameters lr": [
         "'lr' cannot be kept",
         "'max_lr'",
     ],
+    "--optimizer-class megatron_ext.SelectiveAdam --selective-preset rest": [
+        "unknown preset 'rest'",
+        "'reset'",
+    ],
+    "--optimizer-class megatron_ext.SelectiveAdam --selective-policy no/such.yaml": [
+        "--selective-policy no/such.yaml",
+        "cannot be read",
+    ],
+    "--optimizer-class megatron_ext.SelectiveAdam --selective-policy tests/support/policy.yaml "
+    "--selective-step keep": ["--selective-step", "expected the file or the flags"],
 }
 
 

@@ -189,11 +189,20 @@ def test_a_missing_parameter_file(ext: RankPool, checkpoints: Checkpoints, tmp_p
 
 BUILD = {
     "sgd": ({"optimizer": "sgd"}, Layout(), ["--optimizer sgd", "only Adam"]),
-    "muon": ({"optimizer": "muon"}, Layout(), ["--optimizer muon", "only Adam"]),
+    "layer-wise": (
+        {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True},
+        Layout(),
+        ["--optimizer muon"],
+    ),
     "overlap with the step": (
         {"overlap_param_gather_with_optimizer_step": True},
         Layout(),
         ["--overlap-param-gather-with-optimizer-step"],
+    ),
+    "cpu offload and rules": (
+        {"optimizer_cpu_offload": True, "policy": "preset: reset"},
+        Layout(),
+        ["--optimizer-cpu-offload", "HybridDeviceOptimizer"],
     ),
     "fsdp": ({"use_megatron_fsdp": True}, Layout(), ["--use-megatron-fsdp"]),
     "not importable": (
