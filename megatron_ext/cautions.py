@@ -86,11 +86,19 @@ def _step(plan: ResumePlan) -> Iterator[str]:
     if t is None or after is None or t == after:
         return
     if any(pair == (RESET, RESET) for pair in operations) and after == 0:
-        steps = max((1.0 / (1.0 - b[1]) for b in _betas(plan)), default=0.0)
+        steps = max((1.0 / (1.0 - b2) for _, b2 in _betas(plan)), default=0.0)
+        # Of a gradient that is all noise m^ has variance (1 - b1) / (1 + b1) times the gradient's.
+        ratio = max((math.sqrt((1.0 + b1) / (1.0 - b1)) for b1, _ in _betas(plan)), default=1.0)
         yield (
             f"exp_avg, exp_avg_sq and step are reset: without a re-warm-up of about {steps:.0f} "
-            "steps the first updates have RMS lr, up to 4.4x the stationary one"
+            f"steps the first updates have RMS lr, up to {ratio:.1f}x the stationary one"
         )
+    if any(v == RESET and m != RESET for m, v in operations) and after == 0:
+        for b1, _ in _betas(plan):
+            yield (
+                "exp_avg_sq and step are reset and exp_avg is not: the first update divides the "
+                f"old momentum by 1 - b1 and by one gradient, about {1.0 / (1.0 - b1):.0f}x"
+            )
     if any(isinstance(m, _GOES_ON) and isinstance(v, _GOES_ON) for m, v in operations):
         for betas in _betas(plan):
             growth = step_growth(betas, t, after)
@@ -129,7 +137,7 @@ def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]
     for change in policy.preset.declined:
         if change.key == "clip_grad" and not clipping:
             continue
-        yield f"preset {policy.preset}: {change.key} is declined and stays as the arguments say"
+        yield f"preset {policy.preset}: {change.key} is declined and stays as it is"
     for change in policy.preset.effect.changes:
         if change.key == "clip_grad":
             if clipping and circumstances.live:

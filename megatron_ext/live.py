@@ -15,7 +15,7 @@ from .plan import Circumstances, ResumePlan, plan_resume
 from .policy import ResumePolicy
 from .presets import KEEP_ALL
 from .report import OptimizerReport, ResumeReport
-from .steps import place_step, step_of
+from .steps import is_adam, place_step, step_of
 
 
 def transform_moments(
@@ -73,7 +73,12 @@ def transform_moments(
 def _plan(policy: ResumePolicy, member: Any) -> ResumePlan:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in member.param_groups]
     saved = SavedOptimizer(tuple(groups), step_of(member.optimizer))
-    circumstances = Circumstances(clip_grad=member.config.clip_grad, live=True)
+    circumstances = Circumstances(
+        clip_grad=member.config.clip_grad,
+        decoupled_weight_decay=getattr(member.config, "decoupled_weight_decay", True),
+        live=True,
+        adam=is_adam(member.optimizer),
+    )
     return plan_resume(policy, saved, groups, circumstances)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import PlanError
+from .errors import PlanError, PolicyError
 from .operations import (
     BatchRatio,
     BiasConsistent,
@@ -289,7 +289,10 @@ def _element_rule(
     if isinstance(operation, Prune | FillFrom):
         return None
     if isinstance(operation, BatchRatio):
-        return BatchSize(operation.ratio, facts.saved_betas(number), facts.step(number))
+        try:
+            return BatchSize(operation.ratio, facts.saved_betas(number), facts.step(number))
+        except PolicyError as e:
+            raise PlanError(f"{facts.who(number)}: {e}") from None
     if not isinstance(operation, BiasConsistent):
         return operation
     t, after = facts.plan.saved_step, facts.plan.step

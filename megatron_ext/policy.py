@@ -80,6 +80,12 @@ class GroupRule:
             raise PolicyError(f"group rule {self}: {', '.join(both)} both kept and taken")
         if not self.keep and not self.take:
             raise PolicyError(f"group rule {self}: expected keys to keep or to take, found none")
+        if "weight_decay" in (*self.keep, *self.take):
+            raise PolicyError(
+                f"group rule {self}: 'weight_decay' is no choice of a group: the scheduler "
+                "computes it before every step from start_wd and end_wd and the group's wd_mult. "
+                "Name it in --selective-keep-hyperparameters, for all groups"
+            )
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether a current param_group has all attributes."""

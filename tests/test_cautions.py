@@ -153,6 +153,12 @@ def test_a_full_reset_asks_for_a_warm_up() -> None:
         "first updates have RMS lr, up to 4.4x the stationary one",
     )
     assert "about 20 steps" in warnings(ResumePolicy(preset=Preset("reset")))[0]
+    assert "up to 1.7x" in warnings(ResumePolicy(preset=Preset("reset")), (0.5, 0.9))[0]
+
+
+def test_old_momentum_over_a_new_exp_avg_sq_tells_the_factor() -> None:
+    policy = ResumePolicy(step="reset", rules=(MomentRule(Match(), KEEP, RESET),))
+    assert any("about 10x" in w for w in warnings(policy, (0.9, 0.95)))
 
 
 def test_bias_consistent_before_the_first_step_has_no_effect() -> None:
@@ -228,8 +234,8 @@ def test_what_follows_is_no_news() -> None:
 
 def test_what_is_declined_is_said() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,), ("eps", "clip_grad")))
-    eps = "preset gradient-scale 2: eps is declined and stays as the arguments say"
-    clip = "preset gradient-scale 2: clip_grad is declined and stays as the arguments say"
+    eps = "preset gradient-scale 2: eps is declined and stays as it is"
+    clip = "preset gradient-scale 2: clip_grad is declined and stays as it is"
     assert warnings(policy, clip_grad=1.0) == (eps, clip)
     assert warnings(policy, clip_grad=0.0) == (eps,)
 
@@ -305,7 +311,7 @@ def test_another_global_batch_size_is_told_whatever_the_policy() -> None:
 def test_the_preset_says_all_it_should() -> None:
     policy = ResumePolicy(preset=Preset("batch-size", (256, 1024), ("betas",)))
     assert warnings(policy, global_batch_size=(256, 1024)) == (
-        "preset batch-size 256 1024: betas is declined and stays as the arguments say",
+        "preset batch-size 256 1024: betas is declined and stays as it is",
         EXPERIMENTAL.format(4),
         moves(256, 1024, "4"),
     )

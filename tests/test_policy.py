@@ -393,3 +393,9 @@ def test_whether_any_moment_is_changed() -> None:
     assert ResumePolicy(rules=(MomentRule(Match("w"), KEEP, Scale(2.0)),)).changes_moments
     declined = Preset("batch-size", (1, 4), ("exp_avg_sq",))
     assert not ResumePolicy(preset=declined).changes_moments
+
+
+@pytest.mark.parametrize("which", ["keep", "take"])
+def test_weight_decay_is_no_choice_of_a_group(which: str) -> None:
+    with pytest.raises(PolicyError, match="the scheduler computes it before every step"):
+        GroupRule((("wd_mult", 1.0),), **{which: ("weight_decay",)})
