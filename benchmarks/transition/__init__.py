@@ -1,0 +1,1 @@
+"""What the loss does after a phase change: ``python -m benchmarks.transition``."""
