@@ -24,6 +24,14 @@ def test_a_rise_that_goes_away_is_early_and_not_late() -> None:
     assert found.behind.mean == pytest.approx(14)
 
 
+def test_the_first_loss_is_the_same_and_does_not_count_as_caught_up() -> None:
+    """The update after the change shows in the second loss."""
+    baseline = {1: [2.0] * LENGTH}
+    bump = [0.0] + [0.5] * 10 + [0.0] * (LENGTH - 11)
+    found = summarise({1: [2.0 + b for b in bump]}, baseline)
+    assert found.behind.mean == pytest.approx(15)
+
+
 def test_a_difference_is_told_apart_if_no_seed_has_the_other_sign() -> None:
     baseline = {1: [2.0] * LENGTH, 2: [2.0] * LENGTH}
     lower = summarise({1: [1.9] * LENGTH, 2: [1.8] * LENGTH}, baseline)

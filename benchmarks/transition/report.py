@@ -77,7 +77,8 @@ def markdown(
         "Loss above the baseline's with the same data, nats a byte: mean over the seeds +- the "
         f"largest distance of one. Rise: largest in the first {EARLY} iterations, averaged over "
         f"{WINDOW}. Early: mean of these {EARLY}. Late: mean of the last {LAST}. Behind: "
-        "iterations until the average is first no longer above.",
+        "iterations until, after the rise, the average is first no longer above; "
+        f"{size.second} where it never is.",
         "",
         "| variant | baseline | rise | early | late | behind | late: told apart |",
         "| --- | --- | --- | --- | --- | --- | --- |",

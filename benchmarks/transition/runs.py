@@ -18,7 +18,7 @@ MODEL = """
     --use-distributed-optimizer --ckpt-format torch_dist --distributed-backend gloo
     --tokenizer-type NullTokenizer --split 100,0,0 --num-workers 0
     --log-interval 1 --eval-iters 0 --eval-interval 100000 --save-interval 100000
-    --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --lr-warmup-iters 10
+    --lr 2e-3 --min-lr 2e-3 --lr-decay-style constant --lr-decay-iters 100000 --lr-warmup-iters 10
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95
     --attention-dropout 0.0 --hidden-dropout 0.0 --transformer-impl local
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm

@@ -47,7 +47,8 @@ class Summary:
             `WINDOW`.
         early: Mean loss above the baseline's in these iterations.
         late: Mean loss above the baseline's in the last `LAST` iterations.
-        behind: Iterations until the average is no longer above the baseline's for the first time.
+        behind: Iterations until, after the rise, the average is first no longer above the
+            baseline's; all of them where it never is.
     """
 
     rise: Spread
@@ -70,7 +71,8 @@ def summarise(losses: Mapping[int, Losses], baseline: Mapping[int, Losses]) -> S
         rise.append(max(smooth[:EARLY]))
         early.append(statistics.fmean(above[:EARLY]))
         late.append(statistics.fmean(above[-LAST:]))
-        caught_up = (i for i, x in enumerate(smooth) if x <= 0.0)
+        top = smooth.index(rise[-1])
+        caught_up = (i for i, x in enumerate(smooth) if i >= top and x <= 0.0)
         behind.append(float(next(caught_up, len(smooth))))
     return Summary(*(Spread.of(x) for x in (rise, early, late, behind)))
 
