@@ -379,11 +379,36 @@ def test_an_expert_group_may_keep_its_own_hyperparameters(
     assert (by_kind[False]["max_lr"], by_kind[False]["betas"]) == (second.lr, second.betas)
 
 
+@pytest.mark.latest
+def test_all_hyperparameters_from_the_checkpoint_but_one(
+    ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    directory, _ = checkpoints.phase_1(BF16, 2)
+    second = Hyper(lr=1e-3, min_lr=1e-4, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.05)
+    found = ext.run(
+        "tests.support.policies:trained",
+        2,
+        layout=BF16,
+        hyper=second,
+        directory=directory,
+        policy="hyperparameters: {source: checkpoint, take: [eps]}",
+        steps=1,
+    )[0]
+    for group in found["groups"]:
+        assert (group["max_lr"], group["min_lr"]) == (FIRST.lr, FIRST.min_lr)
+        assert group["betas"] == FIRST.betas
+        assert group["eps"] == second.eps
+        assert group["weight_decay"] == FIRST.weight_decay * group["wd_mult"]
+        assert second.lr < group["lr"] <= FIRST.lr
+    (first,) = set(found["lrs"][0])
+    assert second.lr < first <= FIRST.lr
+
+
 MUON = Layout(distributed=False, optimizer="muon")
 
 
 @pytest.mark.latest
-def test_of_muon_and_adam_the_adam_part_follows_the_policy(
+def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
     """Megatron's own chain; before 0.19 it is built in another way."""
@@ -420,7 +445,9 @@ def test_of_muon_and_adam_the_adam_part_follows_the_policy(
 
 
 @pytest.mark.latest
-def test_a_rule_for_what_muon_updates_is_refused(ext: RankPool, checkpoints: Checkpoints) -> None:
+def test_a_rule_for_what_a_muon_stand_in_updates_is_refused(
+    ext: RankPool, checkpoints: Checkpoints
+) -> None:
     directory, _ = checkpoints.phase_1(MUON, 2)
     results = ext.run(
         "tests.support.policies:refused",

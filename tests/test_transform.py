@@ -192,7 +192,7 @@ def scaled() -> ScaledAdam:
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
-def test_a_rescale_of_a_scaled_moment_changes_its_scale_alone(
+def test_a_rescale_of_a_te_stand_ins_moment_changes_its_scale_alone(
     scaled: ScaledAdam, statistics: Statistics
 ) -> None:
     (p,) = parameters(scaled)
@@ -212,7 +212,7 @@ def test_a_rescale_of_a_scaled_moment_changes_its_scale_alone(
         assert found["exp_avg"].norm_after == pytest.approx(value.norm().item(), rel=1e-6)
 
 
-def test_other_rules_go_through_the_optimizers_own_methods(scaled: ScaledAdam) -> None:
+def test_other_rules_go_through_the_te_stand_ins_own_methods(scaled: ScaledAdam) -> None:
     (p,) = parameters(scaled)
     old = {k: scaled.get_unscaled_state(p, k) for k in MOMENT_KEYS}
     transform(shards(scaled, (RangeRule(0, 40, Fill(0.0), Keep()),)))
