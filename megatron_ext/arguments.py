@@ -14,6 +14,12 @@ from .host import DEFAULT_CLASS, Request
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
 
 
+#: Flags that are no part of the policy.
+_OTHER_FLAGS = ("optimizer_class", "selective_report", "selective_policy", "selective_from")
+#: Flags of the policy that may be given beside a file.
+_BESIDE_A_FILE = ("selective_phase", "reset_iteration", "reset_dataloader")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's flags; to be passed to Megatron as ``extra_args_provider``.
 
@@ -48,8 +54,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-policy",
         metavar="FILE",
         default=None,
-        help="YAML file with the whole policy; not together with the other --selective flags but "
-        "--selective-report.",
+        help="YAML file with the whole policy; of the other flags only --selective-report, "
+        "--selective-from, --selective-phase, --reset-iteration and --reset-dataloader go with it.",
     )
     group.add_argument(
         "--selective-keep-hyperparameters",
@@ -127,6 +133,43 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Warn where a rule matches nothing, instead of stopping.",
     )
     group.add_argument(
+        "--selective-from",
+        metavar="DIR",
+        default=None,
+        help="Where a phase starts, with its optimizer state: loaded as long as --load and --save, "
+        "the phase's own directory, hold no checkpoint. The same command line then restarts it.",
+    )
+    group.add_argument(
+        "--selective-phase",
+        metavar="NAME",
+        default=None,
+        help="Name of the phase, to tell it from another one with the same policy.",
+    )
+    group.add_argument(
+        "--selective-schedule",
+        choices=("continue", "restart"),
+        default=None,
+        help="The scheduler's position: go on, or start again at 0 (a re-warm-up with kept "
+        "moments). Default: restart with --reset-iteration, else continue.",
+    )
+    group.add_argument(
+        "--selective-grad-scaler",
+        choices=("keep", "reset"),
+        default="keep",
+        help="fp16's loss scale: of the checkpoint (default), or the arguments' initial one.",
+    )
+    for flag, what in (
+        ("--reset-iteration", "Count the iterations from 0 again"),
+        ("--reset-dataloader", "Read the data from its beginning again"),
+    ):
+        # Megatron forks have flags of these names.
+        if flag not in parser._option_string_actions:
+            group.add_argument(
+                flag,
+                action="store_true",
+                help=f"{what}, once: a restart from the phase's own checkpoint goes on.",
+            )
+    group.add_argument(
         "--selective-report",
         metavar="DIR",
         default=None,
@@ -149,12 +192,21 @@ def request_from_args(args: argparse.Namespace | Any) -> Request:
         optimizer_class=args.optimizer_class,
         policy=_policy(args),
         report_dir=Path(directory) if directory else None,
+        where=getattr(args, "selective_where", "load"),
     )
 
 
 def own_flags() -> frozenset[str]:
     """The destinations of all flags of this package."""
-    return frozenset({*_policy_flags(), "optimizer_class", "selective_report", "selective_policy"})
+    return frozenset({*_policy_flags(), *_OTHER_FLAGS})
+
+
+def given_without_class(args: argparse.Namespace | Any) -> list[str]:
+    """This package's flags that were given although ``--optimizer-class`` was not."""
+    if getattr(args, "optimizer_class", None) is not None:
+        return []
+    defaults = {**_policy_flags(), "selective_from": None, "selective_policy": None}
+    return [_flag(k) for k, v in defaults.items() if getattr(args, k, v) not in (v, None)]
 
 
 def _policy(args: argparse.Namespace | Any) -> ResumePolicy:
@@ -163,18 +215,38 @@ def _policy(args: argparse.Namespace | Any) -> ResumePolicy:
     values = {name: defaults[name] if v is None else v for name, v in values.items()}
     file = getattr(args, "selective_policy", None)
     if file is not None:
-        both = [name for name, value in values.items() if value != defaults[name]]
+        both = [
+            name
+            for name, value in values.items()
+            if value != defaults[name] and name not in _BESIDE_A_FILE
+        ]
         if both:
             raise PolicyError(
                 f"--selective-policy {file} and {', '.join(map(_flag, both))}: expected the file "
                 "or the flags. Put what the flags say into the file"
             )
-        policy = policy_file.read(file)
+        policy = _beside(policy_file.read(file), values)
     else:
         policy = _from_flags(values)
     if getattr(args, "use_checkpoint_opt_param_scheduler", False):
         policy = dataclasses.replace(policy, schedule="checkpoint")
     return policy
+
+
+def _beside(policy: ResumePolicy, values: dict[str, Any]) -> ResumePolicy:
+    """A file's policy with the flags that may stand beside it."""
+    name = values["selective_phase"]
+    if name is not None and policy.phase not in ("", name):
+        raise PolicyError(
+            f"--selective-phase {name}: the policy file names the phase {policy.phase!r}; expected "
+            "one name"
+        )
+    return dataclasses.replace(
+        policy,
+        phase=name or policy.phase,
+        reset_iteration=policy.reset_iteration or values["reset_iteration"],
+        reset_dataloader=policy.reset_dataloader or values["reset_dataloader"],
+    )
 
 
 def _from_flags(values: dict[str, Any]) -> ResumePolicy:
@@ -193,6 +265,11 @@ def _from_flags(values: dict[str, Any]) -> ResumePolicy:
         step=int(step) if isinstance(step, str) and step.isdecimal() else step,
         nonfinite=values["selective_nonfinite"],
         strict=values["selective_strict"],
+        schedule_position=values["selective_schedule"],
+        grad_scaler=values["selective_grad_scaler"],
+        reset_iteration=values["reset_iteration"],
+        reset_dataloader=values["reset_dataloader"],
+        phase=values["selective_phase"] or "",
     )
 
 
@@ -219,8 +296,7 @@ def _policy_flags() -> dict[str, Any]:
     """The flags that make a policy, and their defaults."""
     parser = add_flags(argparse.ArgumentParser(add_help=False))
     defaults = vars(parser.parse_args([]))
-    others = ("optimizer_class", "selective_report", "selective_policy")
-    return {k: v for k, v in defaults.items() if k not in others}
+    return {k: v for k, v in defaults.items() if k not in _OTHER_FLAGS}
 
 
 def _flag(name: str) -> str:

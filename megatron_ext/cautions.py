@@ -41,7 +41,7 @@ def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
         *_step(plan),
         *_partial_reset(plan),
         *_not_scaled(plan, circumstances),
-        *_batch_size(plan.policy, circumstances),
+        *([] if plan.continued else _batch_size(plan.policy, circumstances)),
     ]
     return tuple(dict.fromkeys(out))
 
@@ -156,6 +156,7 @@ def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]
                 d.taken == "preset"
                 and d.checkpoint is not None
                 and _differ(d.checkpoint, d.argument)
+                and _differ(d.checkpoint, d.value)
             ):
                 yield (
                     f"preset {policy.preset}: {change.key} differs from the checkpoint's already "
@@ -184,8 +185,8 @@ def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[
         sizes = sizes or (old, new)
     if sizes is not None and sizes[0] != sizes[1]:
         yield (
-            f"the global batch size goes from {sizes[0]} to {sizes[1]}: the schedule counts "
-            "samples, so it goes on at the same sample and each iteration moves it "
+            f"the global batch size goes from {sizes[0]} to {sizes[1]}: schedule and data position "
+            "count samples, so they go on at the same sample and each iteration moves them "
             f"{sizes[1] / sizes[0]:g}x as far; iterations given by arguments mean the new ones"
         )
 

@@ -19,6 +19,12 @@ _NEMO_KEYS = ("wd_mult", "lr_mult")
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 
+#: The key of a param_group that says which phase it is in (`megatron_ext.phase.Mark`).
+MARK_KEY = "megatron_ext_phase"
+
+#: What a param_group holds beside its hyperparameters.
+NOT_HYPERPARAMETERS = ("params", "step", MARK_KEY)
+
 
 @dataclass(frozen=True)
 class SavedOptimizer:
@@ -28,10 +34,13 @@ class SavedOptimizer:
         groups: The saved param_groups without ``params``, with NeMo's aliases resolved.
         step: Optimizer steps taken (the exponent of Adam's bias correction), or None where the
             checkpoint was written before the first step.
+        mark: The phase it was written in, as `megatron_ext.phase.Mark.parse` reads it; None where
+            no transition has been made.
     """
 
     groups: tuple[Mapping[str, Any], ...]
     step: int | None
+    mark: str | None = None
 
 
 def optimizer_section(state_dict: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
@@ -68,7 +77,8 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
         state_dict: See `optimizer_section`.
 
     Raises:
-        CheckpointError: There are no param_groups, or the groups disagree about ``step``.
+        CheckpointError: There are no param_groups, or the groups disagree about ``step`` or about
+            the phase.
     """
     _, section = optimizer_section(state_dict)
     groups = tuple(_canonical(group) for group in section["param_groups"])
@@ -78,8 +88,11 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
             "Pass --no-load-optim to start with a new optimizer (the Adam moments are then lost)"
         )
     return SavedOptimizer(
-        groups=tuple({k: v for k, v in g.items() if k not in ("params", "step")} for g in groups),
+        groups=tuple(
+            {k: v for k, v in g.items() if k not in NOT_HYPERPARAMETERS} for g in groups
+        ),
         step=_common_step(groups, section.get("state") or {}),
+        mark=_common_mark(groups),
     )
 
 
@@ -146,3 +159,14 @@ def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) 
             "edited; load another one or pass --no-load-optim"
         )
     return steps.pop() if steps else None
+
+
+def _common_mark(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """The phase of an optimizer; a group that was added since has none."""
+    marks = sorted({str(g[MARK_KEY]) for g in groups if g.get(MARK_KEY) is not None})
+    if len(marks) > 1:
+        raise CheckpointError(
+            f"the checkpoint's param_groups disagree about {MARK_KEY}: found {marks}, expected one "
+            "phase. The checkpoint was edited; load another one"
+        )
+    return marks[0] if marks else None

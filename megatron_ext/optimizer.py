@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from . import merge, transition
 from .agree import agree
-from .checkpoint import does_not_fit, misfits, optimizer_section, read_optimizer
+from .checkpoint import MARK_KEY, does_not_fit, misfits, optimizer_section, read_optimizer
 from .errors import CheckpointError, MegatronExtError
 from .moments import MOMENT_KEYS, LoadedState
 from .plan import Circumstances, ResumePlan, plan_resume
@@ -34,12 +34,15 @@ class _Selective:
 
     optimizer: Any
     config: Any
+    grad_scaler: Any
     resume: Resume
     _moment_work: transition.MomentWork | None = None
     #: True while Megatron loads the optimizer's own state dict into it to allocate memory
     #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
     _allocating = False
 
+    #: The checkpoint's loss scale, where it is a dynamic one (fp16).
+    _saved_scale: float | None = None
     #: The model chunks it was built for, for the names of its parameters.
     resume_chunks: Sequence[Any] = ()
     #: What the arguments say; a preset may change the config's.
@@ -71,8 +74,9 @@ class _Selective:
         plan, work, error = None, None, None
         try:
             saved = read_optimizer(state_dict)
+            phase = self.resume.phase_of(saved)
             plan = plan_resume(
-                self.resume.policy, saved, self.optimizer.param_groups, self._circumstances()
+                phase.policy, saved, self.optimizer.param_groups, self._circumstances(), phase
             )
             work = transition.prepare(
                 self, self.resume_chunks, plan, saved.groups, self.resume.members
@@ -107,11 +111,27 @@ class _Selective:
         work = self._moment_work
         moments = None if work is None else transition.carry_out(work)
         counts = tuple(len(g["params"]) for g in self.optimizer.param_groups)
-        report = OptimizerReport(_kind(self), plan, summed, counts, moments, notes)
+        scales = None
+        if self._saved_scale is not None:
+            scales = (self._saved_scale, float(self.grad_scaler.scale))
+        elif plan.policy.grad_scaler == "reset":
+            notes += ("grad scaler: there is no dynamic loss scale to reset",)
+        report = OptimizerReport(_kind(self), plan, summed, counts, moments, notes, scales)
         self.resume.done(self, report)
 
+    def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:
+        """Let the stock loader find the loss scale that was planned."""
+        scaler = getattr(self, "grad_scaler", None)
+        own = {} if scaler is None else scaler.state_dict()
+        saved = merged.get("grad_scaler") or {}
+        self._saved_scale = float(saved["scale"]) if own and "scale" in saved else None
+        if own and plan.policy.grad_scaler == "reset":
+            merged["grad_scaler"] = own
+
     def _write_back(self, plan: ResumePlan) -> None:
-        merge.write_groups([g.values for g in plan.groups], self.optimizer.param_groups)
+        mark = {} if plan.mark is None else {MARK_KEY: plan.mark}
+        values = [{**g.values, **mark} for g in plan.groups]
+        merge.write_groups(values, self.optimizer.param_groups)
         place_step(self.optimizer, plan.step)
         if plan.clip_grad is not None:
             # A chain's members may share the config.
@@ -185,6 +205,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         plan = self._agreed_plan(state_dict)
         self._tally = LoadedState()
         merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
+        self._place_grad_scaler(plan, merged)
         if is_torch_adam(self.optimizer):
             _allocate_torch_adam_state(self.optimizer)
             for group in optimizer_section(merged)[1]["param_groups"]:
@@ -341,6 +362,8 @@ class _SelectiveReplicated(_Selective):
         except MegatronExtError as e:
             error = e
         agree(f"resume of {_kind(self)}", "0" * 32, error)
+        assert merged is not None
+        self._place_grad_scaler(plan, merged)
         super().load_state_dict(merged)  # type: ignore[misc]
         self._ids_are_live = False
         self._write_back(plan)

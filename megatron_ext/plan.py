@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .cautions import cautions
-from .checkpoint import SavedOptimizer
+from .checkpoint import NOT_HYPERPARAMETERS, SavedOptimizer
 from .errors import PlanError, PolicyError
+from .phase import Phase
 from .policy import SCHEDULE_KEYS, SCHEDULER_ATTRIBUTES, ResumePolicy
 from .presets import Change
 
@@ -109,10 +110,11 @@ class ResumePlan:
         groups: One per current param_group, in order.
         step: The step that goes on, or None if none was taken yet.
         unused_saved_groups: Saved groups that no current group corresponds to.
-        policy: The policy it was made from.
+        policy: The policy it was made from; of a phase that goes on, what is left of the user's.
         saved_step: The checkpoint's step.
         clip_grad: What gradient clipping becomes, where a preset changes it.
         warnings: What is dangerous about it, with the number.
+        phase: Whether a phase begins or goes on; None for a live optimizer.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -122,6 +124,18 @@ class ResumePlan:
     saved_step: int | None = None
     clip_grad: Decision | None = None
     warnings: tuple[str, ...] = ()
+    phase: Phase | None = None
+
+    @property
+    def mark(self) -> str | None:
+        """What the param_groups carry from now on."""
+        mark = None if self.phase is None else self.phase.mark
+        return None if mark is None else str(mark)
+
+    @property
+    def continued(self) -> bool:
+        """Whether the checkpoint is the phase's own."""
+        return self.phase is not None and self.phase.state == "continued"
 
     def digest(self) -> str:
         """Hex SHA-256 of all decisions; equal on two ranks if and only if they will do the same."""
@@ -130,6 +144,7 @@ class ResumePlan:
         content = {
             "step": self.step,
             "policy": repr(replace(self.policy, **in_order)),
+            "phase": None if self.phase is None else [self.phase.state, self.mark],
             "clip_grad": None if self.clip_grad is None else self.clip_grad.value,
             "groups": [
                 [g.saved_index, {d.key: [d.taken, _plain(d.value)] for d in g.decisions}]
@@ -165,15 +180,17 @@ def plan_resume(
     saved: SavedOptimizer,
     current_groups: Sequence[Mapping[str, Any]],
     circumstances: Circumstances | None = None,
+    phase: Phase | None = None,
 ) -> ResumePlan:
     """Decide for every key of every current param_group.
 
     Args:
-        policy: What the user asked.
+        policy: What the user asked, or what `phase` leaves of it.
         saved: The checkpoint's groups and step.
         current_groups: The live optimizer's param_groups as the current arguments made them.
             ``params`` and ``step`` are ignored.
         circumstances: What else the decisions and warnings depend on.
+        phase: Whether a phase begins or goes on.
 
     Returns:
         The plan; nothing is changed.
@@ -207,6 +224,7 @@ def plan_resume(
         policy=policy,
         saved_step=saved.step,
         clip_grad=clip_grad,
+        phase=phase,
     )
     return replace(plan, warnings=cautions(plan, circumstances))
 
@@ -243,7 +261,7 @@ def _check_known(
     policy: ResumePolicy, saved: SavedOptimizer, current_groups: Sequence[Mapping[str, Any]]
 ) -> None:
     known = {k for g in (*saved.groups, *current_groups) for k in g} | set(SCHEDULER_ATTRIBUTES)
-    known -= {"params", "step", "lr"}
+    known -= {*NOT_HYPERPARAMETERS, "lr"}
     for name in ("keep_hyperparameters", "take_hyperparameters"):
         _require_known(f"--selective-{name.replace('_', '-')}", getattr(policy, name), known)
     for rule in policy.groups:
@@ -282,7 +300,7 @@ def _plan_group(
     note: str,
 ) -> GroupPlan:
     saved = saved_groups[saved_index] if saved_index is not None else {}
-    keys = [k for k in group if k not in ("params", "step")]
+    keys = [k for k in group if k not in NOT_HYPERPARAMETERS]
     asked = {*policy.named_keys, *(SCHEDULE_KEYS if policy.schedule == "checkpoint" else ())}
     only_saved = [k for k in saved if k not in group]
     kept_only_there = [k for k in only_saved if k in asked and policy.source(k, group)[0]]

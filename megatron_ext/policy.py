@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .errors import PolicyError
@@ -240,6 +240,14 @@ class ResumePolicy:
         nonfinite: What to do about NaN or infinite moments in the checkpoint: ``"error"``,
             ``"reset"`` (those elements to 0) or ``"keep"``.
         strict: Whether a rule that matches nothing is an error (else a warning).
+        schedule_position: ``"continue"`` or ``"restart"`` (num_steps = 0: a re-warm-up with kept
+            moments); None: restarts if and only if the iteration is reset.
+        grad_scaler: ``"keep"`` the loss scale of the checkpoint, or ``"reset"`` it to the
+            arguments' initial one (fp16).
+        reset_iteration: The iteration counts from 0 again.
+        reset_dataloader: The data is read from its beginning again.
+        phase: Name of the phase that begins here; tells it from another one with the same
+            operations.
 
     Raises:
         PolicyError: A key is malformed, or is one that cannot be chosen.
@@ -255,9 +263,25 @@ class ResumePolicy:
     step: Step | None = None
     nonfinite: Literal["error", "reset", "keep"] = "error"
     strict: bool = True
+    schedule_position: Literal["continue", "restart"] | None = None
+    grad_scaler: Literal["keep", "reset"] = "keep"
+    reset_iteration: bool = False
+    reset_dataloader: bool = False
+    phase: str = ""
 
     def __post_init__(self) -> None:
         """Normalise the keys and refuse what can never be carried out."""
+        if self.schedule_position is not None:
+            _one_of("schedule position", self.schedule_position, ("continue", "restart"))
+        _one_of("grad_scaler", self.grad_scaler, ("keep", "reset"))
+        for name in ("reset_iteration", "reset_dataloader"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+        if not isinstance(self.phase, str) or not re.fullmatch(r"[\w.-]*", self.phase, re.ASCII):
+            raise PolicyError(
+                f"--selective-phase: expected letters, digits, '.', '_' and '-', found "
+                f"{self.phase!r}"
+            )
         _one_of("schedule", self.schedule, ("args", "checkpoint"))
         _one_of("hyperparameters", self.hyperparameters, ("args", "checkpoint"))
         _one_of("nonfinite", self.nonfinite, ("error", "reset", "keep"))
@@ -338,6 +362,52 @@ class ResumePolicy:
     def next_step(self) -> Step:
         """What becomes of ``step``."""
         return self.preset.effect.step if self.step is None else self.step
+
+    @property
+    def restarts_schedule(self) -> bool:
+        """Whether the scheduler's position goes back to 0: it counts the same samples."""
+        if self.schedule_position is None:
+            return self.reset_iteration
+        return self.schedule_position == "restart"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What must not be done twice to the same state, in words; hyperparameters are no part."""
+        effect = self.preset.effect
+        out = []
+        if (effect.exp_avg, effect.exp_avg_sq, effect.step) != (KEEP, KEEP, "keep"):
+            kept = " without exp_avg_sq" if "exp_avg_sq" in self.preset.decline else ""
+            out.append(f"preset {self.preset}{kept}")
+        changing = (r for r in self.rules if not (r.exp_avg == r.exp_avg_sq == KEEP))
+        out += sorted(f"rule {rule}" for rule in changing)
+        said = {
+            f"step {self.step}": self.step not in (None, "keep"),
+            "iteration reset": self.reset_iteration,
+            "data position reset": self.reset_dataloader,
+            "schedule restart": self.restarts_schedule,
+            "grad scaler reset": self.grad_scaler == "reset",
+        }
+        return (*out, *(text for text, done in said.items() if done))
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether it asks for anything that there is only with the checkpoint's optimizer."""
+        from_checkpoint = self.keep_hyperparameters or self.hyperparameters == "checkpoint"
+        kept = any(rule.keep for rule in self.groups)
+        return bool(self.operations or from_checkpoint or kept)
+
+    def without_operations(self) -> ResumePolicy:
+        """What is left of it to do where its operations have been done: the hyperparameters."""
+        return replace(
+            self,
+            preset=replace(self.preset, moments=False),
+            rules=(),
+            step=None,
+            schedule_position="continue",
+            grad_scaler="keep",
+            reset_iteration=False,
+            reset_dataloader=False,
+        )
 
     @property
     def changes_moments(self) -> bool:

@@ -18,7 +18,16 @@ from .operations import parse, write
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
 from .presets import CATALOGUE, KEEP_ALL, Preset
 
-_TOP = ("hyperparameters", "schedule", "preset", "moments", "step", "nonfinite", "strict")
+_TOP = (
+    *("hyperparameters", "schedule", "preset", "moments", "step", "nonfinite", "strict"),
+    *("counters", "phase"),
+)
+_COUNTERS = {
+    "iteration": ("keep", "reset"),
+    "dataloader": ("keep", "reset"),
+    "schedule": ("continue", "restart"),
+    "grad_scaler": ("keep", "reset"),
+}
 _HYPERPARAMETERS = ("source", "keep", "take", "groups")
 _GROUP = ("match", "keep", "take")
 _RULE = ("match", "exp_avg", "exp_avg_sq")
@@ -97,6 +106,8 @@ def from_dict(content: Any) -> ResumePolicy:
         step=content.get("step"),
         nonfinite=content.get("nonfinite", "error"),
         strict=_boolean(content.get("strict", True), "strict"),
+        phase=content.get("phase", ""),
+        **_counters(content.get("counters", {})),
     )
 
 
@@ -142,6 +153,16 @@ def to_dict(policy: ResumePolicy) -> dict[str, Any]:
         out["nonfinite"] = policy.nonfinite
     if not policy.strict:
         out["strict"] = False
+    counters = {
+        "iteration": "reset" if policy.reset_iteration else "keep",
+        "dataloader": "reset" if policy.reset_dataloader else "keep",
+        "schedule": policy.schedule_position,
+        "grad_scaler": policy.grad_scaler,
+    }
+    if said := {k: v for k, v in counters.items() if v not in ("keep", None)}:
+        out["counters"] = said
+    if policy.phase:
+        out["phase"] = policy.phase
     return out
 
 
@@ -158,6 +179,21 @@ class _Loader(yaml.SafeLoader):
                     raise PolicyError(f"line {line}: {key.value!r} is given twice; expected once")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _counters(found: Any) -> dict[str, Any]:
+    content = _mapping(found, "counters", tuple(_COUNTERS))
+    for key, value in content.items():
+        if value not in _COUNTERS[key]:
+            raise PolicyError(
+                f"counters.{key}: expected {' or '.join(_COUNTERS[key])}, found {value!r}"
+            )
+    return {
+        "reset_iteration": content.get("iteration") == "reset",
+        "reset_dataloader": content.get("dataloader") == "reset",
+        "schedule_position": content.get("schedule"),
+        "grad_scaler": content.get("grad_scaler", "keep"),
+    }
 
 
 def _preset(found: Any) -> Preset:

@@ -86,6 +86,8 @@ class Preset:
         name: One of `CATALOGUE`.
         arguments: Its numbers, in the order `CATALOGUE` gives them.
         decline: Parts of it that are left out (`declinable`).
+        moments: False: only what it does to hyperparameters, because the moments and ``step``
+            have followed already (a phase that goes on).
 
     Raises:
         PolicyError: Unknown, or with the wrong numbers; says what was expected.
@@ -94,6 +96,7 @@ class Preset:
     name: str = "keep"
     arguments: tuple[float, ...] = ()
     decline: tuple[str, ...] = ()
+    moments: bool = True
 
     def __post_init__(self) -> None:
         """Check name, numbers and what is declined."""
@@ -135,11 +138,14 @@ class Preset:
     def effect(self) -> Effect:
         """What it amounts to, without what is declined."""
         full = CATALOGUE[self.name].effect(*self.arguments)
+        changes = tuple(c for c in full.changes if c.decline not in self.decline)
+        if not self.moments:
+            return Effect(changes=changes)
         return Effect(
             exp_avg=full.exp_avg,
             exp_avg_sq=KEEP if "exp_avg_sq" in self.decline else full.exp_avg_sq,
             step=full.step,
-            changes=tuple(c for c in full.changes if c.decline not in self.decline),
+            changes=changes,
         )
 
     @property

@@ -10,11 +10,13 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .counters import Counters
 from .moments import LoadedState
+from .phase import Phase
 from .plan import Decision, GroupPlan, ResumePlan
 from .policy_file import to_dict
 from .transition import MomentReport
@@ -42,6 +44,7 @@ class OptimizerReport:
         parameters: For each param_group the number of parameters on rank 0.
         moments: What was done to the moments; None where they are kept as they are.
         notes: What else there is to say.
+        loss_scale: The checkpoint's and the one that goes on; None without a dynamic one.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class OptimizerReport:
     parameters: tuple[int, ...]
     moments: MomentReport | None = None
     notes: tuple[str, ...] = ()
+    loss_scale: tuple[float, float] | None = None
 
 
 @dataclass
@@ -61,15 +65,23 @@ class ResumeReport:
         optimizers: One report per Megatron optimizer, in the order of the chain.
         scheduler: Values after the scheduler was loaded: the first resumed step's lr and weight
             decay per group, ``num_steps`` in samples, and the source of every attribute.
+        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
+            loaded.
     """
 
     megatron: str
     optimizers: list[OptimizerReport] = field(default_factory=list)
     scheduler: dict[str, Any] | None = None
+    counters: tuple[Counters, Counters] | None = None
+
+    @property
+    def phase(self) -> Phase | None:
+        """Whether a phase begins or goes on."""
+        return self.optimizers[0].plan.phase if self.optimizers else None
 
     def lines(self) -> list[str]:
         """The report as log lines."""
-        out = []
+        out = [*_phase_lines(self.phase), *_counter_lines(self)]
         for number, report in enumerate(self.optimizers):
             out += _optimizer_lines(number, len(self.optimizers), report)
         return out
@@ -92,6 +104,8 @@ class ResumeReport:
             "megatron_ext": __version__,
             "megatron_core": self.megatron,
             "policy": _policy_json(self.optimizers),
+            "phase": _phase_json(self.phase),
+            "counters": _counters_json(self.counters),
             "optimizers": [_optimizer_json(r) for r in self.optimizers],
             "scheduler": self.scheduler,
         }
@@ -147,6 +161,34 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
     return lines
 
 
+def _phase_lines(phase: Phase | None) -> list[str]:
+    if phase is None or phase.state == "none":
+        return []
+    title = {"applied": "TRANSITION APPLIED", "continued": "CONTINUED"}[phase.state]
+    name = f" (phase {phase.mark.phase})" if phase.mark is not None and phase.mark.phase else ""
+    return [f"megatron_ext: {title}{name}: {phase.why}"]
+
+
+#: Counter -> its name in Megatron's log, and the flag that resets it.
+_COUNTER_NAMES = {
+    "iteration": ("iteration", "--reset-iteration"),
+    "consumed_train_samples": ("consumed samples", "--reset-dataloader"),
+    "num_steps": ("schedule position (num_steps, in samples)", "--selective-schedule restart"),
+}
+
+
+def _counter_lines(report: ResumeReport) -> list[str]:
+    if report.counters is None:
+        return []
+    before, after = (asdict(c) for c in report.counters)
+    lines = []
+    for key, (name, flag) in _COUNTER_NAMES.items():
+        why = "checkpoint" if before[key] == after[key] else f"checkpoint {before[key]}; {flag}"
+        if after[key] is not None:
+            lines.append(f" > {name}: {after[key]} ({why})")
+    return lines
+
+
 def _moment_lines(report: OptimizerReport) -> list[str]:
     moments = report.moments
     lines = []
@@ -161,6 +203,10 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
             f"{moments.nonfinite[key]} not finite"
             for key, (before, after) in moments.rms.items()
         ]
+    if report.loss_scale is not None:
+        saved, value = report.loss_scale
+        where = "checkpoint" if report.plan.policy.grad_scaler == "keep" else f"checkpoint {saved:g}"
+        lines.append(f" > loss scale: {value:g} ({where})")
     lines += [f" > WARNING: {w}" for w in warnings_of(report)]
     if report.plan.clip_grad is not None:
         lines.append(_decision_line(report.plan.clip_grad))
@@ -193,8 +239,29 @@ def _text(value: Any) -> str:
 def _policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None:
     if not optimizers:
         return None
-    policy = optimizers[0].plan.policy
-    return to_dict(policy)
+    plan = optimizers[0].plan
+    return to_dict(plan.policy if plan.phase is None else plan.phase.asked)
+
+
+def _phase_json(phase: Phase | None) -> dict[str, Any] | None:
+    if phase is None:
+        return None
+    mark = phase.mark
+    return {
+        "state": phase.state,
+        "why": phase.why,
+        "name": None if mark is None else mark.phase,
+        "from": None if mark is None else mark.source,
+        "operations": list(phase.asked.operations),
+        "digest": None if mark is None else mark.operations,
+    }
+
+
+def _counters_json(counters: tuple[Counters, Counters] | None) -> dict[str, Any] | None:
+    if counters is None:
+        return None
+    before, after = (asdict(c) for c in counters)
+    return {key: {"checkpoint": before[key], "value": after[key]} for key in before}
 
 
 def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
@@ -207,6 +274,9 @@ def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
             "taken": "checkpoint" if report.plan.step == report.plan.saved_step else "policy",
         },
         "moments": _moments_json(report.moments),
+        "loss_scale": None
+        if report.loss_scale is None
+        else dict(zip(("checkpoint", "value"), report.loss_scale, strict=True)),
         "clip_grad": None if (c := report.plan.clip_grad) is None else _decision_json(c),
         "warnings": list(warnings_of(report)),
         "loaded": {

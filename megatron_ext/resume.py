@@ -8,7 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .checkpoint import SavedOptimizer
+from .counters import Counters
+from .errors import CheckpointError
 from .log import say
+from .phase import Mark, Phase, Where, decide, identity
 from .policy import ResumePolicy
 from .report import OptimizerReport, ResumeReport
 
@@ -22,16 +26,55 @@ class Resume:
         report_dir: Where rank 0 writes the JSON report, or None.
         megatron: Version of megatron-core, for the report.
         global_batch_size: Of the checkpoint's run and of this one, where both are known.
+        where: Which directory the checkpoint lies in.
+        phase: Whether a phase begins or goes on, from the last load.
+        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
+            loads.
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     report_dir: Path | None = None
     megatron: str = ""
     global_batch_size: tuple[int, int] | None = None
+    where: Where = "load"
+    phase: Phase | None = None
+    counters: tuple[Counters, Counters] | None = None
     members: list[Any] = field(default_factory=list)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
     _told: bool = False
+    #: The saved mark that `phase` was decided from; it holds until the load is complete.
+    _decided: list[str | None] = field(default_factory=list)
+
+    def begin_load(self) -> None:
+        """A checkpoint is about to be loaded."""
+        self.phase, self.counters = None, None
+        self._decided.clear()
+
+    def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
+        """Take what was decided for the whole run before the optimizers are loaded."""
+        self.phase, self.counters = phase, (before, after)
+        self._decided[:] = [mark]
+
+    def phase_of(self, saved: SavedOptimizer) -> Phase:
+        """Whether a phase begins or goes on, the same for all optimizers of a chain.
+
+        Raises:
+            CheckpointError: The optimizers of the chain were saved in different phases.
+            PlanError: The checkpoint is another phase's (`megatron_ext.phase.decide`).
+        """
+        if not self._decided or self.phase is None:
+            mark = None if saved.mark is None else Mark.parse(saved.mark)
+            source = identity("checkpoint", 0, {}, saved.groups, saved.step)
+            self.phase = decide(self.policy, mark, source, self.where)
+            self._decided[:] = [saved.mark]
+        elif saved.mark != self._decided[0]:
+            raise CheckpointError(
+                "the optimizers of the checkpoint were saved in different phases: found "
+                f"{self._decided[0]} and {saved.mark}, expected one. The checkpoint was edited; "
+                "load another one"
+            )
+        return self.phase
 
     def join(self, optimizer: Any) -> None:
         """Register an optimizer of the chain, in the chain's order."""
@@ -49,8 +92,9 @@ class Resume:
             self._done.clear()
         self._done[index] = report
         if self.complete:
+            self._decided.clear()
             reports = [self._done[i] for i in range(len(self.members))]
-            self.report = ResumeReport(self.megatron, reports)
+            self.report = ResumeReport(self.megatron, reports, counters=self.counters)
             say(self.report.lines())
             self._write()
 
