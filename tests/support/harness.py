@@ -1,7 +1,7 @@
 """A real Megatron training run of a few thousand parameters, on the ranks of the current process
 group: build, train, save, load. Stock Megatron only; this package is never imported here.
 
-Works with megatron-core 0.16.1, 0.18.2 and 0.19.2.
+Works with megatron-core 0.14.0, 0.15.3, 0.16.1, 0.18.2 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def build(
         muon.install()
     with inner_adam(layout.adam):
         optimizer = (get_optimizer or get_megatron_optimizer)(
-            config, model, config_overrides=_overrides(config, hyper)
+            config, model, **_overrides(config, hyper)
         )
     per_step = GLOBAL_BATCH
     scheduler = OptimizerParamScheduler(
@@ -417,16 +417,19 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
     return OptimizerConfig(**{k: v for k, v in wanted.items() if k in known})
 
 
-def _overrides(config: Any, hyper: Hyper) -> dict[Any, Any]:
+def _overrides(config: Any, hyper: Hyper) -> dict[str, Any]:
     """Megatron's standard groups, and one more where the phase asks for it."""
     core = importlib.import_module("megatron.core.optimizer")
+    if not hasattr(core, "get_standard_config_overrides"):
+        assert not hyper.extra_group
+        return {}  # before 0.16 those are the only groups
     overrides = dict(core.get_standard_config_overrides(config))
     if hyper.extra_group:
         overrides[core.ParamKey(name="*linear_fc2.weight")] = {
             "max_lr": hyper.lr / 2,
             "min_lr": hyper.min_lr / 2,
         }
-    return overrides
+    return {"config_overrides": overrides}
 
 
 def _forward_step(factor: float, data_iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:

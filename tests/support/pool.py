@@ -42,11 +42,14 @@ class RankPool:
         kind: ``"ext"``: this package can be imported. ``"stock"``: it cannot, so that what runs
             there is stock Megatron for certain.
         size: Largest number of ranks.
+        overlay: What goes before everything else on the ranks' PYTHONPATH: another megatron-core
+            (`.ci/overlay`).
     """
 
-    def __init__(self, kind: str, size: int = 4) -> None:
+    def __init__(self, kind: str, size: int = 4, overlay: str | None = None) -> None:
         self.kind = kind
         self.size = size
+        self._environment = _environment(overlay)
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
         self._directory = tempfile.TemporaryDirectory(prefix="ranks")
         self._calls = 0
@@ -109,7 +112,7 @@ class RankPool:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.worker", address, self.kind, str(index)],
                 cwd=ROOT,
-                env=_environment(),
+                env=self._environment,
                 start_new_session=True,
             )
             started.append((process, listener))
@@ -119,11 +122,12 @@ class RankPool:
             self._workers.append((process, connection))
 
 
-def _environment() -> dict[str, str]:
+def _environment(overlay: str | None = None) -> dict[str, str]:
+    path = [overlay, os.environ.get("PYTHONPATH"), str(ROOT)]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
     }

@@ -1,0 +1,290 @@
+"""Reading pickles and ``torch.save`` files without running what is in them, and without tensors.
+
+A pickle names callables and says what to call them with. Here a name that is not on a short list of
+harmless ones becomes a stand-in class: what would have been constructed is an `Inert` that keeps
+arguments and attributes, and the module it names is never imported. ``torch.load`` will not do:
+with ``weights_only`` it refuses such pickles (a Megatron checkpoint has enums among its arguments),
+and with a pickle module of one's own it still runs TorchScript archives and unpacks tar files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+_ZIP = b"PK\x03\x04"
+
+
+class Inert:
+    """Stands for an object of a class that was not imported; equal where the pickles were.
+
+    ``inert_class`` is the class's ``module.name`` and ``inert_arguments`` what it was to be called
+    with; the attributes are those of the pickled state, and a state that is no dict is in
+    ``inert_state``.
+    """
+
+    inert_class = ""
+    inert_arguments: tuple[Any, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Whatever it is called with."""
+        made = object.__new__(cls)
+        made.__dict__["inert_arguments"] = args
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `__new__` keeps the arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.__dict__["inert_state"] = state
+
+    # A pickle may fill a subclass of list or dict item by item.
+
+    def append(self, item: Any) -> None:
+        """Keep an item."""
+        self.__dict__.setdefault("inert_items", []).append(item)
+
+    def extend(self, items: Any) -> None:
+        """Keep items."""
+        self.__dict__.setdefault("inert_items", []).extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.append((key, value))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Inert)
+            and self.inert_class == other.inert_class
+            and self.__dict__ == other.__dict__
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.inert_class, repr(self.inert_arguments)))
+
+    def __repr__(self) -> str:
+        inside = [repr(a) for a in self.inert_arguments]
+        inside += [f"{k}={v!r}" for k, v in self.__dict__.items() if k != "inert_arguments"]
+        return f"{self.inert_class}({', '.join(inside)})"
+
+
+class _Index(Inert):
+    """torch's MetadataIndex: the key of a dict of up to a million, so hashed by identity."""
+
+    inert_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
+    __hash__ = object.__hash__
+
+
+class _Storage(NamedTuple):
+    """A tensor's storage in a ``torch.save`` file."""
+
+    dtype: torch.dtype
+    key: str
+
+
+def load(file: BinaryIO) -> Any:
+    """Unpickle, running nothing.
+
+    Args:
+        file: The pickle.
+
+    Raises:
+        Exception: Whatever a damaged pickle makes of itself.
+    """
+    return _Unpickler(file).load()
+
+
+def load_torch(file: BinaryIO) -> Any:
+    """What ``torch.save`` wrote, with 0-dim tensors as numbers and an `Inert` for other tensors.
+
+    Args:
+        file: In the zip format or the one before it (torch 1.5 and earlier); seekable. Of a
+            tensor's elements none are read, but for those with 0 dimensions.
+
+    Returns:
+        The object. A tensor is an `Inert` of the class ``torch.Tensor`` with ``shape`` and
+        ``dtype``.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    return _load_zip(file) if start == _ZIP else _load_sequence(file)
+
+
+def _load_zip(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        if "data.pkl" not in names:
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+        big = "byteorder" in names and archive.read(names["byteorder"]) == b"big"
+
+        def element(key: str, offset: int, size: int) -> bytes:
+            with archive.open(names[f"data/{key}"]) as record:
+                record.seek(offset)
+                data = record.read(size)
+            return data[::-1] if big else data
+
+        return _Unpickler(io.BytesIO(archive.read(names["data.pkl"])), element).load()
+
+
+def _load_sequence(file: BinaryIO) -> Any:
+    """The format before zip: pickles one after the other, then the storages."""
+    magic = load(file)
+    if magic != torch.serialization.MAGIC_NUMBER:
+        raise pickle.UnpicklingError("not a file of torch.save")
+    load(file)  # protocol version
+    load(file)  # sizes of C types
+    begin = file.tell()
+    sizes: dict[str, int] = {}
+    _Unpickler(file, sizes=sizes).load()
+    where = {}
+    for key in load(file):
+        (count,) = struct.unpack("<q", file.read(8))
+        where[key] = file.tell()
+        file.seek(count * sizes[key], io.SEEK_CUR)
+
+    def element(key: str, offset: int, size: int) -> bytes:
+        back = file.tell()
+        file.seek(where[key] + offset)
+        data = file.read(size)
+        file.seek(back)
+        return data
+
+    file.seek(begin)
+    # The unpickler reads ahead where it can peek: give it the rest, not the file.
+    return _Unpickler(io.BytesIO(file.read()), element).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """`pickle.Unpickler` that knows nothing but `_HARMLESS`, torch's dtypes and `Inert`.
+
+    Args:
+        file: The pickle.
+        element: Reads bytes of a storage: key, offset and size in bytes.
+        sizes: Is filled with the size of an element of each storage.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        element: Callable[[str, int, int], bytes] | None = None,
+        sizes: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(file)
+        self._element = element
+        self._sizes = {} if sizes is None else sizes
+        self._tensors = {
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._tensor_v3,
+            "torch._utils._rebuild_parameter": lambda data, *rest: data,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The harmless object of this name, or a stand-in class."""
+        path = f"{module}.{name}"
+        known = self._tensors.get(path) or _HARMLESS.get(path)
+        if known is not None:
+            return known
+        if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype):
+            return constant
+        return type(name.rpartition(".")[2], (Inert,), {"inert_class": path})
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """``("storage", type, key, location, elements)``."""
+        kind, storage_type, key = pid[:3]
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
+        dtype = _STORAGES.get(storage_type.inert_class.rpartition(".")[2], torch.uint8)
+        self._sizes[str(key)] = dtype.itemsize
+        return _Storage(dtype, str(key))
+
+    def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> Any:
+        return self._one(storage.key, storage.dtype, offset, size)
+
+    def _tensor_v3(
+        self,
+        storage: _Storage,
+        offset: int,
+        size: tuple[int, ...],
+        stride: Any,
+        requires_grad: bool,
+        hooks: Any,
+        dtype: torch.dtype,
+        *rest: Any,
+    ) -> Any:
+        return self._one(storage.key, dtype, offset, size)
+
+    def _one(self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...]) -> Any:
+        if len(size) or self._element is None:
+            made = _Tensor()
+            made.__setstate__({"shape": tuple(size), "dtype": dtype})
+            return made
+        data = self._element(key, offset * dtype.itemsize, dtype.itemsize)
+        return torch.frombuffer(bytearray(data), dtype=dtype, count=1).item()
+
+
+class _Tensor(Inert):
+    inert_class = "torch.Tensor"
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes in pickles of protocol 2: text in latin1. Other codecs decompress."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
+    return text.encode("latin1")
+
+
+def _numpy_scalar(dtype: Any, data: bytes) -> Any:
+    """A numpy scalar as a plain number; `dtype` is an `Inert`."""
+    code, order = dtype.inert_arguments[0], dtype.inert_state[1]
+    if code.rstrip("0123456789") not in ("i", "u", "f", "b", "c"):
+        raise pickle.UnpicklingError(f"a numpy scalar of dtype {code}")
+    return np.frombuffer(data, dtype=order.replace("|", "") + code)[0].item()
+
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+_HARMLESS: dict[str, Callable[..., Any]] = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": argparse.Namespace,
+    "collections.OrderedDict": collections.OrderedDict,
+    "pathlib.PosixPath": PurePosixPath,
+    "pathlib.PurePosixPath": PurePosixPath,
+    "pathlib._local.PosixPath": PurePosixPath,
+    "pathlib.WindowsPath": PureWindowsPath,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    _Index.inert_class: _Index,
+    "_codecs.encode": _encode,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    **{f"builtins.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice, range)},
+    **{f"__builtin__.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice)},
+}

@@ -1,0 +1,342 @@
+"""What a checkpoint directory holds: arguments, groups, step, scheduler, names and shapes.
+
+Read without a process group, a model or Megatron, without a tensor, and without running the pickles
+of the checkpoint (`megatron_ext.inert`). The format is Megatron's: training/checkpointing.py and
+core/dist_checkpointing/serialization.py, 0.19.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from . import inert
+from .checkpoint import SavedOptimizer, read_optimizer
+from .errors import CheckpointError
+
+#: training/checkpointing.py:340; holds the iteration's number or ``release``.
+TRACKER = "latest_checkpointed_iteration.txt"
+#: core/dist_checkpointing/core.py:14; names the backend of a distributed checkpoint.
+CONFIG = "metadata.json"
+#: torch's index of a distributed checkpoint (torch/distributed/checkpoint/filesystem.py).
+INDEX = ".metadata"
+#: core/dist_checkpointing/strategies/common.py; since 0.19 in the store instead.
+COMMON = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
+LEGACY_FILE = "model_optim_rng.pt"
+
+#: An object of a distributed optimizer, which saves groups for each model-parallel group by itself
+#: unless it is fully reshardable (core/optimizer/distrib_optimizer.py:1535), in a chain with its
+#: number (core/optimizer/optimizer.py:1569).
+_GROUPS_KEY = re.compile(
+    r"(?:chained_(?P<number>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
+    r"(?P<name>optimizer(?:_state_dict)?)/shard_0_1"
+)
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """One iteration of a checkpoint directory.
+
+    Args:
+        root: The directory given to ``--load``.
+        directory: The iteration's own; `root` itself where that is a bare checkpoint.
+        iteration: Its number, 0 for a release.
+        release: Whether it is a release checkpoint.
+        format: ``torch_dist``, or legacy ``torch``.
+        args: The saved arguments by name; an enum or another object that is not plain data is an
+            `inert.Inert`. Empty if none were saved.
+        sharding_type: How a distributed optimizer's state is cut, ``dp_reshardable`` for example;
+            None for legacy ``torch``, without optimizer state and for other optimizers.
+        optimizers: One for each Megatron optimizer of the chain; empty without optimizer state.
+        scheduler: The state of OptimizerParamScheduler, or None.
+    """
+
+    root: Path
+    directory: Path
+    iteration: int
+    release: bool
+    format: Literal["torch_dist", "torch"]
+    args: Mapping[str, Any]
+    sharding_type: str | None
+    optimizers: tuple[SavedOptimizer, ...]
+    scheduler: Mapping[str, Any] | None
+    _store: _Store | None = field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Checkpoint key -> global shape in elements, None for an object; legacy has none."""
+        return {} if self._store is None else self._store.shapes()
+
+
+def holds_checkpoint(root: str | Path) -> bool:
+    """Whether Megatron would find a checkpoint there (training/checkpointing.py:346, 0.19.2)."""
+    return (Path(root) / TRACKER).is_file()
+
+
+def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredCheckpoint:
+    """Read what a checkpoint holds, tensors aside.
+
+    Args:
+        root: What is given to ``--load``, or one iteration's own directory.
+        iteration: Which one; the tracker file's by default.
+
+    Raises:
+        CheckpointError: There is none, it is of another kind, or damaged; says which.
+    """
+    root = Path(root)
+    directory, number, release = _locate(root, iteration)
+    names = sorted(p.name for p in directory.iterdir())
+    store = None
+    if CONFIG in names:
+        _require_torch_dist(directory)
+        store = _Store(directory)
+        common = _mapping(store.common(), directory)
+        states, sharding_type = _distributed_optimizers(common, store)
+    elif legacy := [n for n in names if n.startswith("mp_rank_")]:
+        files = [f for n in legacy if (f := directory / n / LEGACY_FILE).is_file()]
+        if not files:
+            raise _error(
+                directory, f"{legacy[0]} without {LEGACY_FILE}", "the file of the first rank"
+            )
+        common = _mapping(_read(files[0], inert.load_torch), files[0])
+        states, sharding_type = _legacy_optimizers(common.get("optimizer")), None
+    else:
+        raise _foreign(directory, names)
+    try:
+        optimizers = tuple(read_optimizer(s) for s in states)
+    except CheckpointError as e:
+        raise CheckpointError(f"{directory}: {e}") from e
+    args = common.get("args")
+    if number is None:
+        number = int(common.get("iteration") or 0)
+    return StoredCheckpoint(
+        root=root,
+        directory=directory,
+        iteration=number,
+        release=release,
+        format="torch" if store is None else "torch_dist",
+        args=dict(vars(args)) if hasattr(args, "__dict__") else {},
+        sharding_type=sharding_type if optimizers else None,
+        optimizers=optimizers,
+        scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
+        _store=store,
+    )
+
+
+def _locate(root: Path, iteration: int | None) -> tuple[Path, int | None, bool]:
+    """Directory, number (None: inside) and whether it is a release."""
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: expected a checkpoint directory, found none. Check --load")
+    release = False
+    if iteration is None:
+        if not holds_checkpoint(root):
+            if (root / CONFIG).is_file() or any(root.glob(f"mp_rank_*/{LEGACY_FILE}")):
+                return root, None, False
+            raise _foreign(root, sorted(p.name for p in root.iterdir()))
+        iteration, release = _read_tracker(root / TRACKER)
+    directory = root / ("release" if release else f"iter_{iteration:07d}")
+    if not directory.is_dir():
+        found = [p.name for p in sorted(root.glob("iter_*")) if p.is_dir()]
+        raise CheckpointError(
+            f"{directory} does not exist; found {', '.join(found[-5:]) or 'no iteration'} in "
+            f"{root}. Restore it, choose another with --ckpt-step, or correct {TRACKER}"
+        )
+    return directory, iteration, release
+
+
+def _read_tracker(path: Path) -> tuple[int, bool]:
+    """As read_metadata (training/checkpointing.py:353, 0.19.2)."""
+    text = path.read_bytes().decode(errors="replace").strip()
+    if text == "release":
+        return 0, True
+    if not (text.isascii() and text.isdigit()):
+        raise CheckpointError(
+            f"{path}: expected an iteration's number or 'release', found {text[:40]!r}. Write the "
+            "number of the iteration to load into it"
+        )
+    return int(text), False
+
+
+def _require_torch_dist(directory: Path) -> None:
+    def backend(file: BinaryIO) -> Any:
+        return json.load(file)["sharded_backend"]
+
+    found = _read(directory / CONFIG, backend)
+    if found != "torch_dist":
+        raise _error(
+            directory,
+            f"a distributed checkpoint of the backend {found!r}",
+            "torch_dist or torch",
+            "Convert it with a Megatron that reads it",
+        )
+
+
+def _distributed_optimizers(
+    common: Mapping[str, Any], store: _Store
+) -> tuple[list[Mapping[str, Any]], str | None]:
+    """The optimizers of a torch_dist checkpoint in the chain's order, and how they are cut."""
+    kept = store.groups()
+    section = common.get("optimizer")
+    inline: dict[int, Any] = {}
+    if isinstance(section, Mapping) and section:
+        chained = all(isinstance(key, int) for key in section)
+        inline = dict(section) if chained else {0: section}
+    states: dict[int, Mapping[str, Any]] = {
+        number: {**_as_mapping(inline.get(number)), **kept.get(number, {})}
+        for number in sorted({*inline, *kept})
+    }
+    sharding = [s["param_state_sharding_type"] for s in states.values() if _sharded(s)]
+    optimizers = [s for s in states.values() if _has_groups(s)]
+    return optimizers, _sharding_type(common, sharding[0] if sharding else None)
+
+
+def _sharding_type(common: Mapping[str, Any], recorded: str | None) -> str | None:
+    """As load_checkpoint chooses it (training/checkpointing.py:2198-2229, 0.19.2)."""
+    metadata = common.get("content_metadata")
+    named = _as_mapping(metadata).get("distrib_optim_sharding_type")
+    if named is not None or recorded is not None:
+        return str(named if named is not None else recorded)
+    args = common.get("args")
+    if metadata is not None or not getattr(args, "use_distributed_optimizer", False):
+        return None
+    fully_parallel = getattr(args, "ckpt_fully_parallel_save", False)
+    return "fully_sharded_model_space" if fully_parallel else "dp_zero_gather_scatter"
+
+
+def _legacy_optimizers(section: Any) -> list[Mapping[str, Any]]:
+    """A chain of several is a list (ChainedOptimizer.state_dict, core/optimizer/optimizer.py)."""
+    states = section if isinstance(section, list) else [section]
+    return [s for s in states if isinstance(s, Mapping) and _has_groups(s)]
+
+
+def _has_groups(state: Mapping[str, Any]) -> bool:
+    nested = (state.get("optimizer"), state.get("optimizer_state_dict"))
+    return any("param_groups" in _as_mapping(s) for s in (state, *nested))
+
+
+def _sharded(state: Mapping[str, Any]) -> bool:
+    return state.get("param_state_sharding_type") is not None
+
+
+def _as_mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+class _Store:
+    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @functools.cached_property
+    def index(self) -> Any:
+        """The Metadata of torch, as an `inert.Inert`."""
+        path = self._directory / INDEX
+        if not path.is_file():
+            raise _error(self._directory, f"{CONFIG} without {INDEX}", "both")
+        index = _read(path, inert.load)
+        wanted = ("state_dict_metadata", "storage_data")
+        if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
+            raise _error(path, f"{type(index).__name__}", "torch's Metadata")
+        return index
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        entries = self.index.state_dict_metadata
+        return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+
+    def common(self) -> Any:
+        """What is the same on all ranks (load_common_state_dict, serialization.py)."""
+        path = self._directory / COMMON
+        if path.is_file():
+            return _read(path, inert.load_torch)
+        if COMMON_KEY not in self.index.state_dict_metadata:
+            raise _error(
+                self._directory,
+                f"neither {COMMON} nor common_state in the store",
+                "one of them",
+            )
+        return self._object(COMMON_KEY)
+
+    def groups(self) -> dict[int, dict[str, Any]]:
+        """Number in the chain -> what its first model-parallel group saved of the groups."""
+        first: dict[int, tuple[int, str, str]] = {}
+        for key in self.index.state_dict_metadata:
+            if found := _GROUPS_KEY.fullmatch(key):
+                entry = int(found["group"]), found["name"], key
+                number = int(found["number"] or 0)
+                first[number] = min(first.get(number, entry), entry)
+        return {number: {name: self._object(key)} for number, (_, name, key) in first.items()}
+
+    @functools.cached_property
+    def _objects(self) -> dict[str, Any]:
+        wanted = (COMMON_KEY, "optimizer/shard_0_1", "optimizer_state_dict/shard_0_1")
+        storage = self.index.storage_data
+        return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
+
+    def _object(self, key: str) -> Any:
+        """One ShardedObject: ``torch.save([object])`` at a place in a file."""
+        info = self._objects.get(key)
+        if info is None:
+            raise _error(self._directory / INDEX, f"no place for {key}", "one")
+        if getattr(info, "transform_descriptors", None):
+            raise _error(
+                self._directory, f"{key} as {info.transform_descriptors}", "an object as it is"
+            )
+        path = self._directory / info.relative_path
+        if path.parent != self._directory:
+            raise _error(self._directory / INDEX, f"the file {info.relative_path}", "one beside it")
+
+        def slice_of(file: BinaryIO) -> Any:
+            file.seek(info.offset)
+            data = file.read(info.length)
+            if len(data) != info.length:
+                raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
+            (found,) = inert.load_torch(io.BytesIO(data))
+            return found
+
+        return _read(path, slice_of)
+
+
+def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+    try:
+        with path.open("rb") as file:
+            return reader(file)
+    except Exception as e:  # a damaged pickle fails in any way
+        raise CheckpointError(
+            f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
+            "damaged: restore it, or load another iteration with --ckpt-step"
+        ) from e
+
+
+def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _error(path, f"a {type(value).__name__}", "a dict of Megatron's training state")
+    return value
+
+
+def _foreign(directory: Path, names: list[str]) -> CheckpointError:
+    if INDEX in names:
+        return _error(
+            directory,
+            f"{INDEX} without {CONFIG} (torch_dcp or fsdp_dtensor)",
+            "a checkpoint of the format torch_dist or torch",
+            "Save it with --ckpt-format torch_dist",
+        )
+    return _error(
+        directory,
+        ", ".join(names[:6]) or "nothing",
+        f"a Megatron checkpoint: {TRACKER}, {CONFIG} or mp_rank_* directories",
+        "Check --load",
+    )
+
+
+def _error(where: Path, found: str, expected: str, remedy: str = "") -> CheckpointError:
+    remedy = remedy or "Restore the checkpoint or load another iteration with --ckpt-step"
+    return CheckpointError(f"{where}: expected {expected}, found {found}. {remedy}")
