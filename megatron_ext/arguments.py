@@ -8,11 +8,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from . import operations, policy_file, presets
+from . import directories, operations, policy_file, presets
 from .errors import PolicyError
 from .host import DEFAULT_CLASS, Request
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
-
 
 #: Flags that are no part of the policy.
 _OTHER_FLAGS = ("optimizer_class", "selective_report", "selective_policy", "selective_from")
@@ -35,7 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from . import host
 
     host.install()
-    return add_flags(parser)
+    return choose_directories(add_flags(parser))
+
+
+def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let ``--selective-from`` decide what ``--load`` is, as soon as the arguments are parsed.
+
+    Args:
+        parser: Changed: its ``parse_known_args`` (which ``parse_args`` calls too) then gives a
+            namespace whose ``load`` is the directory to load from, and ``selective_where``.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse(*args, **kwargs)
+        if getattr(namespace, "selective_from", None) is not None:
+            try:
+                chosen = directories.choose(
+                    namespace.load, namespace.save, namespace.selective_from
+                )
+            except PolicyError as e:
+                parser.error(str(e))
+            namespace.load, namespace.selective_where = str(chosen.load), chosen.where
+        return namespace, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+    return parser
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

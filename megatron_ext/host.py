@@ -26,9 +26,10 @@ from typing import Any
 
 from packaging.version import Version
 
-from . import agree, checkpoint
+from . import agree, checkpoint, loop
 from .errors import CheckpointError, HostError, MegatronExtError
 from .log import say
+from .phase import Where
 from .policy import ResumePolicy
 from .resume import Resume
 from .steps import is_adam, is_hybrid
@@ -171,6 +172,29 @@ CONTRACT = (
         since="0.18.0",
         reference="training/checkpointing.py:143; sees the saved arguments",
     ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "_load_base_checkpoint",
+        ("load_dir", "args", "rank0"),
+        rebound=True,
+        since="0.18.0",
+        reference="training/checkpointing.py:1633; the counters and the phase, before they count",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "build_train_valid_test_data_loaders",
+        ("build_train_valid_test_datasets_provider",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:4510; recomputes a data position of 0 (line 4523)",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "get_train_valid_test_num_samples",
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:4466; how much data the run needs",
+    ),
 )
 
 
@@ -182,11 +206,17 @@ class Request:
         optimizer_class: Dotted path to a `DistributedOptimizer` subclass.
         policy: What to take from where, for `SelectiveAdam` and its subclasses.
         report_dir: Where the JSON report goes, or None.
+        where: What the directory of ``--load`` is to the phase.
     """
 
     optimizer_class: str = DEFAULT_CLASS
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     report_dir: Path | None = None
+    where: Where = "load"
+
+    def resume(self) -> Resume:
+        """A resume to be shared by the optimizers of a chain."""
+        return Resume(self.policy, self.report_dir, megatron_version(), where=self.where)
 
 
 #: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
@@ -197,6 +227,8 @@ _launched: Request | None = None
 _built = 0
 #: The resume whose checkpoint Megatron is loading.
 _loading: Resume | None = None
+#: The same, where the optimizer is loaded too; afterwards that of the running training.
+_resumed: Resume | None = None
 _warned_version = False
 
 
@@ -248,7 +280,7 @@ def install(*, arguments: bool = False) -> None:
     scheduler = importlib.import_module("megatron.core.optimizer_param_scheduler")
     _rebind(scheduler.OptimizerParamScheduler, "load_state_dict", _load_scheduler)
     _rebind(importlib.import_module("megatron.core.dist_checkpointing"), "load", _load_sharded)
-    if not _has_training():
+    if not has_training():
         return
     if arguments:
         _rebind(
@@ -259,9 +291,14 @@ def install(*, arguments: bool = False) -> None:
     checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
     _rebind(checkpointing, "load_checkpoint", _load_checkpoint)
     _rebind(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
-    # training.py binds the name at import; rebind it there if that has happened already.
-    if (training := sys.modules.get(f"{TRAINING}.training")) is not None:
-        _rebind(training, "load_checkpoint", _load_checkpoint)
+    _rebind(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
+    training = importlib.import_module(f"{TRAINING}.training")
+    _rebind(training, "load_checkpoint", _load_checkpoint)
+    loaders = loop.around_loaders(lambda: _resumed)
+    _rebind(training, "build_train_valid_test_data_loaders", loaders)
+    _rebind(
+        training, "get_train_valid_test_num_samples", loop.around_sample_counts(lambda: _resumed)
+    )
 
 
 def resolve_class(path: str) -> type:
@@ -350,6 +387,23 @@ def adam_optimizers(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
+def parse_arguments(argv: list[str]) -> Any:
+    """Megatron's own parsing of a command line, before its validation; flags it lacks are ignored.
+
+    Args:
+        argv: The script's name and its arguments.
+
+    Raises:
+        SystemExit: argparse refuses them, as it would in the script.
+    """
+    module = importlib.import_module(f"{TRAINING}.arguments")
+    before, sys.argv = sys.argv, argv
+    try:
+        return module.parse_args(ignore_unknown_args=True)
+    finally:
+        sys.argv = before
+
+
 def require_built() -> None:
     """Raise if a class was asked for and nothing was built with it.
 
@@ -378,7 +432,7 @@ def _build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
         if request is None:
             return original(*args, **kwargs)
         global _built
-        agree.agree("the policy", _digest(request))
+        _check_arguments(request)
         cls = resolve_class(request.optimizer_class)
         call = signature.bind(*args, **kwargs).arguments
         _refuse_unsupported(request, call["config"], call["model_chunks"])
@@ -453,6 +507,9 @@ def _load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
         for name in policy.kept_scheduler_attributes:
             if name in state_dict:
                 setattr(self, name, state_dict[name])
+        phase = members[0].resume.phase
+        if phase is not None and phase.policy.restarts_schedule:
+            self.num_steps = 0
         # Stock computes the first step's weight decay before it has restored start_wd and end_wd
         # (core/optimizer_param_scheduler.py:341, 0.19.2).
         self.step(0)
@@ -493,9 +550,9 @@ def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        from .arguments import add_flags
+        from .arguments import add_flags, choose_directories
 
-        return add_flags(original(parser))
+        return choose_directories(add_flags(original(parser)))
 
     return add_megatron_arguments
 
@@ -514,12 +571,16 @@ def _load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         megatron_args = _global_args()
         dropped = _why_moments_are_dropped(megatron_args)
+        global _loading, _resumed
+        resume = members[0].resume
+        resume.begin_load()
+        if dropped and resume.policy.needs_optimizer:
+            raise needs_optimizer(dropped, resume.policy)
         if dropped:
             say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
         else:
             _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
-        global _loading
-        _loading = members[0].resume
+        _loading, _resumed = resume, None if dropped else resume
         try:
             result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         except KeyError as e:
@@ -528,16 +589,32 @@ def _load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             _raise_no_optimizer_state(getattr(megatron_args, kwargs.get("load_arg", "load")), e)
         finally:
             _loading = None
-        if not dropped and _loaded_iteration() > 0 and not members[0].resume.complete:
+        if not dropped and _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
                 "with it and the moments were to be kept. A release checkpoint or one written "
                 "with --no-save-optim has none: pass --no-load-optim to start with a new "
                 "optimizer"
             )
-        return result
+        # Of a legacy checkpoint stock reads the iteration once more from the tracker's file
+        # (training/checkpointing.py:2587, 0.19.2).
+        iteration = None if dropped else loop.after_the_load(resume, megatron_args)
+        return result if iteration is None else (iteration, *result[1:])
 
     return load_checkpoint
+
+
+def _load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `_load_base_checkpoint`, which reads the checkpoint, after a look at its head."""
+
+    @functools.wraps(original)
+    def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, rank0, *rest, **kwargs)
+        if _loading is not None and _resumed is not None and not rank0:
+            loop.before_the_load(_resumed, load_dir, result[0])
+        return result
+
+    return load
 
 
 def _check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -560,7 +637,7 @@ def _check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _problem(name: HostName, found: Version) -> str | None:
     if found < Version(name.since):
         return None
-    if name.module.startswith(TRAINING) and not _has_training():
+    if name.module.startswith(TRAINING) and not has_training():
         return None
     where = f"{name.module}.{name.attribute}"
     try:
@@ -592,7 +669,7 @@ def _warn_if_untested(found: Version) -> None:
 
 
 @functools.cache
-def _has_training() -> bool:
+def has_training() -> bool:
     """Whether the wheel ships the training loop (0.18 and later, with its extra installed)."""
     try:
         importlib.import_module(f"{TRAINING}.arguments")
@@ -672,7 +749,7 @@ def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
             f"--optimizer-class {request.optimizer_class}: no Adam in {type(optimizer).__name__}, "
             "so there are no moments to keep. Leave --optimizer-class out"
         )
-    resume = Resume(request.policy, request.report_dir, megatron_version())
+    resume = request.resume()
     for member in members:
         member.resume_chunks = model_chunks
         member.join(resume)
@@ -710,15 +787,31 @@ def _substituted(cls: type) -> Iterator[None]:
             setattr(core, name, stock)
 
 
+def _check_arguments(request: Request) -> None:
+    """Find what is wrong before anything is built, and the same on every rank; collective."""
+    error = None
+    args = _global_args()
+    if getattr(args, "optimizer_class", None) is not None:
+        from . import preflight
+
+        try:
+            preflight.check(args)
+        except MegatronExtError as e:
+            error = e
+    agree.agree("the policy", _digest(request), error)
+
+
 def _digest(request: Request) -> str:
-    return hashlib.sha256(repr((request.optimizer_class, request.policy)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((request.optimizer_class, request.policy, request.where)).encode()
+    ).hexdigest()
 
 
 def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:
     inner = type(getattr(optimizer, "optimizer", None)).__name__
     if members_of(optimizer):
         optimizer.resume_chunks = model_chunks
-        optimizer.join(Resume(request.policy, request.report_dir, megatron_version()))
+        optimizer.join(request.resume())
     if isinstance(optimizer, cls):
         say(f"megatron_ext: {cls.__name__} in place of DistributedOptimizer, over {inner}")
         return
@@ -836,6 +929,21 @@ def _raise_no_optimizer_state(where: Any, cause: KeyError) -> None:
         agree.agree("resume", "", error)
     except MegatronExtError as e:
         raise e from cause
+
+
+def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
+    """The error for a policy without the optimizer it needs."""
+    asked = ", ".join(policy.operations) or "hyperparameters from the checkpoint"
+    instead = (
+        "--reset-iteration and --reset-dataloader do what it does to the counters, and keep the "
+        "optimizer"
+        if flag == "--finetune"
+        else "without the optimizer's state there is nothing to do them to"
+    )
+    return HostError(
+        f"{flag} with {asked}: this needs the checkpoint's optimizer, which {flag} drops; "
+        f"{instead}. Leave one of the two out"
+    )
 
 
 def _why_moments_are_dropped(args: Any) -> str | None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from . import arguments
-from .errors import MegatronExtError
+from .errors import HostError, MegatronExtError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,11 +30,12 @@ def main(argv: list[str] | None = None) -> None:
         from . import cpu
 
         cpu.install(adam=options.cpu_adam)
+    arguments_ = [*_own_flags_before(argv, options), *options.arguments]
     try:
-        _prepare(options)
+        _prepare([options.script, *arguments_])
     except MegatronExtError as e:
         parser.error(str(e))
-    sys.argv = [options.script, *options.arguments]
+    sys.argv = [options.script, *arguments_]
     sys.path.insert(0, str(script.resolve().parent))
     # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it
     # as it would without the launcher, and nothing of what is rebound here.
@@ -69,62 +70,67 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def _own_flags_before(argv: list[str] | None, options: argparse.Namespace) -> list[str]:
+    """This package's flags that were given before the script: they go to its arguments."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = words[: len(words) - len(options.arguments) - 1]
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--cpu", action="store_true")
+    launcher.add_argument("--cpu-adam")
+    return launcher.parse_known_args(words)[1]
+
+
+def _prepare(argv: list[str]) -> None:
     """Check the request while nothing is built yet, and rebind Megatron for it."""
-    args = _peek(options)
+    args = _peek(argv[1:])
     if args.optimizer_class is None:
+        _refuse_without_class(args)
         return
     from . import host
 
     request = arguments.request_from_args(args)
-    _refuse_conflicts(args)
+    if args.yaml_cfg is not None:
+        raise _yaml(args)
     host.resolve_class(request.optimizer_class)
     host.install(arguments=True)
     host.launch_request(request)
+    if host.has_training() and not {"-h", "--help"} & set(argv[1:]):
+        from . import preflight
+
+        preflight.check(host.parse_arguments(argv))
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_ext: --optimizer-class {request.optimizer_class}", flush=True)
 
 
-def _peek(options: argparse.Namespace) -> argparse.Namespace:
-    """This package's flags, given before or after the script, and the flags they conflict with."""
+def _peek(words: list[str]) -> argparse.Namespace:
+    """This package's flags, and the one that makes Megatron drop them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=True)
     arguments.add_flags(parser)
     parser.add_argument("--yaml-cfg", default=None)
-    parser.add_argument("--optimizer", default="adam")
-    parser.add_argument("--use-megatron-fsdp", action="store_true")
-    parser.add_argument("--use-torch-fsdp2", action="store_true")
-    parser.add_argument("--non-persistent-ckpt-type", default=None)
     parser.add_argument(
         "--use-checkpoint-opt_param-scheduler",
         "--use-checkpoint-opt-param-scheduler",
         dest="use_checkpoint_opt_param_scheduler",
         action="store_true",
     )
-    own = {k: v for k, v in vars(options).items() if k in arguments.own_flags()}
-    args, _ = parser.parse_known_args(options.arguments, argparse.Namespace(**own))
-    return args
+    return parser.parse_known_args(words)[0]
 
 
-def _refuse_conflicts(args: argparse.Namespace) -> None:
-    from .errors import HostError
+def _refuse_without_class(args: argparse.Namespace) -> None:
+    given = arguments.given_without_class(args)
+    if given:
+        raise HostError(
+            f"{', '.join(given)} without --optimizer-class: nothing would come of it. Add "
+            "--optimizer-class megatron_ext.SelectiveAdam"
+        )
 
-    reasons = {
-        "--yaml-cfg": args.yaml_cfg is not None
-        and "Megatron then replaces all parsed arguments by the YAML file's, this flag included. "
-        "Give the arguments on the command line",
-        f"--optimizer {args.optimizer}": args.optimizer in ("sgd", "lion")
-        and "only Adam is supported (its state is exp_avg and exp_avg_sq), and chains with it",
-        "--use-megatron-fsdp": args.use_megatron_fsdp
-        and "Megatron-FSDP does not load through DistributedOptimizer",
-        "--use-torch-fsdp2": args.use_torch_fsdp2
-        and "torch FSDP2 does not load through the optimizer's load_state_dict",
-        "--non-persistent-ckpt-type local": args.non_persistent_ckpt_type == "local"
-        and "a local checkpoint takes precedence over --load and is not tested with a selective "
-        "resume. Use --non-persistent-ckpt-type global, or none for the first resume",
-    }
-    for flag, reason in reasons.items():
-        if reason:
-            raise HostError(f"--optimizer-class {args.optimizer_class} with {flag}: {reason}")
+
+def _yaml(args: argparse.Namespace) -> HostError:
+    return HostError(
+        f"--optimizer-class {args.optimizer_class} with --yaml-cfg: Megatron then replaces all "
+        "parsed arguments by the YAML file's, this flag included. Give the arguments on the "
+        "command line"
+    )
 
 
 if __name__ == "__main__":

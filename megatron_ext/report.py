@@ -205,7 +205,9 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
         ]
     if report.loss_scale is not None:
         saved, value = report.loss_scale
-        where = "checkpoint" if report.plan.policy.grad_scaler == "keep" else f"checkpoint {saved:g}"
+        where = (
+            "checkpoint" if report.plan.policy.grad_scaler == "keep" else f"checkpoint {saved:g}"
+        )
         lines.append(f" > loss scale: {value:g} ({where})")
     lines += [f" > WARNING: {w}" for w in warnings_of(report)]
     if report.plan.clip_grad is not None:

@@ -294,9 +294,9 @@ def test_the_same_ratio_in_two_rules_is_told_once() -> None:
 
 def moves(old: int, new: int, ratio: str) -> str:
     return (
-        f"the global batch size goes from {old} to {new}: the schedule counts samples, so it goes "
-        f"on at the same sample and each iteration moves it {ratio}x as far; iterations given by "
-        "arguments mean the new ones"
+        f"the global batch size goes from {old} to {new}: schedule and data position count "
+        f"samples, so they go on at the same sample and each iteration moves them {ratio}x as far; "
+        "iterations given by arguments mean the new ones"
     )
 
 

@@ -28,6 +28,8 @@ PURE = (
     "policy",
     "layout",
     "checkpoint",
+    "phase",
+    "counters",
     "cautions",
     "plan",
     "moment_plan",

@@ -59,6 +59,11 @@ RICH = ResumePolicy(
     step=1000,
     nonfinite="reset",
     strict=False,
+    schedule_position="continue",
+    grad_scaler="reset",
+    reset_iteration=True,
+    reset_dataloader=True,
+    phase="long-context_2.1",
 )
 
 FLAGS = [

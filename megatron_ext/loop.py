@@ -1,0 +1,227 @@
+"""The training loop's side of a phase change: counters at a load, then the data position.
+
+Stock Megatron has one counter in three places and puts them right from each other. `host.install`
+puts these functions around the four of Megatron's that do so; they change nothing in a run whose
+counters agree with each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import agree
+from .checkpoint import read_optimizer
+from .counters import Counters, begin, last_iteration, samples_needed
+from .errors import CheckpointError, MegatronExtError
+from .log import say
+from .phase import Mark, Phase, decide, identity
+from .resume import Resume
+
+
+def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
+    """Decide about the phase and set the counters in what was read, before Megatron looks at it.
+
+    Called with what ``_load_base_checkpoint`` returns (training/checkpointing.py:1633, 0.19.2): the
+    iteration, the saved arguments with the consumed samples, and the optimizer's groups. Collective
+    over the default process group: one `agree`.
+
+    Args:
+        resume: Of the optimizers that are to be loaded.
+        load_dir: The directory.
+        state_dict: What was read; its counters are changed in place. None if nothing was found.
+
+    Raises:
+        MegatronExtError: The checkpoint cannot be what the policy was asked for; on every rank.
+    """
+    decided, error = None, None
+    try:
+        decided = _decide(resume, load_dir, state_dict)
+    except MegatronExtError as e:
+        error = e
+    phase = None if decided is None else decided[0]
+    text = "" if phase is None else f"{phase.state} {phase.mark}"
+    agree.agree("the phase", hashlib.sha256(text.encode()).hexdigest(), error)
+    if decided is None:
+        return
+    phase, mark, before, after = decided
+    resume.announce(phase, mark, before, after)
+    state_dict["iteration"] = after.iteration
+    saved = state_dict.get("args")
+    if saved is not None:
+        for name in _OF_ARGUMENTS:
+            setattr(saved, name, getattr(after, name))
+
+
+def after_the_load(resume: Resume, args: Any) -> int | None:
+    """Set the last iteration of a sample-based run whose batch size has changed.
+
+    Args:
+        resume: Of the optimizers that were loaded.
+        args: Megatron's, with the counters of the checkpoint.
+
+    Returns:
+        The iteration the run goes on at; None where no checkpoint was loaded.
+    """
+    if resume.counters is None or resume.phase is None:
+        return None
+    after = resume.counters[1]
+    if args.train_samples and _constant_batch(args):
+        offset = resume.phase.mark.offset if resume.phase.mark is not None else 0
+        last = last_iteration(after, offset, args.train_samples, args.global_batch_size)
+        if last != args.train_iters:
+            say(
+                f"megatron_ext: {args.train_samples} training samples are reached at iteration "
+                f"{last}, not {args.train_iters}: the global batch size has changed since"
+            )
+            args.train_iters = last
+    return after.iteration
+
+
+def around_loaders(resume_of: Callable[[], Resume | None]) -> Callable[..., Any]:
+    """Around ``build_train_valid_test_data_loaders`` (training/training.py:4510, 0.19.2).
+
+    Stock takes a data position of 0 at a later iteration for a checkpoint of old times and computes
+    it from the iteration (line 4523); with ``--train-samples`` it asserts. So the iteration is 0
+    for it, and right again for the script's own dataset provider.
+    """
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def build(provider: Any, *rest: Any, **kwargs: Any) -> Any:
+            resume, args = resume_of(), _args()
+            if resume is None or not _own_data_position(resume):
+                return original(provider, *rest, **kwargs)
+            iteration = args.iteration
+
+            @functools.wraps(provider)
+            def provide(*a: Any, **k: Any) -> Any:
+                with _iteration(args, iteration):
+                    return provider(*a, **k)
+
+            with _iteration(args, 0):
+                return original(provide, *rest, **kwargs)
+
+        return build
+
+    return wrap
+
+
+def around_sample_counts(resume_of: Callable[[], Resume | None]) -> Callable[..., Any]:
+    """Around ``get_train_valid_test_num_samples`` (training/training.py:4466, 0.19.2).
+
+    Stock asks for the samples of all iterations at the current batch size, which are too few for a
+    run that has consumed more than its iterations say.
+    """
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def count(*rest: Any, **kwargs: Any) -> Any:
+            train, valid, test = original(*rest, **kwargs)
+            resume, args = resume_of(), _args()
+            if resume is None or resume.counters is None or not _constant_batch(args):
+                return train, valid, test
+            if args.phase_transition_iterations or not args.train_iters:
+                return train, valid, test
+            now = resume.counters[1]
+            needed = samples_needed(now, args.train_iters, args.global_batch_size)
+            if now.consumed_train_samples == now.iteration * args.global_batch_size:
+                return train, valid, test
+            return max(train, needed), _valid_needed(args, now, valid), test
+
+        return count
+
+    return wrap
+
+
+_OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+def _decide(
+    resume: Resume, load_dir: Any, state_dict: Any
+) -> tuple[Phase, str | None, Counters, Counters] | None:
+    policy = resume.policy
+    if state_dict is None:
+        if policy.operations or resume.where != "load":
+            raise CheckpointError(
+                f"there is no checkpoint in {load_dir} to begin the phase from, but it was asked "
+                f"to: {', '.join(policy.operations) or '--selective-from'}. Name the directory of "
+                "the earlier phase"
+            )
+        return None
+    section = _first_optimizer(state_dict.get("optimizer"))
+    if section is None:
+        return None  # load_checkpoint of `host` says what is missing
+    saved = read_optimizer(section)
+    arguments = state_dict.get("args")
+    iteration = int(state_dict.get("iteration") or 0)
+    source = identity(
+        Path(load_dir).name,
+        iteration,
+        {} if arguments is None else vars(arguments),
+        saved.groups,
+        saved.step,
+    )
+    mark = None if saved.mark is None else Mark.parse(saved.mark)
+    phase = decide(policy, mark, source, resume.where)
+    before = _counters(iteration, arguments, state_dict)
+    offset = 0 if mark is None else mark.offset
+    after, offset = begin(phase.policy, before, offset)
+    return phase.at(offset), saved.mark, before, after
+
+
+def _first_optimizer(section: Any) -> Mapping[str, Any] | None:
+    """The state of a chain's first optimizer, as torch_dist and legacy torch nest it."""
+    if isinstance(section, list):
+        section = section[0] if section else None
+    if isinstance(section, Mapping) and section and all(isinstance(k, int) for k in section):
+        section = section[min(section)]
+    return section if isinstance(section, Mapping) and section else None
+
+
+def _counters(iteration: int, arguments: Any, state_dict: Mapping[str, Any]) -> Counters:
+    scheduler = state_dict.get("opt_param_scheduler") or state_dict.get("lr_scheduler") or {}
+    position = scheduler.get("num_steps")
+    return Counters(
+        iteration,
+        **{name: int(getattr(arguments, name, 0) or 0) for name in _OF_ARGUMENTS},
+        num_steps=None if position is None else int(position),
+    )
+
+
+def _own_data_position(resume: Resume) -> bool:
+    """Whether the data position of this phase does not follow from its iteration."""
+    mark = None if resume.phase is None else resume.phase.mark
+    return resume.counters is not None and mark is not None and mark.offset != 0
+
+
+def _valid_needed(args: Any, now: Counters, valid: int | None) -> int | None:
+    if valid is None or not args.eval_iters or not args.eval_interval:
+        return valid
+    size = getattr(args, "eval_global_batch_size", args.global_batch_size)
+    left = args.train_iters // args.eval_interval + 1 - now.iteration // args.eval_interval
+    return max(valid, now.consumed_valid_samples + left * args.eval_iters * size)
+
+
+def _constant_batch(args: Any) -> bool:
+    ramps = (getattr(args, n, None) for n in ("rampup_batch_size", "step_batch_size_schedule"))
+    return all(ramp is None for ramp in ramps)
+
+
+@contextlib.contextmanager
+def _iteration(args: Any, value: int) -> Iterator[None]:
+    before, args.iteration = args.iteration, value
+    try:
+        yield
+    finally:
+        args.iteration = before
+
+
+def _args() -> Any:
+    from megatron.training.global_vars import get_args
+
+    return get_args()

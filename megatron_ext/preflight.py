@@ -1,0 +1,332 @@
+"""Everything that can be known to be wrong before a model is built, found at once.
+
+From the arguments and the checkpoint's metadata alone: no tensor is read, no process group needed.
+The launcher calls it on every rank; all of them see the same files and stop with the same error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import host
+from .arguments import request_from_args
+from .checkpoint import unreadable_sharding
+from .directories import Directories, choose, newest
+from .errors import CheckpointError, HostError, MegatronExtError
+from .phase import Mark, Phase, decide, identity, same_checkpoint
+from .policy import ResumePolicy
+from .stored import StoredCheckpoint
+
+#: Saved argument -> its flag; the layouts that only a fully reshardable checkpoint may change.
+_MODEL_PARALLEL = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+}
+
+
+def check(args: Any) -> None:
+    """Raise one error that lists everything found.
+
+    Args:
+        args: Megatron's arguments as parsed, before its own validation.
+
+    Raises:
+        MegatronExtError: What was found; a single finding as it is, several as one `HostError`.
+    """
+    errors = list(_findings(args))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listing = "\n".join(f"  {n}. {e}" for n, e in enumerate(errors, 1))
+        raise HostError(f"{len(errors)} things are wrong with this resume:\n{listing}")
+
+
+def _findings(args: Any) -> Iterator[MegatronExtError]:
+    found: list[MegatronExtError] = []
+
+    def attempt(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except MegatronExtError as e:
+            found.append(e)
+            return None
+
+    request = attempt(lambda: request_from_args(args))
+    attempt(lambda: host.resolve_class(args.optimizer_class))
+    policy = ResumePolicy() if request is None else request.policy
+    found += map(HostError, refused_flags(args))
+    chosen = attempt(lambda: _directories(args))
+    found += map(HostError, _counter_conflicts(args, policy))
+    stored = None
+    if chosen is not None and chosen.load is not None:
+        step = getattr(args, "ckpt_step", None)
+        stored = attempt(lambda: newest(chosen.load, step))
+        if stored is not None:
+            facts = _Facts(args, policy, chosen, stored)
+            found += map(CheckpointError, _stored_problems(facts))
+            phase = attempt(lambda: _phase(facts))
+            if phase is not None:
+                attempt(lambda: _check_save_directory(facts, phase))
+    nothing_found = stored is None and not any(isinstance(e, CheckpointError) for e in found)
+    if chosen is not None and nothing_found:
+        found += map(CheckpointError, _nothing_to_start_from(chosen, policy))
+    yield from found
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the checks look at."""
+
+    args: Any
+    policy: ResumePolicy
+    chosen: Directories
+    stored: StoredCheckpoint
+
+    @property
+    def dropped(self) -> str | None:
+        """The flag with which stock drops the optimizer."""
+        return dropping_flag(self.args)
+
+
+def refused_flags(args: Any) -> list[str]:
+    """What of Megatron's own flags cannot go with ``--optimizer-class``, with the reason."""
+    optimizer = getattr(args, "optimizer", "adam")
+    reasons = {
+        f"--optimizer {optimizer}": optimizer in ("sgd", "lion")
+        and "only Adam is supported (its state is exp_avg and exp_avg_sq), and chains with it",
+        "--use-megatron-fsdp": getattr(args, "use_megatron_fsdp", False)
+        and "Megatron-FSDP does not load through DistributedOptimizer",
+        "--use-torch-fsdp2": getattr(args, "use_torch_fsdp2", False)
+        and "torch FSDP2 does not load through the optimizer's load_state_dict",
+        "--non-persistent-ckpt-type local": getattr(args, "non_persistent_ckpt_type", None)
+        == "local"
+        and "a local checkpoint takes precedence over --load and is not tested with a selective "
+        "resume. Use --non-persistent-ckpt-type global, or none for the first resume",
+    }
+    return [
+        f"--optimizer-class {args.optimizer_class} with {flag}: {reason}"
+        for flag, reason in reasons.items()
+        if reason
+    ]
+
+
+def dropping_flag(args: Any) -> str | None:
+    """The flag with which stock drops the optimizer's state, if one is given."""
+    for name in ("no_load_optim", "finetune"):
+        if getattr(args, name, False):
+            return f"--{name.replace('_', '-')}"
+    return None
+
+
+def _directories(args: Any) -> Directories:
+    start = getattr(args, "selective_from", None)
+    where = getattr(args, "selective_where", None)
+    if start is None or where is None:
+        return choose(args.load, args.save, start)
+    save = None if args.save is None else Path(args.save)
+    return Directories(Path(args.load), save, where, Path(start))
+
+
+def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
+    resets = [
+        flag
+        for flag, asked in (
+            ("--reset-iteration", policy.reset_iteration),
+            ("--reset-dataloader", policy.reset_dataloader),
+        )
+        if asked
+    ]
+    both = " and ".join(resets)
+    dropped = dropping_flag(args)
+    if dropped and policy.needs_optimizer:
+        yield str(host.needs_optimizer(dropped, policy))
+    if not resets:
+        yield from _schedule_conflicts(args)
+        return
+    if getattr(args, "override_ckpt_iteration", None) is not None:
+        yield (
+            f"{both} with --override-ckpt-iteration {args.override_ckpt_iteration}: both set the "
+            "iteration and the data position. Leave one of them out"
+        )
+    if getattr(args, "phase_transition_iterations", None):
+        yield (
+            f"{both} with --phase-transition-iterations: Megatron then takes the data position "
+            "from the iteration. Leave one of them out"
+        )
+    ramps = ("rampup_batch_size", "step_batch_size_schedule")
+    ramp = next((n for n in ramps if getattr(args, n, None) is not None), None)
+    if ramp is not None and len(resets) == 1:
+        yield (
+            f"{both} with --{ramp.replace('_', '-')}: the batch size follows the data position and "
+            "the last iteration is counted from 0, so the two have to be reset together, or "
+            "neither. Add the other flag, or leave the ramp out"
+        )
+    if policy.reset_dataloader and getattr(args, "dataloader_type", None) == "external":
+        yield (
+            "--reset-dataloader with --dataloader-type external: the script places its own data "
+            "loader. Reset it there"
+        )
+    yield from _schedule_conflicts(args)
+
+
+def _schedule_conflicts(args: Any) -> Iterator[str]:
+    """Stock asserts it without a word (core/optimizer_param_scheduler.py:135, 0.19.2)."""
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
+        decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)
+        if decay is not None and warmup >= decay:
+            yield (
+                f"--lr-warmup-{unit} {warmup} is not shorter than the decay of {decay} {unit} "
+                f"(--lr-decay-{unit}, or --train-{unit}): the schedule would end before its "
+                "warm-up does. Make the decay longer or the warm-up shorter"
+            )
+
+
+def _stored_problems(facts: _Facts) -> Iterator[str]:
+    """What the checkpoint cannot give to this run."""
+    stored, args = facts.stored, facts.args
+    if facts.dropped:
+        return
+    if not stored.optimizers:
+        yield (
+            f"the checkpoint in {stored.directory} holds no optimizer state (a release checkpoint, "
+            "or written with --no-save-optim), but the moments were to be kept. Pass "
+            "--no-load-optim to start with a new optimizer"
+        )
+        return
+    if reason := unreadable_sharding(stored.sharding_type):
+        yield f"{stored.directory}: {reason}"
+    saved_kind = bool(stored.args.get("use_distributed_optimizer", False))
+    if stored.args and saved_kind != bool(args.use_distributed_optimizer):
+        names = {True: "with", False: "without"}
+        yield (
+            f"the checkpoint in {stored.directory} was written {names[saved_kind]} "
+            f"--use-distributed-optimizer and this run is {names[not saved_kind]} it: their states "
+            "have different layouts. Give the flag as it was"
+        )
+    yield from _layout_problems(stored, args)
+
+
+def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
+    changed = []
+    for name, flag in _MODEL_PARALLEL.items():
+        saved, current = stored.args.get(name), getattr(args, name, None)
+        if saved is not None and current is not None and saved != current:
+            changed.append(f"{flag} {saved} -> {current}")
+    kind = stored.sharding_type or stored.format
+    fixed = stored.format == "torch" or stored.sharding_type in (
+        "dp_reshardable",
+        "dp_zero_gather_scatter",
+    )
+    rows = _padded_rows(stored.args, args)
+    if rows is not None and rows[0] != rows[1]:
+        changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
+    if changed and fixed:
+        yield (
+            f"{', '.join(changed)}: a checkpoint of the kind {kind} cannot be loaded into another "
+            f"layout ({stored.directory}). Resume once as it was saved, save with --ckpt-format "
+            "torch_dist --dist-ckpt-optim-fully-reshardable, and change the layout then"
+        )
+
+
+def _padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
+    """Rows of the embedding in the checkpoint and now, where the arguments are enough to tell.
+
+    As vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124,
+    0.19.2); a tokenizer may add one token for the end of a document.
+    """
+    before, now = saved.get("padded_vocab_size"), getattr(args, "padded_vocab_size", None)
+    if before is None:
+        return None
+    if now is None and getattr(args, "vocab_size", None) is not None:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        padded = {-(-(args.vocab_size + more) // multiple) * multiple for more in (0, 1)}
+        now = padded.pop() if len(padded) == 1 else None
+    return None if now is None else (int(before), int(now))
+
+
+def _phase(facts: _Facts) -> Phase | None:
+    stored = facts.stored
+    if not stored.optimizers or facts.dropped:
+        return None
+    saved = stored.optimizers[0]
+    source = _identity(stored)
+    mark = None if saved.mark is None else Mark.parse(saved.mark)
+    phase = decide(facts.policy, mark, source, facts.chosen.where)
+    if facts.chosen.where == "own" and mark is not None and facts.chosen.start is not None:
+        _check_start(mark, facts.chosen.start, stored)
+    return phase
+
+
+def _identity(stored: StoredCheckpoint) -> str:
+    saved = stored.optimizers[0]
+    return identity(stored.root.name, stored.iteration, stored.args, saved.groups, saved.step)
+
+
+def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
+    """Raise if the phase in its own directory began at another checkpoint than is named now."""
+    begun = mark.source.rpartition("@")[2]
+    iteration = begun.partition("#")[0]
+    if not iteration.isdigit():
+        return
+    try:
+        found = newest(start, int(iteration))
+    except CheckpointError:
+        return  # it may have been deleted since
+    if found is None or not found.optimizers or same_checkpoint(_identity(found), mark.source):
+        return
+    raise CheckpointError(
+        f"--selective-from {start}: the phase in {own.root} was started from {mark.source}, and "
+        f"that directory holds {_identity(found)} at this iteration; expected the same checkpoint. "
+        "Name the one it was started from, or an empty directory for --load and --save"
+    )
+
+
+def _check_save_directory(facts: _Facts, phase: Phase) -> None:
+    """Raise if a phase that begins here would overwrite other checkpoints."""
+    save = facts.chosen.save
+    if phase.state != "applied" or save is None:
+        return
+    there = newest(save)
+    if there is None:
+        return
+    if facts.policy.reset_iteration:
+        raise HostError(
+            f"--reset-iteration with --save {save}: that directory holds checkpoints up to "
+            f"iteration {there.iteration} of another phase, and counting from 0 again would "
+            "overwrite them. Give the phase a --save (and --load) directory of its own and name "
+            f"{facts.chosen.load} in --selective-from"
+        )
+    same = save.resolve() == (facts.chosen.load or save).resolve()
+    mark = there.optimizers[0].mark if there.optimizers else None
+    if same or mark is None or phase.mark is None or not facts.policy.operations:
+        return
+    begun = Mark.parse(mark)
+    twin = (begun.phase, begun.operations) == (phase.mark.phase, phase.mark.operations)
+    if twin and same_checkpoint(begun.source, phase.mark.source):
+        raise HostError(
+            f"--load {facts.chosen.load} with --save {save}: this phase has been started from "
+            f"there before and has reached iteration {there.iteration} in {save}; starting it "
+            "again would overwrite that. To go on, give --selective-from "
+            f"{facts.chosen.load} --load {save} --save {save}; to start again, empty the directory "
+            "or name another one"
+        )
+
+
+def _nothing_to_start_from(chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
+    asked = ", ".join(policy.operations)
+    if chosen.where == "start":
+        yield (
+            f"--selective-from {chosen.start}: there is no checkpoint (no "
+            "latest_checkpointed_iteration.txt). Name the --save directory of the earlier phase"
+        )
+    elif asked:
+        where = f"--load {chosen.load} holds no checkpoint" if chosen.load else "there is no --load"
+        yield (
+            f"{asked}: {where} to begin the phase from. Name the earlier phase's directory in "
+            "--selective-from, with its optimizer"
+        )
