@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
+from tests.support.training import Zygote
 
 FIRST = Hyper()
 STEPS = 4
@@ -50,6 +51,14 @@ def ext() -> Iterator[RankPool]:
     pool = RankPool("ext")
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process that has imported Megatron and forks runs of one rank."""
+    process = Zygote()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

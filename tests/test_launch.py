@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 from megatron_ext import launch
-from tests.support.training import ROOT, SCRIPT, Training, Zygote, run
+from tests.support.runs import Runs, Scenario, ok, runs_of
+from tests.support.training import Zygote
 
 pytestmark = [
     pytest.mark.e2e,
@@ -31,23 +30,6 @@ PHASE_1 = "--lr 3e-4 --min-lr 3e-5 --train-iters 10 --lr-decay-iters 20"
 PHASE_2 = "--lr 3e-5 --min-lr 2e-5 --train-iters 14 --lr-decay-iters 20"
 DISTRIBUTED = "--bf16 --use-distributed-optimizer --ckpt-format torch_dist"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One run: its arguments, the run whose checkpoint it loads, its number of ranks."""
-
-    arguments: str
-    loads: str | None = None
-    world: int = 1
-    launcher: str = "--cpu"
-    saves: bool = False
-    script: str | None = None
-
-    @property
-    def forked(self) -> bool:
-        """Whether the run may share its imports; torch's AdamW is chosen at import."""
-        return self.world == 1 and "--cpu-adam" not in self.launcher
 
 
 SCENARIOS = {
@@ -182,73 +164,11 @@ SCENARIOS = {
 }
 
 
-class Runs:
-    """Starts every scenario two at a time, those it depends on first."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._executor = ThreadPoolExecutor(2)
-        self._zygote = Zygote()
-        self._futures: dict[str, Future[Training]] = {}
-
-    def start(self, names: list[str]) -> None:
-        # Submitted in dependency order to two workers, a run never waits for one not yet started.
-        for name in sorted(names, key=self._depth):
-            self._futures[name] = self._executor.submit(self._run, name)
-
-    def __getitem__(self, name: str) -> Training:
-        return self._futures[name].result()
-
-    def checkpoint(self, name: str) -> Path:
-        return self._directory / name.replace(" ", "_").replace(",", "") / "checkpoint"
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-        self._zygote.close()
-
-    def _depth(self, name: str) -> int:
-        loads = SCENARIOS[name].loads
-        return 0 if loads is None else 1 + self._depth(loads)
-
-    def _run(self, name: str) -> Training:
-        scenario = SCENARIOS[name]
-        arguments = scenario.arguments
-        if scenario.loads is not None:
-            before = self._futures[scenario.loads].result()
-            assert before.returncode == 0, before.log[-3000:]
-            arguments += f" --load {self.checkpoint(scenario.loads)}"
-        if scenario.saves:
-            arguments += f" --save {self.checkpoint(name)}"
-        script = SCRIPT if scenario.script is None else ROOT / scenario.script
-        directory = self.checkpoint(name).parent
-        if scenario.forked:
-            return self._zygote.run(directory, arguments, launcher=scenario.launcher, script=script)
-        return run(
-            directory, arguments, world=scenario.world, launcher=scenario.launcher, script=script
-        )
-
-
 @pytest.fixture(scope="module")
 def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote
 ) -> Iterator[Runs]:
-    all_runs = Runs(tmp_path_factory.mktemp("runs"))
-    # Only what the selected tests read, so that one test can be run by itself.
-    wanted: set[str] = set()
-    for item in request.session.items:
-        marker = item.get_closest_marker("reads")
-        wanted.update(marker.args if marker else ())
-    for name in list(wanted):
-        while (loads := SCENARIOS[name].loads) is not None:
-            wanted.add(name := loads)
-    all_runs.start(list(wanted))
-    yield all_runs
-    all_runs.close()
-
-
-def ok(training: Training) -> Training:
-    assert training.returncode == 0, training.log[-4000:]
-    return training
+    yield from runs_of(SCENARIOS, request, tmp_path_factory.mktemp("runs"), zygote)
 
 
 def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:

@@ -31,6 +31,8 @@ ARGUMENTS = """
 #: Environment variable by which the processes of a run are found again.
 _MARK = "MEGATRON_EXT_TEST_RUN"
 
+_TOKENS = re.compile(r"TOKENS rank (\d+): \[(.*)\]")
+
 _LINE = re.compile(
     r"iteration\s+(\d+)/.*?consumed samples:\s+(\d+).*?learning rate: (\S+).*?lm loss: (\S+)"
 )
@@ -60,6 +62,12 @@ class Training:
             for m in map(_LINE.search, self.log.splitlines())
             if m
         }
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The token ids of each sample that rank 0 drew, in order."""
+        found = (m for m in map(_TOKENS.search, self.log.splitlines()) if m and m[1] == "0")
+        return [tuple(map(int, m[2].split(","))) for m in found]
 
     @property
     def losses(self) -> list[str]:
@@ -150,7 +158,14 @@ class Zygote:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def run(
-        self, directory: Path, arguments: str, *, launcher: str, script: Path, timeout: float = 150
+        self,
+        directory: Path,
+        arguments: str,
+        *,
+        launcher: str,
+        script: Path,
+        timeout: float = 150,
+        env: dict[str, str] | None = None,
     ) -> Training:
         """As `run` with one rank."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,8 +175,8 @@ class Zygote:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
-        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        env = {**(env or {}), **ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         answer = self._answers[str(directory)] = queue.SimpleQueue()
         request = {"id": str(directory), "argv": argv, "log": str(log), "env": env}
         with self._lock:
