@@ -1,6 +1,7 @@
-"""The training script of the demo, with the token ids of every sample in its log.
+"""The training script of the demo, with the token ids and the exact losses in its log.
 
-With KILL_AT_MICRO_BATCH=N in the environment every rank kills itself as it draws the N-th.
+What Megatron logs as the second loss of a run is the mean of the first two. With
+KILL_AT_MICRO_BATCH=N in the environment every rank kills itself as it draws the N-th.
 """
 
 import os
@@ -42,8 +43,20 @@ class Printed:
             yield batch
 
 
+def with_printed_losses(train_step):
+    """Around Megatron's step: the loss of each iteration as it is."""
+
+    def stepped(*args, **kwargs):
+        losses, *others = train_step(*args, **kwargs)
+        print(f"LOSS rank {torch.distributed.get_rank()}: {losses['lm loss'].item()!r}", flush=True)
+        return (losses, *others)
+
+    return stepped
+
+
 if __name__ == "__main__":
     training.build_train_valid_test_data_loaders = with_printed_training_data(
         training.build_train_valid_test_data_loaders
     )
+    training.train_step = with_printed_losses(training.train_step)
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -33,6 +33,8 @@ _MARK = "MEGATRON_EXT_TEST_RUN"
 
 _TOKENS = re.compile(r"TOKENS rank (\d+): \[(.*)\]")
 
+_LOSS = re.compile(r"LOSS rank (\d+): (\S+)")
+
 _LINE = re.compile(
     r"iteration\s+(\d+)/.*?consumed samples:\s+(\d+).*?learning rate: (\S+).*?lm loss: (\S+)"
 )
@@ -68,6 +70,12 @@ class Training:
         """The token ids of each sample that rank 0 drew, in order."""
         found = (m for m in map(_TOKENS.search, self.log.splitlines()) if m and m[1] == "0")
         return [tuple(map(int, m[2].split(","))) for m in found]
+
+    @property
+    def exact_losses(self) -> list[str]:
+        """The loss of each iteration on rank 0, with all its digits."""
+        found = (m for m in map(_LOSS.search, self.log.splitlines()) if m and m[1] == "0")
+        return [m[2] for m in found]
 
     @property
     def losses(self) -> list[str]:
