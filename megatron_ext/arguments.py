@@ -53,8 +53,8 @@ def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
                 chosen = directories.choose(
                     namespace.load, namespace.save, namespace.selective_from
                 )
-            except PolicyError as e:
-                parser.error(str(e))
+            except PolicyError:
+                return namespace, rest  # the preflight says so, beside whatever else is wrong
             namespace.load, namespace.selective_where = str(chosen.load), chosen.where
         return namespace, rest
 

@@ -88,16 +88,16 @@ def _prepare(argv: list[str]) -> None:
         return
     from . import host
 
-    request = arguments.request_from_args(args)
     if args.yaml_cfg is not None:
         raise _yaml(args)
-    host.resolve_class(request.optimizer_class)
     host.install(arguments=True)
-    host.launch_request(request)
     if host.has_training() and not {"-h", "--help"} & set(argv[1:]):
         from . import preflight
 
         preflight.check(host.parse_arguments(argv))
+    request = arguments.request_from_args(args)
+    host.resolve_class(request.optimizer_class)
+    host.launch_request(request)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_ext: --optimizer-class {request.optimizer_class}", flush=True)
 
