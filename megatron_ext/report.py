@@ -17,6 +17,7 @@ from typing import Any
 from .moments import LoadedState
 from .plan import Decision, GroupPlan, ResumePlan
 from .policy_file import to_dict
+from .resized import ResizedParameter
 from .transition import MomentReport
 from .version import __version__
 
@@ -42,6 +43,7 @@ class OptimizerReport:
         parameters: For each param_group the number of parameters on rank 0.
         moments: What was done to the moments; None where they are kept as they are.
         notes: What else there is to say.
+        resized: Parameters with another number of rows than in the checkpoint, on all ranks.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class OptimizerReport:
     parameters: tuple[int, ...]
     moments: MomentReport | None = None
     notes: tuple[str, ...] = ()
+    resized: tuple[ResizedParameter, ...] = ()
 
 
 @dataclass
@@ -126,6 +129,7 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
+    lines += [f" > {one}" for one in report.resized]
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
     lines.append(f" > step: {plan.step} ({where})")
@@ -213,10 +217,21 @@ def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
             "tensors": dict(report.loaded.tensors),
             "elements": dict(report.loaded.elements),
         },
+        "resized": [_resized_json(one) for one in report.resized],
         "unused_saved_groups": list(report.plan.unused_saved_groups),
         "groups": [
             _group_json(g, n) for g, n in zip(report.plan.groups, report.parameters, strict=True)
         ],
+    }
+
+
+def _resized_json(one: ResizedParameter) -> dict[str, Any]:
+    return {
+        "parameter": one.name,
+        "checkpoint_rows": one.saved,
+        "rows": one.now,
+        "new_rows": one.new,
+        "dropped_rows": one.dropped,
     }
 
 
