@@ -129,7 +129,7 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
-    lines += [f" > {one}" for one in report.resized]
+    lines += [f" > {one}" for one in report.resized if one.new]  # a warning says the others
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
     lines.append(f" > step: {plan.step} ({where})")

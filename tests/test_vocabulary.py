@@ -27,6 +27,10 @@ Found = dict[str, Any]
 #: 20 is no power of two: the data-parallel cuts fall within rows.
 BF16 = Layout(format="fully_reshardable", hidden=20, layers=2)
 PLAIN = replace(BF16, distributed=False)
+#: Buckets that need no padding. Stock saves fully_reshardable wrongly where one does and another
+#: follows: it slices by offsets with padding what it has packed without
+#: (core/optimizer/distrib_optimizer.py:1376 and :1789, 0.19.2).
+UNPADDED = replace(BF16, hidden=128)
 
 
 def grown(layout: Layout, before: int, after: int, **target: Any) -> tuple[Layout, Layout]:
@@ -44,10 +48,10 @@ CELLS: dict[str, tuple[tuple[Layout, Layout], int, int]] = {
     "padding": (grown(BF16, 41, 42, tp=2), 1, 2),
     "tied": (grown(replace(BF16, tied=True), 40, 56, tp=2), 1, 2),
     "pp 2": (grown(replace(BF16, pp=2), 40, 64), 2, 2),
-    "pp 2 tied": (grown(replace(BF16, pp=2, tied=True), 40, 64), 2, 2),
+    "pp 2 tied": (grown(replace(UNPADDED, pp=2, tied=True), 40, 64), 2, 2),
     "pp 2, tp 2": (grown(replace(BF16, pp=2), 40, 96, tp=2), 2, 4),
     "experts": (grown(replace(BF16, experts=4), 40, 64), 1, 2),
-    "overlap": (grown(replace(BF16, overlap=True), 40, 64), 2, 2),
+    "overlap": (grown(replace(UNPADDED, overlap=True), 40, 64), 2, 2),
     "not distributed, tp 1": (grown(PLAIN, 40, 50), 1, 2),
     "not distributed, tp 1 to 2": (grown(PLAIN, 40, 96, tp=2), 1, 2),
     "not distributed, tp 2 to 1": (grown(replace(PLAIN, tp=2), 56, 90, tp=1), 2, 1),
@@ -161,6 +165,20 @@ def assert_rows(found: np.ndarray, old: np.ndarray, new: np.ndarray, name: str) 
     return found[n:].size
 
 
+def cut(found: Found, rows: int) -> Found:
+    """The first rows of what was resized."""
+
+    def some(name: str, array: np.ndarray) -> np.ndarray:
+        return array[:rows] if resized(name) else array
+
+    return {
+        "weights": {n: some(n, w) for n, w in found["weights"].items()},
+        "state": {
+            n: {k: some(n, t) for k, t in tensors.items()} for n, tensors in found["state"].items()
+        },
+    }
+
+
 def assert_loaded(found: Found, before: Found, fresh: Found, oracle: Oracle) -> int:
     """Every element of weights, master weights and moments; number of new elements."""
     assert set(found["state"]) == set(before["state"])
@@ -172,7 +190,7 @@ def assert_loaded(found: Found, before: Found, fresh: Found, oracle: Oracle) -> 
         old, initial = before["state"][name], fresh["state"][name]
         master = initial["param"] if resized(name) else old["param"]
         assert_rows(tensors["param"], old["param"], master, name)
-        n = min(len(old["param"]), len(initial["param"]))
+        n = len(old["param"])
         m, v = (np.zeros(tensors["param"].shape) for _ in range(2))
         m[:n], v[:n] = old["exp_avg"][:n], old["exp_avg_sq"][:n]
         wanted = dict(zip(("exp_avg", "exp_avg_sq"), oracle(name, m, v, n), strict=True))
@@ -274,7 +292,7 @@ def assert_reported(found: Found, before: int, now: int, matrices: int) -> None:
     told = [
         line for line in found["lines"] if f"{before} rows in the checkpoint, {now} now" in line
     ]
-    assert len([line for line in told if "WARNING" not in line]) == matrices
+    assert len(told) == matrices
 
 
 def assert_warned(found: Found, policy: str, before: int, new: int) -> None:
@@ -337,7 +355,7 @@ def test_fewer_rows_are_what_stock_makes_of_them(
         "tests.support.vocabulary:resumed", world, hyper=SECOND, policies={"": "{}"}, **arguments
     )[0][""]
     assert_equal(found, wanted)
-    assert_loaded(found, before, before, keep)
+    assert_loaded(found, cut(before, 40), cut(before, 40), keep)
     assert_reported(found, 64, 40, 2)
     (one,) = found["report"]["optimizers"]
     dropped = [w for w in one["warnings"] if "the 24 rows [40:] of the checkpoint are dropped" in w]

@@ -45,6 +45,11 @@ def weights(run: harness.Run) -> dict[str, np.ndarray]:
     """Global name -> the model's own weights, unsharded; fails unless all copies are equal."""
     from megatron.core import parallel_state
 
+    if run.layout.overlap and run.losses:
+        # The last step's weights are gathered only by the next forward pass.
+        for chunk in run.model:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     mine = []
