@@ -481,12 +481,16 @@ def _load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
         # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
         dcp = importlib.import_module("torch.distributed.checkpoint.api")
         resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+        if not requested:
+            say(resized.lines())  # no optimizer is loaded that would report them
+            resized.forget()
         try:
             loaded = original(*args, **kwargs)
             # With some values of `strict` also which keys did not fit.
             resized.put_back(loaded[0] if isinstance(loaded, tuple) else loaded)
             return loaded
         except (Exception, dcp.CheckpointException) as e:
+            resized.forget()
             stored = _stored_entries(call["checkpoint_dir"])
             lines = checkpoint.misfits(requested, stored)
             if not lines:
@@ -814,6 +818,8 @@ def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> v
 
     resized = vocabulary.look(state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored)
     error = vocabulary.unsupported(resized, requested)
+    if error is not None:
+        resized.forget()
     if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
         agree.agree("looking at the vocabulary", "0" * 32, error)
     elif error is not None:

@@ -43,15 +43,7 @@ class ResizedParameter:
 
     def __str__(self) -> str:
         """As it stands in the log."""
-        if self.new:
-            return (
-                f"{self.name}: {self.saved} rows in the checkpoint, {self.now} now: the weights of "
-                f"the {self.new} new rows [{self.saved}:] stay as initialised"
-            )
-        return (
-            f"{self.name}: {self.saved} rows in the checkpoint, {self.now} now: the {self.dropped} "
-            f"rows [{self.now}:] of the checkpoint are dropped"
-        )
+        return str(vocabulary.RowChange(self.name, self.saved, self.now, 0))
 
 
 def resized_of(

@@ -45,18 +45,36 @@ class RowChange:
     now: int
     first_new: int
 
+    def __str__(self) -> str:
+        """As it stands in the log."""
+        here = f"{self.key}: {self.saved} rows in the checkpoint, {self.now} now: the"
+        if self.now > self.saved:
+            new = self.now - self.saved
+            return f"{here} weights of the {new} new rows [{self.saved}:] stay as initialised"
+        gone = self.saved - self.now
+        return f"{here} {gone} rows [{self.now}:] of the checkpoint are dropped"
+
 
 @dataclass
 class Resized:
     """The entries of a sharded state dict that have another number of rows than the checkpoint.
 
     Args:
-        changes: One for each model parameter on this rank.
+        changes: The model parameters on this rank, and what has changed.
         kept: Where in the state dict new rows are, the first of them, and their values.
     """
 
-    changes: list[RowChange] = field(default_factory=list)
+    changes: list[tuple[torch.Tensor, RowChange]] = field(default_factory=list)
     kept: list[tuple[tuple[Any, ...], int, torch.Tensor]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """What has changed, as log lines."""
+        return [f" > {change}" for _, change in self.changes]
+
+    def forget(self) -> None:
+        """No optimizer will take what was found."""
+        for model_param, _ in self.changes:
+            forget(model_param)
 
     @torch.no_grad()
     def put_back(self, state_dict: Any) -> None:
@@ -116,7 +134,7 @@ def look(
             continue
         if of_model:
             _changes[entry.data] = change
-            resized.changes.append(change)
+            resized.changes.append((entry.data, change))
         if (of_model or _MASTERS in path) and change.first_new < entry.data.shape[0]:
             rows = entry.data[change.first_new :].detach().clone()
             resized.kept.append((path, change.first_new, rows))
@@ -155,7 +173,7 @@ def unsupported(resized: Resized, optimizer_keys: Mapping[str, Any]) -> Checkpoi
     if not resized.changes or not by_bucket(optimizer_keys):
         return None
     form = "dp_reshardable" if any(".gbuf_idx_" in k for k in optimizer_keys) else "gathered"
-    return refusal(resized.changes[0], f"{form}, by buckets of parameters one after the other")
+    return refusal(resized.changes[0][1], f"{form}, by buckets of parameters one after the other")
 
 
 def by_bucket(optimizer_keys: Mapping[str, Any]) -> bool:

@@ -58,6 +58,8 @@ CELLS: dict[str, tuple[tuple[Layout, Layout], int, int]] = {
     "not distributed, pp 2": (grown(replace(PLAIN, pp=2), 40, 64), 2, 2),
     "not distributed, fp32": (grown(replace(PLAIN, dtype="fp32"), 40, 56, tp=2), 1, 2),
     "fp32": (grown(replace(BF16, dtype="fp32"), 40, 56, tp=2), 1, 2),
+    "parallel load": (grown(BF16, 40, 56, tp=2, parallel_load=True), 1, 4),
+    "parallel load, not distributed": (grown(PLAIN, 40, 96, tp=2, parallel_load=True), 1, 4),
     "adamw": (grown(replace(BF16, adam="torch"), 40, 56, tp=2), 1, 2),
 }
 EVERY_VERSION = {"tp 1 to 2", "pp 2", "not distributed, tp 1 to 2"}
@@ -312,8 +314,8 @@ def assert_warned(found: Found, policy: str, before: int, new: int) -> None:
 def test_so_many_cells_ran() -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    assert len(CELLS) == 19
-    assert len(set(_executed)) == len(_executed) == 19 * 6 - 1
+    assert len(CELLS) == 21
+    assert len(set(_executed)) == len(_executed) == 21 * 6 - 1
 
 
 @pytest.mark.ranks

@@ -68,6 +68,7 @@ class Layout:
     optimizer: str = "adam"
     vocab: int = VOCAB
     tied: bool = False
+    parallel_load: bool = False
 
 
 @dataclass
@@ -213,13 +214,27 @@ def load(run: Run, directory: str, *, scheduler: bool = True) -> None:
             request["optimizer"] = run.optimizer.sharded_state_dict(
                 dict(request), is_loading=True, metadata=metadata
             )
-            state = dist_checkpointing.load(request, directory)
+            state = dist_checkpointing.load(request, directory, *_load_strategy(run.layout))
             for chunk, key in zip(run.model, _model_keys(run.model), strict=True):
                 chunk.load_state_dict(state[key])
             run.optimizer.load_state_dict(state["optimizer"])
         if scheduler:
             run.scheduler.load_state_dict(state["opt_param_scheduler"])
         run.iteration = state["iteration"]
+
+
+def _load_strategy(layout: Layout) -> tuple[Any, ...]:
+    """As --ckpt-fully-parallel-load: data-parallel ranks read parts and exchange them."""
+    if not layout.parallel_load:
+        return ()
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return (FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),)
 
 
 def snapshot(run: Run) -> dict[str, Any]:
