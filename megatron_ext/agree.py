@@ -19,8 +19,13 @@ BYTES_PER_RANK = 40
 
 _MAX_NAMED = 8
 
+#: In the last of the five integers; 1: a rank has something to tell.
+_FAILED = 2
 
-def agree(what: str, digest: str, error: MegatronExtError | None = None) -> None:
+
+def agree(
+    what: str, digest: str, error: MegatronExtError | None = None, *, tell: bool = False
+) -> bool:
     """Compare a digest over all ranks and raise on every rank if it differs or a rank failed.
 
     Collective over the default process group: every rank has to call it. Without an initialised
@@ -30,6 +35,10 @@ def agree(what: str, digest: str, error: MegatronExtError | None = None) -> None
         what: What is agreed on, for the message.
         digest: Hex string of at least 32 digits that stands for this rank's decisions.
         error: Why this rank cannot go on, or None.
+        tell: Whether this rank has something to tell the others.
+
+    Returns:
+        Whether any rank has something to tell.
 
     Raises:
         MegatronExtError: `error` itself, on the rank that has one.
@@ -39,18 +48,20 @@ def agree(what: str, digest: str, error: MegatronExtError | None = None) -> None
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if error is not None:
             raise error
-        return
+        return tell
     digest = digest if error is None else "0" * 32
     high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
     # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
     probe = torch.tensor(
-        [high, -high, low, -low, int(error is not None)], dtype=torch.int64, device=device()
+        [high, -high, low, -low, _FAILED if error is not None else int(tell)],
+        dtype=torch.int64,
+        device=device(),
     )
     dist.all_reduce(probe, op=dist.ReduceOp.MAX)
-    high_max, high_min, low_max, low_min, failed = probe.tolist()
-    if not failed and high_max == -high_min and low_max == -low_min:
-        return
-    _raise_on_every_rank(what, digest, error)
+    high_max, high_min, low_max, low_min, most = probe.tolist()
+    if most == _FAILED or high_max != -high_min or low_max != -low_min:
+        _raise_on_every_rank(what, digest, error)
+    return bool(most)
 
 
 def total(values: list[int]) -> list[int]:

@@ -86,21 +86,21 @@ def _step(plan: ResumePlan) -> Iterator[str]:
     if t is None or after is None or t == after:
         return
     if any(pair == (RESET, RESET) for pair in operations) and after == 0:
-        steps = max((1.0 / (1.0 - b2) for _, b2 in _betas(plan)), default=0.0)
+        steps = max((1.0 / (1.0 - b2) for _, b2 in betas_of(plan)), default=0.0)
         # Of a gradient that is all noise m^ has variance (1 - b1) / (1 + b1) times the gradient's.
-        ratio = max((math.sqrt((1.0 + b1) / (1.0 - b1)) for b1, _ in _betas(plan)), default=1.0)
+        ratio = max((math.sqrt((1.0 + b1) / (1.0 - b1)) for b1, _ in betas_of(plan)), default=1.0)
         yield (
             f"exp_avg, exp_avg_sq and step are reset: without a re-warm-up of about {steps:.0f} "
             f"steps the first updates have RMS lr, up to {ratio:.1f}x the stationary one"
         )
     if any(v == RESET and m != RESET for m, v in operations) and after == 0:
-        for b1, _ in _betas(plan):
+        for b1, _ in betas_of(plan):
             yield (
                 "exp_avg_sq and step are reset and exp_avg is not: the first update divides the "
                 f"old momentum by 1 - b1 and by one gradient, about {1.0 / (1.0 - b1):.0f}x"
             )
     if any(isinstance(m, _GOES_ON) and isinstance(v, _GOES_ON) for m, v in operations):
-        for betas in _betas(plan):
+        for betas in betas_of(plan):
             growth = step_growth(betas, t, after)
             verb = "grows" if growth > 1.0 else "shrinks"
             if abs(growth - 1.0) > 0.01:
@@ -115,7 +115,7 @@ def _partial_reset(plan: ResumePlan) -> Iterator[str]:
     if not plan.step:
         return
     operations = _operations(plan.policy)
-    for betas in _betas(plan):
+    for betas in betas_of(plan):
         if (RESET, RESET) in operations:
             yield (
                 f"moments are reset while step stays at {plan.step}: there is no bias correction "
@@ -198,8 +198,8 @@ def _operations(policy: ResumePolicy) -> list[tuple[Operation, Operation]]:
     return pairs if everything else [(effect.exp_avg, effect.exp_avg_sq), *pairs]
 
 
-def _betas(plan: ResumePlan) -> list[tuple[float, float]]:
-    """The betas in force after the resume, each once."""
+def betas_of(plan: ResumePlan) -> list[tuple[float, float]]:
+    """The betas in force after the resume, each pair once."""
     values = (d.value for g in plan.groups for d in g.decisions if d.key == "betas")
     return sorted({(float(b[0]), float(b[1])) for b in values if b is not None})
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from . import agree, checkpoint, loop
+from . import agree, checkpoint, loop, vocabulary
 from .errors import CheckpointError, HostError, MegatronExtError
 from .log import say
 from .phase import Where
@@ -129,6 +129,12 @@ CONTRACT = (
         ("key", "data"),
         reference="core/dist_checkpointing/mapping.py:181; its global shape, offset and prepended "
         "axes say where a shard lies (parameters.py)",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.allow_shape_mismatch",
+        reference="core/dist_checkpointing/mapping.py:90; set to zero before a load, so that new "
+        "rows of the vocabulary are put back (vocabulary.py)",
     ),
     HostName(
         f"{CORE}.distrib_optimizer",
@@ -531,9 +537,17 @@ def _load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
         requested = _optimizer_entries(call["sharded_state_dict"])
         # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
         dcp = importlib.import_module("torch.distributed.checkpoint.api")
+        resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+        if not requested:
+            say(resized.lines())  # no optimizer is loaded that would report them
+            resized.forget()
         try:
-            return original(*args, **kwargs)
+            loaded = original(*args, **kwargs)
+            # With some values of `strict` also which keys did not fit.
+            resized.put_back(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         except (Exception, dcp.CheckpointException) as e:
+            resized.forget()
             stored = _stored_entries(call["checkpoint_dir"])
             lines = checkpoint.misfits(requested, stored)
             if not lines:
@@ -626,6 +640,8 @@ def _check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
         current = getattr(_global_args(), "global_batch_size", None)
         if _loading is not None and saved and current:
             _loading.global_batch_size = (int(saved), int(current))
+        if _loading is not None:
+            _refuse_resized_legacy(checkpoint_args, _global_args())
         return original(checkpoint_args, *args, **kwargs)
 
     return check_checkpoint_args
@@ -877,6 +893,39 @@ def _scheduler_section(
     return {"num_steps": scheduler.num_steps, "values": values, "first_step": first}
 
 
+def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> vocabulary.Resized:
+    """What of a resume has another number of rows than the checkpoint.
+
+    Raises:
+        CheckpointError: The optimizer state is stored for the old number only; on every rank.
+    """
+    if not requested and _loading is None:
+        return vocabulary.Resized()
+    mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+
+    def stored() -> Mapping[str, tuple[int, ...] | None]:
+        try:
+            return _stored_entries(directory)
+        except Exception:  # no torch_dist checkpoint, or damaged: the load itself says so
+            return {}
+
+    resized = vocabulary.look(state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored)
+    error = vocabulary.unsupported(resized, requested)
+    if error is not None:
+        resized.forget()
+    if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
+        agree.agree("looking at the vocabulary", "0" * 32, error)
+    elif error is not None:
+        raise error
+    return resized
+
+
+def _has_stages_without_vocabulary() -> bool:
+    """Whether a pipeline stage has neither embedding nor output layer to tell the size by."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    return int(parallel_state.get_pipeline_model_parallel_world_size()) > 2
+
+
 def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
     """Checkpoint keys of the optimizer's entries in a sharded state dict -> global shape."""
     mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
@@ -982,25 +1031,45 @@ def _require_legacy_files(args: Any, load_arg: str) -> None:
 
 
 def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:
-    if load_dir is None:
-        return []
-    tracker = checkpointing.get_checkpoint_tracker_filename(load_dir)
-    if not os.path.isfile(tracker):
-        return []
-    # `read_metadata` reduces over the ranks; the file itself is enough here.
-    text = Path(tracker).read_text().strip()
-    iteration = getattr(args, "ckpt_step", None) or (int(text) if text.isdigit() else None)
-    if iteration is None:
-        return []
-    base = checkpointing.get_checkpoint_name(load_dir, iteration, False, return_base_dir=True)
-    is_legacy = os.path.isdir(base) and any(n.startswith("mp_rank_") for n in os.listdir(base))
-    if not is_legacy:
+    if (iteration := _legacy_iteration(checkpointing, args, load_dir)) is None:
         return []
     model = checkpointing.get_checkpoint_name(load_dir, iteration, False)
     files = [model]
     if args.use_distributed_optimizer and _writes_optimizer_file():
         files.append(checkpointing.get_distributed_optimizer_checkpoint_name(model))
     return [f for f in files if not os.path.isfile(f)]
+
+
+def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | None:
+    """The iteration of a legacy torch checkpoint; None where there is none in the directory."""
+    if load_dir is None:
+        return None
+    tracker = checkpointing.get_checkpoint_tracker_filename(load_dir)
+    if not os.path.isfile(tracker):
+        return None
+    # `read_metadata` reduces over the ranks; the file itself is enough here.
+    text = Path(tracker).read_text().strip()
+    iteration = getattr(args, "ckpt_step", None) or (int(text) if text.isdigit() else None)
+    if iteration is None:
+        return None
+    base = checkpointing.get_checkpoint_name(load_dir, iteration, False, return_base_dir=True)
+    is_legacy = os.path.isdir(base) and any(n.startswith("mp_rank_") for n in os.listdir(base))
+    return iteration if is_legacy else None
+
+
+def _refuse_resized_legacy(saved: Any, args: Any) -> None:
+    """Raise if the vocabulary of a legacy torch checkpoint is of another size; on every rank alike.
+
+    Raises:
+        CheckpointError: Its optimizer file has the buffers of the old size.
+    """
+    before, now = (getattr(a, "padded_vocab_size", None) for a in (saved, args))
+    if before is None or now is None or before == now or _why_moments_are_dropped(args):
+        return
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    if _legacy_iteration(checkpointing, args, args.load) is not None:
+        change = vocabulary.RowChange("padded_vocab_size", int(before), int(now), 0)
+        raise vocabulary.refusal(change, "legacy torch")
 
 
 def _writes_optimizer_file() -> bool:

@@ -38,11 +38,13 @@ class Parameter:
         name: Global name.
         shape: Unsharded.
         group: Position of its param_group in the current optimizer.
+        saved_rows: Its rows in the checkpoint, where they are more or fewer.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int
+    saved_rows: int | None = None
 
     @property
     def rows(self) -> int:
@@ -53,6 +55,16 @@ class Parameter:
     def row_elements(self) -> int:
         """Elements of one row."""
         return math.prod(self.shape[1:])
+
+    @property
+    def grown(self) -> bool:
+        """Whether it has rows that the checkpoint has not."""
+        return self.saved_rows is not None and self.saved_rows < self.rows
+
+    def old(self, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """The parts of some row ranges that the checkpoint has; a new row's moments say nothing."""
+        end = self.rows if self.saved_rows is None else min(self.saved_rows, self.rows)
+        return tuple((first, min(last, end)) for first, last in spans if first < end)
 
 
 @dataclass(frozen=True, order=True)
@@ -272,9 +284,10 @@ def _resolve(
     out: list[SecondMomentRule | Statistic] = []
     for (_, _, operation, number), rule in zip(rows, simple, strict=True):
         if isinstance(operation, Prune):
-            span = tuple((a, b) for a, b, _, other in rows if other == number)
+            span = facts.parameter.old([(a, b) for a, b, _, other in rows if other == number])
             name = facts.parameter.name
-            out.append(Statistic(name, key, "quantile", span, operation.fraction))
+            quantile = Statistic(name, key, "quantile", span, operation.fraction)
+            out.append(quantile if span else KEEP)  # new rows are 0 already
         elif isinstance(operation, FillFrom):
             out.append(_fill(facts, key, operation, number, rows, simple))
         else:
@@ -320,20 +333,23 @@ def _fill(
     """The statistic of the rows that are kept."""
     name = facts.parameter.name
     if len(rows) == 1:
-        return Statistic(name, key, operation.statistic, ((0, facts.parameter.rows),))
+        span = facts.parameter.old([(0, facts.parameter.rows)])
+        return Statistic(name, key, operation.statistic, span)
     spans, factors = [], set()
     for (first, last, _, _), rule in zip(rows, simple, strict=True):
-        if isinstance(rule, Keep | Scale):
+        if isinstance(rule, Keep | Scale) and facts.parameter.old([(first, last)]):
             spans.append((first, last))
             factors.add(rule.factor if isinstance(rule, Scale) else 1.0)
     if not spans:
         raise PlanError(
             f"{facts.who(number)}: {write(operation)!r} needs rows that are kept or scaled, and "
-            f"{name} has none. Fill with a number, or keep some rows"
+            f"{name} has none{' that the checkpoint has' if facts.parameter.grown else ''}. Fill "
+            "with a number, or keep some rows"
         )
     if len(factors) > 1:
         raise PlanError(
             f"{facts.who(number)}: {write(operation)!r}: the other rows are scaled by different "
             f"factors, {sorted(factors)}; expected one. Do it in two steps"
         )
-    return Statistic(name, key, operation.statistic, tuple(spans), factor=factors.pop())
+    old = facts.parameter.old(spans)
+    return Statistic(name, key, operation.statistic, old, factor=factors.pop())

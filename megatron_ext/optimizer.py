@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from . import merge, transition
-from .agree import agree
+from . import merge, resized, transition, vocabulary
+from .agree import agree, gather
 from .checkpoint import MARK_KEY, does_not_fit, misfits, optimizer_section, read_optimizer
 from .errors import CheckpointError, MegatronExtError
 from .moments import MOMENT_KEYS, LoadedState
@@ -37,6 +38,8 @@ class _Selective:
     grad_scaler: Any
     resume: Resume
     _moment_work: transition.MomentWork | None = None
+    #: On all ranks, of the resume that is going on.
+    _resized: tuple[resized.ResizedParameter, ...] = ()
     #: True while Megatron loads the optimizer's own state dict into it to allocate memory
     #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
     _allocating = False
@@ -72,6 +75,7 @@ class _Selective:
     def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
         """Plan on this rank; raise on every rank unless all ranks made the same plan."""
         plan, work, error = None, None, None
+        found: tuple[resized.ResizedParameter, ...] = ()
         try:
             saved = read_optimizer(state_dict)
             phase = self.resume.phase_of(saved)
@@ -81,12 +85,16 @@ class _Selective:
             work = transition.prepare(
                 self, self.resume_chunks, plan, saved.groups, self.resume.members
             )
+            found = resized.resized_of(self, self.resume_chunks, plan, saved.groups)
         except MegatronExtError as e:
             error = e
-        agree(f"resume of {_kind(self)}", "" if plan is None else plan.digest(), error)
+        digest = "" if plan is None else plan.digest()
+        if agree(f"resume of {_kind(self)}", digest, error, tell=bool(found)):
+            found = tuple(sorted({one for of_rank in gather(found) for one in of_rank}))
         assert plan is not None
         self._moment_work = None if work is None else transition.meet(work)
-        return plan
+        self._resized = found
+        return replace(plan, warnings=(*plan.warnings, *resized.warnings_of(plan, found)))
 
     def _circumstances(self) -> Circumstances:
         if self._argument_clip_grad is None:
@@ -116,7 +124,10 @@ class _Selective:
             scales = (self._saved_scale, float(self.grad_scaler.scale))
         elif plan.policy.grad_scaler == "reset":
             notes += ("grad scaler: there is no dynamic loss scale to reset",)
-        report = OptimizerReport(_kind(self), plan, summed, counts, moments, notes, scales)
+        report = OptimizerReport(
+            _kind(self), plan, summed, counts, moments, notes, scales, self._resized
+        )
+        resized.forget(self)
         self.resume.done(self, report)
 
     def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:
@@ -272,11 +283,27 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         of it: stock either misses it (KeyError) or overwrites it with a stale one.
         """
         self._tally.add(tensors)
+        tensors = self._with_new_rows(model_param, tensors)
         if is_torch_adam(self.optimizer):
             group, order = self.model_param_group_index_map[model_param]
             main_param = self.optimizer.param_groups[group]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
         super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def _with_new_rows(
+        self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The loaded shard with the live master weights in the rows the checkpoint has not."""
+        first = vocabulary.first_new_element(model_param)
+        if first is None:
+            return tensors
+        at = max(first - self._get_model_param_range_map(model_param)["param"].start, 0)
+        if at >= tensors["param"].numel():
+            return tensors
+        loaded = tensors["param"].clone()
+        live = self._get_main_param_and_optimizer_states(model_param)["param"]
+        loaded.view(-1)[at:] = live.view(-1)[at:]
+        return {**tensors, "param": loaded}
 
     def _state_dict_without_shards(self) -> dict[str, Any]:
         groups = [{**g, "step": 0} for g in self._live_hyperparameters()]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import vocabulary
 from .errors import HostError
 from .layout import Block, Run, block_of, runs
 from .moment_plan import Parameter
@@ -68,7 +69,9 @@ def shards_of(optimizer: Any, model_chunks: Sequence[Any]) -> list[Shard]:
                 "moments need it: use the default policy, or give its module a sharded_state_dict"
             )
         name, shape, blocks = found[id(held.model_param)]
-        parameter = Parameter(name, shape, held.group)
+        change = vocabulary.change_of(held.model_param)
+        saved_rows = None if change is None else change.saved
+        parameter = Parameter(name, shape, held.group, saved_rows)
         out.append(Shard(parameter, blocks, held.begin, held.end, optimizer.optimizer, held.key))
     return out
 

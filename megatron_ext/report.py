@@ -19,6 +19,7 @@ from .moments import LoadedState
 from .phase import Phase
 from .plan import Decision, GroupPlan, ResumePlan
 from .policy_file import to_dict
+from .resized import ResizedParameter
 from .transition import MomentReport
 from .version import __version__
 
@@ -45,6 +46,7 @@ class OptimizerReport:
         moments: What was done to the moments; None where they are kept as they are.
         notes: What else there is to say.
         loss_scale: The checkpoint's and the one that goes on; None without a dynamic one.
+        resized: Parameters with another number of rows than in the checkpoint, on all ranks.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class OptimizerReport:
     moments: MomentReport | None = None
     notes: tuple[str, ...] = ()
     loss_scale: tuple[float, float] | None = None
+    resized: tuple[ResizedParameter, ...] = ()
 
 
 @dataclass
@@ -140,6 +143,7 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
+    lines += [f" > {one}" for one in report.resized if one.new]  # a warning says the others
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
     lines.append(f" > step: {plan.step} ({where})")
@@ -285,10 +289,21 @@ def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
             "tensors": dict(report.loaded.tensors),
             "elements": dict(report.loaded.elements),
         },
+        "resized": [_resized_json(one) for one in report.resized],
         "unused_saved_groups": list(report.plan.unused_saved_groups),
         "groups": [
             _group_json(g, n) for g, n in zip(report.plan.groups, report.parameters, strict=True)
         ],
+    }
+
+
+def _resized_json(one: ResizedParameter) -> dict[str, Any]:
+    return {
+        "parameter": one.name,
+        "checkpoint_rows": one.saved,
+        "rows": one.now,
+        "new_rows": one.new,
+        "dropped_rows": one.dropped,
     }
 
 

@@ -18,7 +18,8 @@ TWO = [*ONE, ("all_gather_object", None)]
 
 
 def test_without_ranks_nothing_is_compared() -> None:
-    assert agree("resume", A) is None  # type: ignore[func-returns-value]
+    assert not agree("resume", A)
+    assert agree("resume", A, tell=True)
     assert total([1, 2, 3]) == [1, 2, 3]
 
 

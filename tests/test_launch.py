@@ -156,6 +156,28 @@ SCENARIOS = {
     ),
     "no optimizer saved": Scenario(f"{PHASE_1} {DISTRIBUTED} --no-save-optim", saves=True, world=2),
     "no optimizer to load": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS}", "no optimizer saved", 2),
+    # 128 rows with padding, then 384.
+    "small vocabulary": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --dist-ckpt-optim-fully-reshardable", saves=True, world=2
+    ),
+    "grown vocabulary": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --vocab-size 300 --ckpt-fully-parallel-load "
+        "--selective-policy tests/support/grown.yaml",
+        "small vocabulary",
+        world=2,
+    ),
+    "grown vocabulary, finetune": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --vocab-size 300 --finetune", "small vocabulary", world=2
+    ),
+    "grown vocabulary, buckets": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --vocab-size 300", "phase 1", 2
+    ),
+    "grown vocabulary, legacy": Scenario(
+        f"{PHASE_2} --bf16 --use-distributed-optimizer --ckpt-format torch {OURS} "
+        "--tensor-model-parallel-size 2 --vocab-size 300",
+        "legacy phase 1",
+        world=2,
+    ),
     "unknown key": Scenario(
         f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-keep-hyperparameters max_lr momentum",
         "phase 1",
@@ -229,6 +251,41 @@ def test_other_ways_in(runs: Runs) -> None:
     assert first.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
     assert own.iterations == first.iterations
     assert own.report is not None
+
+
+@pytest.mark.matrix
+@pytest.mark.reads("grown vocabulary", "grown vocabulary, finetune")
+def test_a_grown_vocabulary(runs: Runs) -> None:
+    found = ok(runs["grown vocabulary"])
+    assert list(found.iterations) == [11, 12, 13, 14]
+    (one,) = found.report["optimizers"]
+    assert one["resized"] == [
+        {
+            "parameter": "embedding.word_embeddings.weight",
+            "checkpoint_rows": 128,
+            "rows": 384,
+            "new_rows": 256,
+            "dropped_rows": 0,
+        }
+    ]
+    assert one["moments"]["rules"][0]["elements"] == 256 * 32
+    assert not [w for w in one["warnings"] if "new rows" in w]
+    assert "the weights of the 256 new rows [128:] stay as initialised" in found.log
+    finetune = ok(runs["grown vocabulary, finetune"])
+    assert "the 256 new rows [128:] stay as initialised" in finetune.log
+    assert next(iter(finetune.iterations)) == 1
+
+
+@pytest.mark.reads("grown vocabulary, buckets", "grown vocabulary, legacy")
+def test_a_grown_vocabulary_that_the_format_does_not_allow(runs: Runs) -> None:
+    for name, form in (("buckets", "dp_reshardable"), ("legacy", "legacy torch")):
+        refused = runs[f"grown vocabulary, {name}"]
+        assert refused.returncode != 0
+        assert refused.iterations == {}
+        for rank in (0, 1):
+            assert "CheckpointError: the vocabulary has another size" in refused.ranks[rank]
+            assert form in refused.ranks[rank]
+            assert "--dist-ckpt-optim-fully-reshardable" in refused.ranks[rank]
 
 
 @pytest.mark.reads("scheduler from checkpoint", "keep max_lr")

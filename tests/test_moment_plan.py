@@ -287,6 +287,50 @@ def test_the_presets_quantile_is_one_for_all_rows_that_no_rule_names() -> None:
     assert [s.key for s in parameter.statistics] == ["exp_avg", "exp_avg_sq"]
 
 
+GROWN = Parameter("output_layer.weight", (10, 4), 0, saved_rows=6)
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [("*[6:]", ((0, 6),)), ("*[8:]", ((0, 6),)), ("*[2:4]", ((0, 2), (4, 6))), ("*", ((0, 6),))],
+)
+def test_new_rows_are_never_what_a_fill_is_taken_from(
+    text: str, spans: tuple[tuple[int, int], ...]
+) -> None:
+    policy = ResumePolicy(rules=(rule(text, RESET, FillFrom("mean")),))
+    found = [r.exp_avg_sq for r in rows(policy, GROWN) if r.rule == 0]
+    assert found == [Statistic(GROWN.name, "exp_avg_sq", "mean", spans)]
+
+
+def test_a_fill_from_new_rows_alone_is_refused() -> None:
+    text = refusal(ResumePolicy(rules=(rule("*[:6]", KEEP, FillFrom("mean")),)), GROWN)
+    assert "has none that the checkpoint has" in text
+
+
+def test_a_factor_of_new_rows_does_not_count() -> None:
+    policy = ResumePolicy(
+        rules=(rule("*[8:]", KEEP, Scale(2.0)), rule("*[5:6]", KEEP, FillFrom("mean")))
+    )
+    found = rows(policy, GROWN)[1].exp_avg_sq
+    assert found == Statistic(GROWN.name, "exp_avg_sq", "mean", ((0, 5),))
+
+
+def test_the_presets_quantile_is_that_of_the_old_rows() -> None:
+    policy = ResumePolicy(preset=Preset("relora", (0.9,)))
+    (found,) = rows(policy, GROWN)
+    assert found.exp_avg == Statistic(GROWN.name, "exp_avg", "quantile", ((0, 6),), 0.9)
+    (found,) = [
+        r for r in rows(ResumePolicy(rules=(rule("*[7:]", Prune(0.5)),)), GROWN) if r.rule == 0
+    ]
+    assert found.exp_avg == KEEP
+
+
+def test_a_parameter_with_fewer_rows_has_no_new_ones() -> None:
+    fewer = Parameter("output_layer.weight", (10, 4), 0, saved_rows=16)
+    policy = ResumePolicy(rules=(rule("*[8:]", RESET, FillFrom("mean")),))
+    assert rows(policy, fewer)[1].exp_avg_sq == Statistic(W.name, "exp_avg_sq", "mean", ((0, 8),))
+
+
 def test_statistics_are_listed_once() -> None:
     policy = ResumePolicy(
         rules=tuple(rule(t, FillFrom("mean"), FillFrom("mean")) for t in ("*[:2]", "*[8:]"))

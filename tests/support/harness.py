@@ -66,6 +66,9 @@ class Layout:
     layers: int | None = None
     gated: bool = False
     optimizer: str = "adam"
+    vocab: int = VOCAB
+    tied: bool = False
+    parallel_load: bool = False
 
 
 @dataclass
@@ -150,7 +153,7 @@ def train(run: Run, steps: int) -> None:
             for chunk in run.model:
                 chunk.zero_grad_buffer()
             run.optimizer.zero_grad()
-            iterators = [_batches(run.iteration, microbatches) for _ in run.model]
+            iterators = [_batches(run.iteration, microbatches, run.layout.vocab) for _ in run.model]
             reduced = schedule(
                 forward_step_func=functools.partial(_forward_step, run.hyper.loss_factor),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -211,13 +214,27 @@ def load(run: Run, directory: str, *, scheduler: bool = True) -> None:
             request["optimizer"] = run.optimizer.sharded_state_dict(
                 dict(request), is_loading=True, metadata=metadata
             )
-            state = dist_checkpointing.load(request, directory)
+            state = dist_checkpointing.load(request, directory, *_load_strategy(run.layout))
             for chunk, key in zip(run.model, _model_keys(run.model), strict=True):
                 chunk.load_state_dict(state[key])
             run.optimizer.load_state_dict(state["optimizer"])
         if scheduler:
             run.scheduler.load_state_dict(state["opt_param_scheduler"])
         run.iteration = state["iteration"]
+
+
+def _load_strategy(layout: Layout) -> tuple[Any, ...]:
+    """As --ckpt-fully-parallel-load: data-parallel ranks read parts and exchange them."""
+    if not layout.parallel_load:
+        return ()
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return (FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group),)
 
 
 def snapshot(run: Run) -> dict[str, Any]:
@@ -369,11 +386,11 @@ def _model(layout: Layout) -> list[Any]:
             transformer_layer_spec=get_gpt_layer_local_spec(
                 num_experts=layout.experts, moe_grouped_gemm=False
             ),
-            vocab_size=VOCAB,
+            vocab_size=layout.vocab,
             max_sequence_length=SEQUENCE,
             pre_process=parallel_state.is_pipeline_first_stage(**flags),
             post_process=parallel_state.is_pipeline_last_stage(**flags),
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=layout.tied,
             **first,
         )
         if bf16:
@@ -443,14 +460,14 @@ def _forward_step(factor: float, data_iterator: Any, model: Any) -> tuple[Any, C
     return output, loss_of
 
 
-def _batches(iteration: int, microbatches: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def _batches(iteration: int, microbatches: int, vocab: int) -> Iterator[tuple[torch.Tensor, ...]]:
     from megatron.core import parallel_state
 
     first = parallel_state.get_data_parallel_rank() * microbatches
     for sample in range(first, first + microbatches):
         generator = torch.Generator().manual_seed(iteration * GLOBAL_BATCH + sample)
         # A skewed distribution: something to learn, so that moments differ between parameters.
-        text = torch.randint(0, VOCAB, (1, SEQUENCE + 1), generator=generator) ** 2 % VOCAB
+        text = torch.randint(0, vocab, (1, SEQUENCE + 1), generator=generator) ** 2 % vocab
         positions = torch.arange(SEQUENCE)[None]
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
         yield text[:, :-1].contiguous(), text[:, 1:].contiguous(), positions, mask

@@ -41,6 +41,35 @@ def gather(run: harness.Run) -> State:
     return state
 
 
+def weights(run: harness.Run) -> dict[str, np.ndarray]:
+    """Global name -> the model's own weights, unsharded; fails unless all copies are equal."""
+    from megatron.core import parallel_state
+
+    if run.layout.overlap and run.losses:
+        # The last step's weights are gathered only by the next forward pass.
+        for chunk in run.model:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    mine = []
+    for chunk in run.model:
+        for name, param in _named(chunk):
+            split = 1 if ".experts." in name else size
+            shape, where = _cut(name, tuple(param.shape), split, rank, _gated(run, name))
+            mine.append((name, shape, where, param.detach().float().numpy().copy()))
+    pieces: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pieces, mine)
+    found: dict[str, np.ndarray] = {}
+    for name, shape, where, values in (piece for of_rank in pieces for piece in of_rank):
+        flat = found.setdefault(name, np.full(shape, np.nan, np.float32)).reshape(-1)
+        again = ~np.isnan(flat[where])
+        np.testing.assert_array_equal(flat[where][again], values[again], err_msg=name)
+        flat[where] = values
+    assert not any(np.isnan(w).any() for w in found.values())
+    return found
+
+
 def _pieces(
     run: harness.Run,
 ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray, dict[str, np.ndarray]]]:

@@ -1,0 +1,113 @@
+"""A vocabulary of another size with this package."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_ext
+from megatron_ext import host, policy_file
+
+from . import harness
+from .harness import Hyper, Layout
+from .unsharded import gather, weights
+
+
+def resumed(
+    layout: Layout, hyper: Hyper, directory: str, policies: dict[str, str], steps: int = 0
+) -> dict[str, dict[str, Any]]:
+    """For each policy, by name: state and weights after the load and after some steps, reports."""
+    return {
+        name: _resumed(layout, hyper, directory, text, steps) for name, text in policies.items()
+    }
+
+
+def _resumed(
+    layout: Layout, hyper: Hyper, directory: str, policy: str, steps: int
+) -> dict[str, Any]:
+    run = _build(layout, hyper, policy)
+    harness.load(run, directory)
+    report = host.members_of(run.optimizer)[0].resume.report
+    out = {
+        "state": gather(run),
+        "weights": weights(run),
+        "steps": harness.snapshot(run)["steps"],
+        "report": report.to_json(),
+        "lines": report.lines(),
+    }
+    if steps:
+        harness.train(run, steps)
+        trained = {"state": gather(run), "weights": weights(run), "losses": run.losses}
+        out["trained"] = trained
+    return out
+
+
+def refused(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
+    """The error of a resume, whether anything was changed, and whether the ranks are in step."""
+    run = _build(layout, hyper, "{}")
+    before = harness.snapshot(run)
+    try:
+        harness.load(run, directory)
+    except Exception as e:
+        after = harness.snapshot(run)
+        same = [(a == b).all() for a, b in zip(before["weights"], after["weights"], strict=True)]
+        same += [
+            (one["param"] == two["param"]).all()
+            for one, two in zip(before["shards"], after["shards"], strict=True)
+        ]
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return {
+            "type": type(e).__name__,
+            "message": str(e),
+            "unchanged": all(same) and before["groups"] == after["groups"],
+            "in step": int(total) == dist.get_world_size(),
+        }
+    return {"type": "", "message": "", "unchanged": False, "in step": True}
+
+
+def collectives(layout: Layout, hyper: Hyper, directory: str) -> list[str]:
+    """The collectives that this package adds to a load."""
+    import sys
+
+    from megatron_ext import agree
+
+    seen: list[str] = []
+    reduce, gathered = dist.all_reduce, dist.all_gather_object
+
+    def reducing(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+            seen.append(f"all_reduce {tensor.numel() * tensor.element_size()}")
+        return reduce(tensor, *args, **kwargs)
+
+    def gathering(everyone: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+            seen.append("gather")
+        return gathered(everyone, value, *args, **kwargs)
+
+    run = _build(layout, hyper, "{}")
+    dist.all_reduce, dist.all_gather_object = reducing, gathering
+    try:
+        harness.load(run, directory)
+    finally:
+        dist.all_reduce, dist.all_gather_object = reduce, gathered
+    return seen
+
+
+def loaded_twice(layout: Layout, hyper: Hyper, directory: str, other: str) -> dict[str, Any]:
+    """A resume from a smaller vocabulary, then one from a checkpoint of the same size."""
+    run = _build(layout, hyper, "{}")
+    harness.load(run, directory)
+    harness.load(run, other, scheduler=False)
+    report = host.members_of(run.optimizer)[0].resume.report
+    return {"state": gather(run), "weights": weights(run), "report": report.to_json()}
+
+
+def _build(layout: Layout, hyper: Hyper, policy: str) -> harness.Run:
+    get_optimizer = functools.partial(
+        megatron_ext.get_megatron_optimizer, policy=policy_file.loads(policy)
+    )
+    return harness.build(layout, hyper, get_optimizer)
