@@ -24,6 +24,8 @@ from . import muon
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 64, 8, 8
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -45,6 +47,7 @@ class Hyper:
     wd_incr_style: str = "constant"
     extra_group: bool = False
     loss_factor: float = 1.0
+    loss_scale: float = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ def build(
         optimizer = (get_optimizer or get_megatron_optimizer)(
             config, model, **_overrides(config, hyper)
         )
+    if layout.dtype == "fp16":
+        for chunk in model:
+            chunk.config.grad_scale_func = optimizer.scale_loss
     per_step = GLOBAL_BATCH
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -338,7 +344,7 @@ def _model(layout: Layout) -> list[Any]:
     from megatron.core.transformer.module import Float16Module
 
     layers = layout.layers or (2 * layout.pp * (layout.vpp or 1) if layout.pp > 1 else 2)
-    bf16 = layout.dtype == "bf16"
+    half = _DTYPES[layout.dtype]
     config = TransformerConfig(
         num_layers=layers,
         hidden_size=layout.hidden,
@@ -355,9 +361,10 @@ def _model(layout: Layout) -> list[Any]:
         num_moe_experts=layout.experts,
         moe_token_dispatcher_type="allgather",
         moe_router_topk=2,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=half is torch.bfloat16,
+        fp16=half is torch.float16,
+        params_dtype=half,
+        pipeline_dtype=half,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -393,7 +400,7 @@ def _model(layout: Layout) -> list[Any]:
             share_embeddings_and_output_weights=layout.tied,
             **first,
         )
-        if bf16:
+        if half is not torch.float32:
             chunk = Float16Module(config, chunk)
         chunks.append(
             DistributedDataParallel(
@@ -413,7 +420,7 @@ def _model(layout: Layout) -> list[Any]:
 def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
     from megatron.core.optimizer import OptimizerConfig
 
-    bf16 = layout.dtype == "bf16"
+    half = _DTYPES[layout.dtype]
     known = inspect.signature(OptimizerConfig).parameters
     wanted = dict(
         optimizer=layout.optimizer,
@@ -426,8 +433,10 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         adam_beta2=hyper.betas[1],
         adam_eps=hyper.eps,
         clip_grad=hyper.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=half is torch.bfloat16,
+        fp16=half is torch.float16,
+        initial_loss_scale=hyper.loss_scale,
+        params_dtype=half,
         use_distributed_optimizer=layout.distributed,
         overlap_param_gather=layout.overlap and layout.distributed,
     )
