@@ -287,4 +287,5 @@ _HARMLESS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _numpy_scalar,
     **{f"builtins.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice, range)},
     **{f"__builtin__.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice)},
+    "__builtin__.xrange": range,
 }

@@ -7,6 +7,7 @@ core/dist_checkpointing/serialization.py, 0.19.2.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import json
@@ -111,18 +112,20 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         raise _foreign(directory, names)
     try:
         optimizers = tuple(read_optimizer(s) for s in states)
-    except CheckpointError as e:
+    except (CheckpointError, TypeError, ValueError) as e:
         raise CheckpointError(f"{directory}: {e}") from e
     args = common.get("args")
     if number is None:
-        number = int(common.get("iteration") or 0)
+        number = common.get("iteration", 0)
+        if not isinstance(number, int):
+            raise _error(directory, f"the iteration {number!r}", "a number")
     return StoredCheckpoint(
         root=root,
         directory=directory,
         iteration=number,
         release=release,
         format="torch" if store is None else "torch_dist",
-        args=dict(vars(args)) if hasattr(args, "__dict__") else {},
+        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
         scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
