@@ -84,6 +84,7 @@ class _Index(Inert):
     """torch's MetadataIndex: the key of a dict of up to a million, so hashed by identity."""
 
     inert_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
+    offset: Any = None
     __hash__ = object.__hash__
 
 

@@ -68,7 +68,7 @@ class StoredCheckpoint:
     sharding_type: str | None
     optimizers: tuple[SavedOptimizer, ...]
     scheduler: Mapping[str, Any] | None
-    _store: _Store | None = field(default=None, repr=False, compare=False)
+    _store: Store | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
@@ -97,7 +97,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
     store = None
     if CONFIG in names:
         _require_torch_dist(directory)
-        store = _Store(directory)
+        store = Store(directory)
         common = _mapping(store.common(), directory)
         states, sharding_type = _distributed_optimizers(common, store)
     elif legacy := [n for n in names if n.startswith("mp_rank_")]:
@@ -182,7 +182,7 @@ def _require_torch_dist(directory: Path) -> None:
 
 
 def _distributed_optimizers(
-    common: Mapping[str, Any], store: _Store
+    common: Mapping[str, Any], store: Store
 ) -> tuple[list[Mapping[str, Any]], str | None]:
     """The optimizers of a torch_dist checkpoint in the chain's order, and how they are cut."""
     kept = store.groups()
@@ -232,8 +232,14 @@ def _as_mapping(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-class _Store:
-    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files."""
+class Store:
+    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files.
+
+    Its methods raise `CheckpointError` where a file is missing or damaged.
+
+    Args:
+        directory: The iteration's own.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -251,6 +257,7 @@ class _Store:
         return index
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata
         return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
 
@@ -288,23 +295,31 @@ class _Store:
         info = self._objects.get(key)
         if info is None:
             raise _error(self._directory / INDEX, f"no place for {key}", "one")
+        (found,) = self._slice(info, key, lambda data: inert.load_torch(io.BytesIO(data)))
+        return found
+
+    def read(self, info: Any, key: str) -> bytes:
+        """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
+        data: bytes = self._slice(info, key, bytes)
+        return data
+
+    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
         if getattr(info, "transform_descriptors", None):
             raise _error(
-                self._directory, f"{key} as {info.transform_descriptors}", "an object as it is"
+                self._directory, f"{key} as {info.transform_descriptors}", "an item as it is"
             )
         path = self._directory / info.relative_path
         if path.parent != self._directory:
             raise _error(self._directory / INDEX, f"the file {info.relative_path}", "one beside it")
 
-        def slice_of(file: BinaryIO) -> Any:
+        def read(file: BinaryIO) -> Any:
             file.seek(info.offset)
             data = file.read(info.length)
             if len(data) != info.length:
                 raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
-            (found,) = inert.load_torch(io.BytesIO(data))
-            return found
+            return reader(data)
 
-        return _read(path, slice_of)
+        return _read(path, read)
 
 
 def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
