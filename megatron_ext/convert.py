@@ -4,8 +4,8 @@ Up to megatron-core 0.15 a distributed optimizer's state was saved in the shape 
 but flattened, so that data-parallel ranks could each write a range: a tensor of global shape
 (X, Y), cut by tensor parallelism into shards of (x, y), is stored as (X/x, Y/y, x*y), and its own
 shape is noted in the index (core/dist_checkpointing/strategies/resharding.py, 0.15.3). Here the
-ranges are put together again, under the keys of the new form. Everything else is copied byte by byte, and no
-pickle of the checkpoint is run.
+ranges are put together again, under the keys of the new form. Everything else is copied byte by
+byte, and no pickle of the checkpoint is run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .stored import COMMON, INDEX, TRACKER, Store, StoredCheckpoint, open_checkp
 _TARGET = "fully_reshardable"
 #: Where the index notes a flattened tensor's own shape (strategies/torch.py:291, 0.15.3).
 _SHAPE = "nd_reformulated_orig_global_shape"
-#: The master weights' keys (distrib_optimizer.py:1694 in 0.15.3; :1823 in 0.19.2 keeps the name).
+#: The master weights' keys (core/optimizer/distrib_optimizer.py:1694, 0.15.3, and :1814, 0.19.2).
 _MASTER = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
