@@ -25,6 +25,10 @@ MARK_KEY = "megatron_ext_phase"
 #: What a param_group holds beside its hyperparameters.
 NOT_HYPERPARAMETERS = ("params", "step", MARK_KEY)
 
+#: The sharding of a distributed optimizer's state that was the default with
+#: ``--ckpt-fully-parallel-save`` up to megatron-core 0.14, and where none is named.
+FLATTENED = "fully_sharded_model_space"
+
 
 @dataclass(frozen=True)
 class SavedOptimizer:
@@ -92,6 +96,31 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
         step=_common_step(groups, section.get("state") or {}),
         mark=_common_mark(groups),
     )
+
+
+def unreadable_sharding(sharding_type: str | None) -> str | None:
+    """Why the supported Megatrons cannot read a distributed optimizer's state, and the way out.
+
+    Args:
+        sharding_type: ``distrib_optim_sharding_type`` of the checkpoint.
+
+    Returns:
+        A sentence for the user, or None where it can be read.
+    """
+    if sharding_type == FLATTENED:
+        return (
+            f"its optimizer state has the sharding {FLATTENED}, which megatron-core 0.16 and later "
+            "can neither read nor write (flattened_range, core/dist_checkpointing/mapping.py). "
+            "Convert it: python -m megatron_ext convert SOURCE TARGET, then --load TARGET"
+        )
+    if sharding_type == "fully_sharded_bucket_space":
+        return (
+            f"its optimizer state has the sharding {sharding_type}, which megatron-core 0.15 and "
+            "later do not know. Load it with megatron-core 0.14 and save it with --ckpt-format "
+            "torch, or pass --no-load-optim to start with a new optimizer (the Adam moments are "
+            "then lost)"
+        )
+    return None
 
 
 def misfits(
@@ -168,8 +197,3 @@ def _common_mark(groups: Sequence[Mapping[str, Any]]) -> str | None:
             "phase. The checkpoint was edited; load another one"
         )
     return marks[0] if marks else None
-
-
-def unreadable_sharding(sharding_type: str | None) -> str | None:
-    """Placeholder until merged."""
-    return None

@@ -84,6 +84,7 @@ class _Index(Inert):
     """torch's MetadataIndex: the key of a dict of up to a million, so hashed by identity."""
 
     inert_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
+    offset: Any = None
     __hash__ = object.__hash__
 
 
@@ -287,4 +288,5 @@ _HARMLESS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _numpy_scalar,
     **{f"builtins.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice, range)},
     **{f"__builtin__.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice)},
+    "__builtin__.xrange": range,
 }

@@ -20,7 +20,15 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from . import merge, resized, transition, vocabulary
 from .agree import agree, gather
-from .checkpoint import MARK_KEY, does_not_fit, misfits, optimizer_section, read_optimizer
+from .checkpoint import (
+    FLATTENED,
+    MARK_KEY,
+    does_not_fit,
+    misfits,
+    optimizer_section,
+    read_optimizer,
+    unreadable_sharding,
+)
 from .errors import CheckpointError, MegatronExtError
 from .moments import MOMENT_KEYS, LoadedState
 from .plan import Circumstances, ResumePlan, plan_resume
@@ -195,8 +203,15 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         return super().state_dict()
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock sharded state dict; its self-load for allocation is not taken for a resume."""
+        """The stock sharded state dict; its self-load for allocation is not taken for a resume.
+
+        Raises:
+            CheckpointError: The metadata say that the checkpoint's state is cut in a way that
+                Megatron does not read any more.
+        """
         is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
+        if is_loading:
+            _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         if not is_loading or self.is_stub_optimizer:
             return super().sharded_state_dict(*args, **kwargs)
         with self._self_load():
@@ -411,6 +426,18 @@ class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat1
 
 class SelectiveFP32Optimizer(_SelectiveReplicated, FP32Optimizer):
     """`FP32Optimizer` with the load of `SelectiveAdam`."""
+
+
+def _require_readable(metadata: Mapping[str, Any] | None) -> None:
+    """Raise for the checkpoint's sharding; all ranks have the same metadata, from common state.
+
+    Without a name in the metadata stock takes the one it cannot read (distrib_optimizer.py:1509,
+    0.19.2).
+    """
+    sharding_type = (metadata or {}).get("distrib_optim_sharding_type", FLATTENED)
+    reason = unreadable_sharding(sharding_type)
+    if reason is not None:
+        raise CheckpointError(f"the checkpoint cannot be resumed from: {reason}")
 
 
 def _kind(optimizer: Any) -> str:

@@ -7,6 +7,7 @@ core/dist_checkpointing/serialization.py, 0.19.2.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import json
@@ -67,7 +68,7 @@ class StoredCheckpoint:
     sharding_type: str | None
     optimizers: tuple[SavedOptimizer, ...]
     scheduler: Mapping[str, Any] | None
-    _store: _Store | None = field(default=None, repr=False, compare=False)
+    _store: Store | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
@@ -96,7 +97,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
     store = None
     if CONFIG in names:
         _require_torch_dist(directory)
-        store = _Store(directory)
+        store = Store(directory)
         common = _mapping(store.common(), directory)
         states, sharding_type = _distributed_optimizers(common, store)
     elif legacy := [n for n in names if n.startswith("mp_rank_")]:
@@ -111,18 +112,20 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         raise _foreign(directory, names)
     try:
         optimizers = tuple(read_optimizer(s) for s in states)
-    except CheckpointError as e:
+    except (CheckpointError, TypeError, ValueError) as e:
         raise CheckpointError(f"{directory}: {e}") from e
     args = common.get("args")
     if number is None:
-        number = int(common.get("iteration") or 0)
+        number = common.get("iteration", 0)
+        if not isinstance(number, int):
+            raise _error(directory, f"the iteration {number!r}", "a number")
     return StoredCheckpoint(
         root=root,
         directory=directory,
         iteration=number,
         release=release,
         format="torch" if store is None else "torch_dist",
-        args=dict(vars(args)) if hasattr(args, "__dict__") else {},
+        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
         scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
@@ -179,7 +182,7 @@ def _require_torch_dist(directory: Path) -> None:
 
 
 def _distributed_optimizers(
-    common: Mapping[str, Any], store: _Store
+    common: Mapping[str, Any], store: Store
 ) -> tuple[list[Mapping[str, Any]], str | None]:
     """The optimizers of a torch_dist checkpoint in the chain's order, and how they are cut."""
     kept = store.groups()
@@ -229,8 +232,14 @@ def _as_mapping(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-class _Store:
-    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files."""
+class Store:
+    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files.
+
+    Its methods raise `CheckpointError` where a file is missing or damaged.
+
+    Args:
+        directory: The iteration's own.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -248,6 +257,7 @@ class _Store:
         return index
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata
         return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
 
@@ -285,23 +295,31 @@ class _Store:
         info = self._objects.get(key)
         if info is None:
             raise _error(self._directory / INDEX, f"no place for {key}", "one")
+        (found,) = self._slice(info, key, lambda data: inert.load_torch(io.BytesIO(data)))
+        return found
+
+    def read(self, info: Any, key: str) -> bytes:
+        """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
+        data: bytes = self._slice(info, key, bytes)
+        return data
+
+    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
         if getattr(info, "transform_descriptors", None):
             raise _error(
-                self._directory, f"{key} as {info.transform_descriptors}", "an object as it is"
+                self._directory, f"{key} as {info.transform_descriptors}", "an item as it is"
             )
         path = self._directory / info.relative_path
         if path.parent != self._directory:
             raise _error(self._directory / INDEX, f"the file {info.relative_path}", "one beside it")
 
-        def slice_of(file: BinaryIO) -> Any:
+        def read(file: BinaryIO) -> Any:
             file.seek(info.offset)
             data = file.read(info.length)
             if len(data) != info.length:
                 raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
-            (found,) = inert.load_torch(io.BytesIO(data))
-            return found
+            return reader(data)
 
-        return _read(path, slice_of)
+        return _read(path, read)
 
 
 def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from packaging.version import Version
 
 from tests.support.harness import Hyper, Layout
+from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
 from tests.support.training import Zygote
 
@@ -97,3 +98,11 @@ class Checkpoints:
 @pytest.fixture(scope="session")
 def checkpoints(stock: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(stock, tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OldRanks]:
+    """Checkpoints by older Megatrons."""
+    ranks = OldRanks(tmp_path_factory.mktemp("old"), FIRST, STEPS)
+    yield ranks
+    ranks.close()

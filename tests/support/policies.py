@@ -37,6 +37,7 @@ def _resumed(layout: Layout, hyper: Hyper, directory: str, policy: str) -> dict[
     return {
         "state": gather(run),
         "steps": harness.snapshot(run)["steps"],
+        "groups": harness.snapshot_groups(run),
         "report": _report(run).to_json(),
         "lines": _report(run).lines(),
     }

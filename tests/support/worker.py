@@ -34,7 +34,20 @@ def adapt_to_cpu() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["cpu_adapter"] = module
     spec.loader.exec_module(module)
+    stand_in = module._stand_in_for_fused_adam
+    module._stand_in_for_fused_adam = lambda: _older_names() or stand_in()
     module.install()
+
+
+def _older_names() -> None:
+    """What older Megatrons lack, or need of older libraries."""
+    import megatron.core.optimizer as optimizer
+    import numpy as np
+
+    if not hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):  # before 0.15
+        optimizer.USING_PYTORCH_OPTIMIZER = optimizer.Adam.__module__.startswith("torch.")
+    if not hasattr(np, "product"):  # numpy 2; before 0.16 core/dist_checkpointing/validation.py
+        np.product = np.prod
 
 
 def main(address: str, kind: str, index: str) -> None:

@@ -1,0 +1,46 @@
+"""``python -m megatron_ext convert``: an old checkpoint in a form that Megatron still reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from ..errors import MegatronExtError
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to an argparse subparsers object."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="write a fully_reshardable copy of a fully_sharded_model_space checkpoint",
+        description="Write a fully_reshardable copy of a torch_dist checkpoint of megatron-core "
+        "0.15 or earlier whose optimizer state is fully_sharded_model_space, which newer "
+        "megatron-core cannot read.",
+    )
+    parser.add_argument("source", help="the directory given to --save; it is not changed")
+    parser.add_argument("target", help="a new directory, for --load")
+    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert; exit status 1 where that cannot be done."""
+    from ..convert import convert
+
+    try:
+        done = convert(options.source, options.target, options.iteration)
+    except (MegatronExtError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(done), "directory": str(done.directory)}, indent=2))
+        return 0
+    print(
+        f"{done.directory}: {done.reshaped} optimizer tensors put together, {done.copied} tensors "
+        f"and objects copied, {done.size} bytes"
+    )
+    return 0

@@ -1,0 +1,171 @@
+"""Pickles and torch.save files are read and nothing in them runs; tensors are not read."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import io
+import pathlib
+import pickle
+import sys
+import types
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext import inert
+
+
+def reread(value: Any, protocol: int = 2) -> Any:
+    return inert.load(io.BytesIO(pickle.dumps(value, protocol)))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_plain_data_comes_back(protocol: int) -> None:
+    value = {
+        "a": [1, 2.5, "x", b"\xff\x00", None, True, (1, 2)],
+        "b": {frozenset({1}), 3},
+        "n": Namespace(lr=1e-3, betas=(0.9, 0.95)),
+        "o": collections.OrderedDict(a=1),
+        "d": torch.bfloat16,
+        "s": torch.Size([2, 3]),
+        "p": pathlib.PurePosixPath("/x/y"),
+        "i": [slice(0, 3), range(4), 2j, bytearray(b"x"), torch.device("cpu")],
+    }
+    assert reread(value, protocol) == value
+
+
+@pytest.mark.parametrize("value", [np.float64(1e-3), np.float32(0.5), np.int64(7), np.bool_(True)])
+def test_numpy_scalars_become_numbers(value: Any) -> None:
+    found = reread(value)
+    assert found == value.item()
+    assert type(found) is type(value.item())
+
+
+def test_an_unknown_class_is_not_imported_and_keeps_its_attributes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("made_up_for_this_test")
+    exec(
+        "import enum\n"
+        "class Kind(enum.Enum):\n    FLASH = 'flash'\n"
+        "class Thing:\n    pass\n"
+        "class Items(list):\n    pass\n",
+        module.__dict__,
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    thing = module.Thing()
+    thing.kind, thing.name = module.Kind.FLASH, "x"
+    data = pickle.dumps([thing, thing, module.Items([1, 2])])
+    monkeypatch.delitem(sys.modules, module.__name__)
+    first, second, items = inert.load(io.BytesIO(data))
+    assert module.__name__ not in sys.modules
+    assert first is second
+    assert first.inert_class == "made_up_for_this_test.Thing"
+    assert first.name == "x"
+    assert first.kind.inert_arguments == ("flash",)
+    assert items.inert_items == [1, 2]
+    again = inert.load(io.BytesIO(data))[0]
+    assert again == first
+    assert hash(again) == hash(first)
+    again.name = "y"
+    assert again != first
+    assert "Kind('flash')" in repr(first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.getattr",
+        "builtins.__import__",
+        "torch.load",
+        "torch.hub.load",
+        "torch.serialization.os.system",
+        "subprocess.Popen",
+        "megatron_ext.inert.load",
+        "argparse.ArgumentParser",
+        "functools.partial",
+    ],
+)
+def test_a_callable_that_is_not_harmless_is_a_stand_in(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    # protocol 4: STACK_GLOBAL, whose names may be dotted
+    call = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, attribute)
+    )
+    found = inert.load(io.BytesIO(call + b"\x93\x8c\x01x\x85R."))
+    assert isinstance(found, inert.Inert)
+    assert (found.inert_class, found.inert_arguments) == (name, ("x",))
+
+
+def test_bytes_in_another_codec_are_refused() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="encoding zip"):
+        inert.load(
+            io.BytesIO(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00xX\x03\x00\x00\x00zip\x86R.")
+        )
+
+
+STATE = {
+    "step": torch.tensor(7.0),
+    "common": torch.arange(5)[3],
+    "half": torch.tensor(0.5, dtype=torch.bfloat16),
+    "flag": torch.tensor(True),
+    "lr": torch.nn.Parameter(torch.tensor(0.25, dtype=torch.float64)),
+    "weight": torch.zeros(4, 3, dtype=torch.bfloat16),
+    "kind": enum.Enum,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_of_tensors_only_those_without_dimensions_are_read(zipped: bool) -> None:
+    file = io.BytesIO()
+    torch.save(STATE, file, _use_new_zipfile_serialization=zipped)
+    file.seek(0)
+    found = inert.load_torch(file)
+    assert (found["step"], found["common"], found["half"]) == (7.0, 3, 0.5)
+    assert (found["flag"], found["lr"]) == (True, 0.25)
+    assert found["weight"].inert_class == "torch.Tensor"
+    assert (found["weight"].shape, found["weight"].dtype) == ((4, 3), torch.bfloat16)
+
+
+class Counted(io.BytesIO):
+    """Counts the bytes read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+def test_a_large_file_is_not_read() -> None:
+    file = io.BytesIO()
+    torch.save({"step": torch.tensor(3), "weights": [torch.zeros(1 << 20)] * 4}, file)
+    counted = Counted(file.getvalue())
+    assert inert.load_torch(counted)["step"] == 3
+    assert len(file.getvalue()) > 1 << 22
+    assert 0 < counted.count < 1 << 17
+
+
+def test_a_torchscript_archive_is_refused_and_not_run() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(Module()), file)
+    file.seek(0)
+    found = inert.load_torch(file)
+    assert isinstance(found, inert.Inert)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x80\x02K\x05.", b"not a pickle"])
+def test_what_torch_did_not_save_raises(data: bytes) -> None:
+    with pytest.raises(Exception, match=r"."):
+        inert.load_torch(io.BytesIO(data))
