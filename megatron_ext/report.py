@@ -186,7 +186,10 @@ def _counter_lines(report: ResumeReport) -> list[str]:
         return []
     before, after = (asdict(c) for c in report.counters)
     lines = []
+    asked = None if report.phase is None else report.phase.asked
     for key, (name, flag) in _COUNTER_NAMES.items():
+        if key == "num_steps" and asked is not None and asked.schedule_position is None:
+            flag = "--reset-iteration"
         why = "checkpoint" if before[key] == after[key] else f"checkpoint {before[key]}; {flag}"
         if after[key] is not None:
             lines.append(f" > {name}: {after[key]} ({why})")
