@@ -41,6 +41,8 @@ def grown(layout: Layout, before: int, after: int, **target: Any) -> tuple[Layou
 #: two ranks, or before all rows of a rank.
 CELLS: dict[str, tuple[tuple[Layout, Layout], int, int]] = {
     "tp 1": (grown(BF16, 40, 50), 1, 2),
+    # Large enough for the data-parallel cuts to lie within the embedding and the output layer.
+    "dp 4": (grown(BF16, 400, 600), 1, 4),
     "tp 2": (grown(replace(BF16, tp=2), 40, 96), 2, 4),
     "tp 1 to 2": (grown(BF16, 40, 56, tp=2), 1, 2),
     "tp 2 to 1": (grown(replace(BF16, tp=2), 56, 90, tp=1), 2, 2),
@@ -314,8 +316,8 @@ def assert_warned(found: Found, policy: str, before: int, new: int) -> None:
 def test_so_many_cells_ran() -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    assert len(CELLS) == 21
-    assert len(set(_executed)) == len(_executed) == 21 * 6 - 1
+    assert len(CELLS) == 22
+    assert len(set(_executed)) == len(_executed) == 22 * 6 - 1
 
 
 @pytest.mark.ranks
