@@ -142,7 +142,7 @@ def _shapes(store: Store) -> dict[str, tuple[int, ...]]:
     shapes = {key: tuple(data[_SHAPE]) for key, data in noted.items() if data.get(_SHAPE)}
     if not shapes:
         raise CheckpointError(
-            f"the index of the checkpoint notes no {_SHAPE}: a megatron-core before 0.8 wrote it. "
+            f"the index of the checkpoint notes no {_SHAPE}, as megatron-core 0.14 and 0.15 do. "
             "Load it with megatron-core 0.15 and save it with "
             "--dist-ckpt-optim-fully-reshardable"
         )

@@ -71,7 +71,8 @@ SCENARIOS = {
     # The batch size changes in samples, so the last iteration does.
     **{
         f"batch {batch} {unit} {flags}": Scenario(
-            f"{PHASE_2} {LENGTHS[unit][1]} {OURS} {flags} --global-batch-size {batch}",
+            f"{PHASE_2} {LENGTHS[unit][1]} {OURS} {flags} --global-batch-size {batch} "
+            "--eval-iters 2 --eval-interval 3",
             f"phase 1 {unit}",
             script=TOKENS,
         )
