@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,8 @@ pytestmark = [
 FORMAT = "--bf16 --use-distributed-optimizer --ckpt-format torch"
 PHASE_1 = f"--lr 3e-4 --min-lr 3e-5 --train-iters 10 --lr-decay-iters 40 {FORMAT}"
 #: Saves after each second iteration.
-PHASE_2 = (
-    f"--lr 3e-5 --min-lr 2e-5 --train-iters 16 --lr-decay-iters 40 {FORMAT} --save-interval 2 "
-    "--adam-beta2 0.95"
-)
+OTHERS = f"--lr 3e-5 --min-lr 2e-5 {FORMAT} --save-interval 2 --adam-beta2 0.95"
+PHASE_2 = f"{OTHERS} --train-iters 16 --lr-decay-iters 40"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
 
 #: Policy -> its flags, and iterations with which the run begins.
@@ -51,6 +50,15 @@ POLICIES = {
     "schedule": ("--selective-schedule restart --lr-warmup-iters 3", 10),
     "iteration": ("--reset-iteration", 0),
     "data": ("--reset-dataloader", 10),
+    # By samples the last iteration depends on what has been counted before the batch size changed.
+    "iteration by samples": (
+        "--reset-iteration --global-batch-size 4 --train-samples 24 --lr-decay-samples 320",
+        0,
+    ),
+    "data by samples": (
+        "--reset-dataloader --global-batch-size 16 --train-samples 176 --lr-decay-samples 320",
+        10,
+    ),
     "all counters and moments": (
         "--reset-iteration --reset-dataloader --selective-preset reset --selective-step reset",
         0,
@@ -59,7 +67,13 @@ POLICIES = {
 
 
 def _arguments(policy: str) -> str:
-    return f"{PHASE_2} {OURS} {POLICIES[policy][0]}"
+    flags = POLICIES[policy][0]
+    return f"{OTHERS if '--train-samples' in flags else PHASE_2} {OURS} {flags}"
+
+
+def _last(policy: str) -> int:
+    """The last iteration of the phase."""
+    return 6 if policy == "iteration by samples" else 16
 
 
 def _own(name: str) -> str:
@@ -69,8 +83,8 @@ def _own(name: str) -> str:
 
 def _micro_batch(policy: str, iteration: int) -> int:
     """The first micro-batch of the n-th iteration of the run."""
-    per_iteration = 8 if "--global-batch-size 16" in POLICIES[policy][0] else 4
-    return per_iteration * (iteration - 1) + 1
+    sizes = re.findall(r"--global-batch-size (\d+)", POLICIES[policy][0]) or ["8"]
+    return int(sizes[0]) // 2 * (iteration - 1) + 1
 
 
 SCENARIOS = {"phase 1": Scenario(PHASE_1, saves=True)}
@@ -286,10 +300,10 @@ def test_a_killed_phase_ends_as_if_it_had_not_been_killed(
     again = ok(runs[f"{policy}, killed {when}, again"])
     first = POLICIES[policy][1]
     after_a_save = when == "after a save"
-    assert list(whole.iterations) == list(range(first + 1, 17))
+    assert list(whole.iterations) == list(range(first + 1, _last(policy) + 1))
     assert list(killed.iterations) == list(range(first + 1, first + (4 if after_a_save else 2)))
     begins = first + 2 if after_a_save else first
-    assert list(again.iterations) == list(range(begins + 1, 17))
+    assert list(again.iterations) == list(range(begins + 1, _last(policy) + 1))
     assert not went_on(whole)
     assert went_on(again) == after_a_save
     assert_goes_on_as(again, whole)
@@ -303,7 +317,7 @@ def test_a_killed_phase_ends_as_if_it_had_not_been_killed(
 def test_so_many_policies_were_killed() -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    assert len(set(_executed)) == len(_executed) == len(CASES) == 26
+    assert len(set(_executed)) == len(_executed) == len(CASES) == 30
 
 
 @pytest.mark.reads("new lr, again", "new lr, resumed")
