@@ -88,7 +88,15 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
     assert "--selective-report DIR" in text
     assert "--selective-policy FILE" in text
     for destination in arguments.own_flags() - {"selective_strict"}:
-        assert f"--{destination.replace('_', '-')} " in text
+        assert re.search(rf"--{destination.replace('_', '-')}[ \]]", text)
+    for words in (
+        "Where a phase starts, with its optimizer state",
+        "The same command line then restarts it.",
+        "Count the iterations from 0 again, once",
+        "Read the data from its beginning again, once",
+        "Default: restart with --reset-iteration, else continue.",
+    ):
+        assert words in text
     assert "--no-selective-strict" in text
     for form in ("batch-size OLD NEW", "relora P", "fill column-mean", "prune-random P [seed N]"):
         assert form in text
@@ -130,6 +138,13 @@ def policy(*argv: str) -> ResumePolicy:
         ("--selective-step 1000", {"step": 1000}),
         ("--selective-nonfinite reset", {"nonfinite": "reset"}),
         ("--no-selective-strict", {"strict": False}),
+        ("--selective-schedule continue", {"schedule_position": "continue"}),
+        ("--selective-schedule restart", {"schedule_position": "restart"}),
+        ("--selective-grad-scaler reset", {"grad_scaler": "reset"}),
+        ("--selective-grad-scaler keep", {}),
+        ("--reset-iteration", {"reset_iteration": True}),
+        ("--reset-dataloader", {"reset_dataloader": True}),
+        ("--selective-phase long-context_2.1", {"phase": "long-context_2.1"}),
     ],
 )
 def test_every_flag_of_a_policy_by_itself(argv: str, expected: dict) -> None:
@@ -183,6 +198,7 @@ def test_a_group_rule_in_words(words: str, rule: GroupRule) -> None:
         (["--selective-rule", "w", "keep", "scale -1"], "would make exp_avg_sq negative"),
         (["--selective-step", "1.5"], "--selective-step: expected keep, reset or a number"),
         (["--selective-step", "\u00b2"], "--selective-step: expected keep, reset or a number"),
+        (["--selective-phase", "second phase"], "--selective-phase: expected letters, digits,"),
         (
             ["--selective-keep-hyperparameters", "eps", "--selective-take-hyperparameters", "eps"],
             "eps: in --selective-keep-hyperparameters (from the checkpoint) and in",
@@ -195,7 +211,13 @@ def test_flags_that_make_no_sense_are_refused(argv: list[str], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "argv", ["--selective-nonfinite ignore", "--selective-hyperparameters both"]
+    "argv",
+    [
+        "--selective-nonfinite ignore",
+        "--selective-hyperparameters both",
+        "--selective-schedule keep",
+        "--selective-grad-scaler restart",
+    ],
 )
 def test_a_choice_that_is_none_is_refused_by_the_parser(
     argv: str, capsys: pytest.CaptureFixture[str]
@@ -221,6 +243,8 @@ def test_a_choice_that_is_none_is_refused_by_the_parser(
         ("--selective-step 3", "--selective-step"),
         ("--selective-nonfinite keep", "--selective-nonfinite"),
         ("--no-selective-strict", "--no-selective-strict"),
+        ("--selective-schedule restart", "--selective-schedule"),
+        ("--selective-grad-scaler reset", "--selective-grad-scaler"),
     ],
 )
 def test_a_file_and_a_flag_together_are_refused(tmp_path: Path, argv: str, flag: str) -> None:
