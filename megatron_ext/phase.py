@@ -82,7 +82,7 @@ class Mark:
                 "this package has written; expected phase, from, operations and offset. The "
                 "checkpoint was edited, or written by a newer version"
             ) from None
-        return cls(*named, offset)
+        return cls(named[0], named[1], named[2], offset)
 
     def told(self) -> str:
         """The phase in a message."""
