@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import directories, operations, policy_file, presets
-from .errors import PolicyError
+from .errors import MegatronExtError, PolicyError
 from .host import DEFAULT_CLASS, Request
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
 
@@ -45,19 +45,27 @@ def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             namespace whose ``load`` is the directory to load from, and ``selective_where``.
     """
     parse = parser.parse_known_args
+    if hasattr(parse, "chooses_directories"):
+        return parser  # the launcher has been here, and then a script with `add_arguments`
 
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
         namespace, rest = parse(*args, **kwargs)
-        if getattr(namespace, "selective_from", None) is not None:
+        given = {
+            name: getattr(namespace, name, None)
+            for name in ("load", "save", "selective_from", "non_persistent_global_ckpt_dir")
+        }
+        if given["selective_from"] is not None:
             try:
-                chosen = directories.choose(
-                    namespace.load, namespace.save, namespace.selective_from
-                )
-            except PolicyError:
+                chosen = directories.choose(*given.values())
+            except MegatronExtError:
                 return namespace, rest  # the preflight says so, beside whatever else is wrong
             namespace.load, namespace.selective_where = str(chosen.load), chosen.where
+            if chosen.where == "own":
+                # It has said where the phase starts; a restart goes on from the newest.
+                namespace.ckpt_step = None
         return namespace, rest
 
+    parse_known_args.chooses_directories = True  # type: ignore[attr-defined]
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
     return parser
 
@@ -161,7 +169,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         default=None,
         help="Where a phase starts, with its optimizer state: loaded as long as --load and --save, "
-        "the phase's own directory, hold no checkpoint. The same command line then restarts it.",
+        "the phase's own directory, hold no checkpoint. The same command line then restarts it. "
+        "--ckpt-step is an iteration of DIR.",
     )
     group.add_argument(
         "--selective-phase",

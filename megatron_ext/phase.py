@@ -70,15 +70,19 @@ class Mark:
         """
         try:
             content = json.loads(text)
-            named = {key: str(content[key]) for key in ("phase", "from", "operations")}
-            offset = int(content["offset"])
-        except (TypeError, ValueError, KeyError):
+            named = [content[key] for key in ("phase", "from", "operations")]
+            offset = content["offset"]
+            whole = isinstance(offset, int) and not isinstance(offset, bool)
+            if not whole or not all(isinstance(value, str) for value in named):
+                raise TypeError
+        except (TypeError, ValueError, KeyError, RecursionError):
+            shown = text if len(text) < 300 else f"{text[:300]} ..."
             raise CheckpointError(
-                f"the checkpoint's param_groups carry {MARK_KEY} = {text!r}, which no version of "
+                f"the checkpoint's param_groups carry {MARK_KEY} = {shown!r}, which no version of "
                 "this package has written; expected phase, from, operations and offset. The "
                 "checkpoint was edited, or written by a newer version"
             ) from None
-        return cls(named["phase"], named["from"], named["operations"], offset)
+        return cls(named[0], named[1], named[2], offset)
 
     def told(self) -> str:
         """The phase in a message."""
@@ -182,7 +186,10 @@ def identity(
         step: The optimizer's.
     """
     telling = {key: repr(arguments.get(key)) for key in _TELLING_ARGUMENTS}
-    plain = [{k: repr(v) for k, v in g.items() if isinstance(v, int | float | str)} for g in groups]
+    plain = [
+        {k: repr(v) for k, v in map(_plain_item, g.items()) if isinstance(v, int | float | str)}
+        for g in groups
+    ]
     content = json.dumps([iteration, step, telling, plain], sort_keys=True)
     return f"{name}@{iteration}#{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
@@ -190,6 +197,12 @@ def identity(
 def same_checkpoint(one: str, other: str) -> bool:
     """Whether two identities are of one checkpoint, wherever its directory lies."""
     return one.rpartition("@")[2] == other.rpartition("@")[2]
+
+
+def _plain_item(item: tuple[str, Any]) -> tuple[str, Any]:
+    """A number of numpy or torch as the plain one that `megatron_ext.stored` reads from a file."""
+    key, value = item
+    return key, value.item() if getattr(value, "shape", None) == () else value
 
 
 def _not_its_own(policy: ResumePolicy, saved: Mark | None, digest: str) -> str:

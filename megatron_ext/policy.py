@@ -379,7 +379,7 @@ class ResumePolicy:
             kept = " without exp_avg_sq" if "exp_avg_sq" in self.preset.decline else ""
             out.append(f"preset {self.preset}{kept}")
         changing = (r for r in self.rules if not (r.exp_avg == r.exp_avg_sq == KEEP))
-        out += sorted(f"rule {rule}" for rule in changing)
+        out += sorted(f"rule {_with_plain_numbers(rule)}" for rule in changing)
         said = {
             f"step {self.step}": self.step not in (None, "keep"),
             "iteration reset": self.reset_iteration,
@@ -488,6 +488,24 @@ def scalar(text: str) -> Scalar:
         except ValueError:
             continue
     return text
+
+
+def _with_plain_numbers(rule: MomentRule) -> MomentRule:
+    """An equal rule whose text is that of all rules equal to it: 1 and 1.0 are one number."""
+
+    def whole(value: Scalar) -> Scalar:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    def real(operation: Operation) -> Operation:
+        numbers = {k: v + 0.0 for k, v in vars(operation).items() if k != "seed" and _number(v)}
+        return replace(operation, **numbers)
+
+    group = tuple((key, whole(value)) for key, value in rule.match.group)
+    return MomentRule(replace(rule.match, group=group), real(rule.exp_avg), real(rule.exp_avg_sq))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _scalar_text(value: Scalar) -> str:

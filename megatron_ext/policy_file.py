@@ -106,7 +106,7 @@ def from_dict(content: Any) -> ResumePolicy:
         step=content.get("step"),
         nonfinite=content.get("nonfinite", "error"),
         strict=_boolean(content.get("strict", True), "strict"),
-        phase=content.get("phase", ""),
+        phase=_text(content.get("phase", ""), "phase"),
         **_counters(content.get("counters", {})),
     )
 
@@ -317,6 +317,13 @@ def _strings(found: Any, where: str) -> tuple[str, ...]:
         if items.count(item) > 1:
             raise PolicyError(f"{where}: {item!r} is given twice; expected once")
     return tuple(items)
+
+
+def _text(found: Any, where: str) -> str:
+    if not isinstance(found, str):
+        quoted = f"; write '{found}' in quotes" if isinstance(found, int | float) else ""
+        raise PolicyError(f"{where}: expected a text, found {found!r}{quoted}")
+    return found
 
 
 def _boolean(found: Any, where: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from . import host
 from .arguments import request_from_args
 from .checkpoint import unreadable_sharding
-from .directories import Directories, choose, newest
+from .directories import NON_PERSISTENT, Directories, choose, is_remote, newest
 from .errors import CheckpointError, HostError, MegatronExtError
 from .phase import Mark, Phase, decide, identity, same_checkpoint
 from .policy import ResumePolicy
@@ -61,20 +61,63 @@ def _findings(args: Any) -> Iterator[MegatronExtError]:
     found += map(HostError, refused_flags(args))
     chosen = attempt(lambda: _directories(args))
     found += map(HostError, _counter_conflicts(args, policy))
-    stored = None
-    if chosen is not None and chosen.load is not None:
-        step = getattr(args, "ckpt_step", None)
-        stored = attempt(lambda: newest(chosen.load, step))
-        if stored is not None:
-            facts = _Facts(args, policy, chosen, stored)
-            found += map(CheckpointError, _stored_problems(facts))
-            phase = attempt(lambda: _phase(facts))
-            if phase is not None:
-                attempt(lambda: _check_save_directory(facts, phase))
-    nothing_found = stored is None and not any(isinstance(e, CheckpointError) for e in found)
-    if chosen is not None and nothing_found:
-        found += map(CheckpointError, _nothing_to_start_from(chosen, policy))
+    if chosen is not None:
+        found += map(HostError, _directory_conflicts(args, chosen))
+        found += _checkpoint_findings(args, policy, chosen)
     yield from found
+
+
+def _checkpoint_findings(
+    args: Any, policy: ResumePolicy, chosen: Directories
+) -> Iterator[MegatronExtError]:
+    """What is wrong with the checkpoint, for this run."""
+    if dropping_flag(args) or is_remote(args.load):
+        return  # nothing is taken from it, or only Megatron can open it
+    stored = None
+    if chosen.load is not None:
+        try:
+            # Megatron takes --ckpt-step 0 for none (training/checkpointing.py:1664, 0.19.2).
+            step = getattr(args, "ckpt_step", None) or None
+            stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
+        except CheckpointError as e:
+            yield e
+            return
+    if stored is None:
+        yield from map(CheckpointError, _nothing_to_start_from(chosen, policy))
+        return
+    facts = _Facts(args, policy, chosen, stored)
+    yield from map(CheckpointError, _stored_problems(facts))
+    try:
+        phase = _phase(facts)
+        if phase is not None:
+            _check_save_directory(facts, phase)
+    except MegatronExtError as e:
+        yield e
+
+
+def _non_persistent(args: Any, load: Path) -> Path | None:
+    """Where Megatron looks for non-persistent checkpoints, if it does."""
+    if getattr(args, "non_persistent_ckpt_type", None) != "global":
+        return None
+    named = getattr(args, "non_persistent_global_ckpt_dir", None)
+    return Path(named) if named else load / NON_PERSISTENT
+
+
+def _directory_conflicts(args: Any, chosen: Directories) -> Iterator[str]:
+    dropped = dropping_flag(args)
+    if dropped and chosen.start is not None:
+        yield (
+            f"{dropped} with --selective-from {chosen.start}: a phase starts with the checkpoint's "
+            f"optimizer, which {dropped} drops. Leave one of the two out"
+        )
+    if chosen.save is None or is_remote(args.save):
+        return
+    there = next((p for p in (chosen.save, *chosen.save.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        yield (
+            f"--save {chosen.save}: {there} is a file; expected a directory, or a place where one "
+            "can be made. Name another one"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,11 +128,6 @@ class _Facts:
     policy: ResumePolicy
     chosen: Directories
     stored: StoredCheckpoint
-
-    @property
-    def dropped(self) -> str | None:
-        """The flag with which stock drops the optimizer."""
-        return dropping_flag(self.args)
 
 
 def refused_flags(args: Any) -> list[str]:
@@ -116,8 +154,10 @@ def refused_flags(args: Any) -> list[str]:
 
 def dropping_flag(args: Any) -> str | None:
     """The flag with which stock drops the optimizer's state, if one is given."""
-    for name in ("no_load_optim", "finetune"):
-        if getattr(args, name, False):
+    for name in ("no_load_optim", "finetune", "skip_train"):
+        # With an RL step --skip-train builds and loads an optimizer all the same.
+        rl = name == "skip_train" and getattr(args, "perform_rl_step", False)
+        if getattr(args, name, False) and not rl:
             return f"--{name.replace('_', '-')}"
     return None
 
@@ -126,7 +166,8 @@ def _directories(args: Any) -> Directories:
     start = getattr(args, "selective_from", None)
     where = getattr(args, "selective_where", None)
     if start is None or where is None:
-        return choose(args.load, args.save, start)
+        elsewhere = getattr(args, "non_persistent_global_ckpt_dir", None)
+        return choose(args.load, args.save, start, elsewhere)
     save = None if args.save is None else Path(args.save)
     return Directories(Path(args.load), save, where, Path(start))
 
@@ -178,19 +219,24 @@ def _schedule_conflicts(args: Any) -> Iterator[str]:
     for unit in ("iters", "samples"):
         warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
         decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)
-        if decay is not None and warmup >= decay:
+        if decay is not None and warmup and warmup >= decay:
             yield (
                 f"--lr-warmup-{unit} {warmup} is not shorter than the decay of {decay} {unit} "
                 f"(--lr-decay-{unit}, or --train-{unit}): the schedule would end before its "
                 "warm-up does. Make the decay longer or the warm-up shorter"
             )
 
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    if fraction is not None and fraction >= 1.0:
+        yield (
+            f"--lr-warmup-fraction {fraction:g}: the warm-up is not shorter than the decay; "
+            "expected a number below 1"
+        )
+
 
 def _stored_problems(facts: _Facts) -> Iterator[str]:
     """What the checkpoint cannot give to this run."""
     stored, args = facts.stored, facts.args
-    if facts.dropped:
-        return
     if not stored.optimizers:
         yield (
             f"the checkpoint in {stored.directory} holds no optimizer state (a release checkpoint, "
@@ -213,7 +259,9 @@ def _stored_problems(facts: _Facts) -> Iterator[str]:
 
 def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
     changed = []
-    for name, flag in _MODEL_PARALLEL.items():
+    taken = getattr(args, "use_checkpoint_args", False)
+    sizes_taken = taken and getattr(args, "use_mp_args_from_checkpoint_args", False)
+    for name, flag in {} if sizes_taken else _MODEL_PARALLEL.items():
         saved, current = stored.args.get(name), getattr(args, name, None)
         if saved is not None and current is not None and saved != current:
             changed.append(f"{flag} {saved} -> {current}")
@@ -222,7 +270,7 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         "dp_reshardable",
         "dp_zero_gather_scatter",
     )
-    rows = _padded_rows(stored.args, args)
+    rows = None if taken else _padded_rows(stored.args, args)
     if rows is not None and rows[0] != rows[1]:
         changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
     if changed and fixed:
@@ -242,7 +290,9 @@ def _padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
     before, now = saved.get("padded_vocab_size"), getattr(args, "padded_vocab_size", None)
     if before is None:
         return None
-    if now is None and getattr(args, "vocab_size", None) is not None:
+    # Other tokenizers bring a vocabulary of their own.
+    named = str(getattr(args, "tokenizer_type", None)).startswith("Null")
+    if now is None and named and getattr(args, "vocab_size", None) is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         padded = {-(-(args.vocab_size + more) // multiple) * multiple for more in (0, 1)}
         now = padded.pop() if len(padded) == 1 else None
@@ -251,7 +301,7 @@ def _padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
 
 def _phase(facts: _Facts) -> Phase | None:
     stored = facts.stored
-    if not stored.optimizers or facts.dropped:
+    if not stored.optimizers:
         return None
     saved = stored.optimizers[0]
     source = _identity(stored)
@@ -288,33 +338,42 @@ def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
 
 def _check_save_directory(facts: _Facts, phase: Phase) -> None:
     """Raise if a phase that begins here would overwrite other checkpoints."""
-    save = facts.chosen.save
+    save, load = facts.chosen.save, facts.chosen.load
     if phase.state != "applied" or save is None:
         return
-    there = newest(save)
+    there = newest(save, non_persistent=save / NON_PERSISTENT)
     if there is None:
         return
+    if facts.policy.operations and _same_phase(there, phase):
+        if save.resolve() == (load or save).resolve():
+            instead = "leave --ckpt-step out; to start again, give it another --selective-phase"
+        else:
+            instead = (
+                f"give --selective-from {load} --load {save} --save {save}; to start again, empty "
+                "the directory or name another one"
+            )
+        raise HostError(
+            f"--load {load} with --save {save}: this phase has been started from there before and "
+            f"has reached iteration {there.iteration} in {save}; starting it again would overwrite "
+            f"that. To go on, {instead}"
+        )
     if facts.policy.reset_iteration:
         raise HostError(
             f"--reset-iteration with --save {save}: that directory holds checkpoints up to "
             f"iteration {there.iteration} of another phase, and counting from 0 again would "
             "overwrite them. Give the phase a --save (and --load) directory of its own and name "
-            f"{facts.chosen.load} in --selective-from"
+            f"{load} in --selective-from"
         )
-    same = save.resolve() == (facts.chosen.load or save).resolve()
+
+
+def _same_phase(there: StoredCheckpoint, phase: Phase) -> bool:
+    """Whether a checkpoint was written by the phase that is about to begin."""
     mark = there.optimizers[0].mark if there.optimizers else None
-    if same or mark is None or phase.mark is None or not facts.policy.operations:
-        return
+    if mark is None or phase.mark is None:
+        return False
     begun = Mark.parse(mark)
-    twin = (begun.phase, begun.operations) == (phase.mark.phase, phase.mark.operations)
-    if twin and same_checkpoint(begun.source, phase.mark.source):
-        raise HostError(
-            f"--load {facts.chosen.load} with --save {save}: this phase has been started from "
-            f"there before and has reached iteration {there.iteration} in {save}; starting it "
-            "again would overwrite that. To go on, give --selective-from "
-            f"{facts.chosen.load} --load {save} --save {save}; to start again, empty the directory "
-            "or name another one"
-        )
+    same = (begun.phase, begun.operations) == (phase.mark.phase, phase.mark.operations)
+    return same and same_checkpoint(begun.source, phase.mark.source)
 
 
 def _nothing_to_start_from(chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
@@ -323,6 +382,11 @@ def _nothing_to_start_from(chosen: Directories, policy: ResumePolicy) -> Iterato
         yield (
             f"--selective-from {chosen.start}: there is no checkpoint (no "
             "latest_checkpointed_iteration.txt). Name the --save directory of the earlier phase"
+        )
+    elif chosen.where == "own":
+        yield (
+            f"--load {chosen.load} holds non-persistent checkpoints only. Give "
+            "--non-persistent-ckpt-type global to go on from them, or name an empty directory"
         )
     elif asked:
         where = f"--load {chosen.load} holds no checkpoint" if chosen.load else "there is no --load"

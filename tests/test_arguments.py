@@ -88,7 +88,15 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
     assert "--selective-report DIR" in text
     assert "--selective-policy FILE" in text
     for destination in arguments.own_flags() - {"selective_strict"}:
-        assert f"--{destination.replace('_', '-')} " in text
+        assert re.search(rf"--{destination.replace('_', '-')}[ \]]", text)
+    for words in (
+        "Where a phase starts, with its optimizer state",
+        "The same command line then restarts it.",
+        "Count the iterations from 0 again, once",
+        "Read the data from its beginning again, once",
+        "Default: restart with --reset-iteration, else continue.",
+    ):
+        assert words in text
     assert "--no-selective-strict" in text
     for form in ("batch-size OLD NEW", "relora P", "fill column-mean", "prune-random P [seed N]"):
         assert form in text
@@ -130,6 +138,13 @@ def policy(*argv: str) -> ResumePolicy:
         ("--selective-step 1000", {"step": 1000}),
         ("--selective-nonfinite reset", {"nonfinite": "reset"}),
         ("--no-selective-strict", {"strict": False}),
+        ("--selective-schedule continue", {"schedule_position": "continue"}),
+        ("--selective-schedule restart", {"schedule_position": "restart"}),
+        ("--selective-grad-scaler reset", {"grad_scaler": "reset"}),
+        ("--selective-grad-scaler keep", {}),
+        ("--reset-iteration", {"reset_iteration": True}),
+        ("--reset-dataloader", {"reset_dataloader": True}),
+        ("--selective-phase long-context_2.1", {"phase": "long-context_2.1"}),
     ],
 )
 def test_every_flag_of_a_policy_by_itself(argv: str, expected: dict) -> None:
@@ -183,6 +198,7 @@ def test_a_group_rule_in_words(words: str, rule: GroupRule) -> None:
         (["--selective-rule", "w", "keep", "scale -1"], "would make exp_avg_sq negative"),
         (["--selective-step", "1.5"], "--selective-step: expected keep, reset or a number"),
         (["--selective-step", "\u00b2"], "--selective-step: expected keep, reset or a number"),
+        (["--selective-phase", "second phase"], "--selective-phase: expected letters, digits,"),
         (
             ["--selective-keep-hyperparameters", "eps", "--selective-take-hyperparameters", "eps"],
             "eps: in --selective-keep-hyperparameters (from the checkpoint) and in",
@@ -195,7 +211,13 @@ def test_flags_that_make_no_sense_are_refused(argv: list[str], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "argv", ["--selective-nonfinite ignore", "--selective-hyperparameters both"]
+    "argv",
+    [
+        "--selective-nonfinite ignore",
+        "--selective-hyperparameters both",
+        "--selective-schedule keep",
+        "--selective-grad-scaler restart",
+    ],
 )
 def test_a_choice_that_is_none_is_refused_by_the_parser(
     argv: str, capsys: pytest.CaptureFixture[str]
@@ -221,6 +243,8 @@ def test_a_choice_that_is_none_is_refused_by_the_parser(
         ("--selective-step 3", "--selective-step"),
         ("--selective-nonfinite keep", "--selective-nonfinite"),
         ("--no-selective-strict", "--no-selective-strict"),
+        ("--selective-schedule restart", "--selective-schedule"),
+        ("--selective-grad-scaler reset", "--selective-grad-scaler"),
     ],
 )
 def test_a_file_and_a_flag_together_are_refused(tmp_path: Path, argv: str, flag: str) -> None:
@@ -253,6 +277,87 @@ def test_megatrons_own_flag_goes_together_with_a_file(tmp_path: Path, text: str)
     )
     args.use_checkpoint_opt_param_scheduler = True
     assert arguments.request_from_args(args).policy == ResumePolicy(schedule="checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("{}", "--selective-phase b", {"phase": "b"}),
+        ("phase: b", "--selective-phase b", {"phase": "b"}),
+        ("phase: b", "", {"phase": "b"}),
+        ("{}", "--reset-iteration", {"reset_iteration": True}),
+        ("counters: {iteration: keep}", "--reset-iteration", {"reset_iteration": True}),
+        ("counters: {iteration: reset}", "", {"reset_iteration": True}),
+        (
+            "counters: {iteration: reset, schedule: continue}",
+            "--reset-dataloader",
+            {"reset_iteration": True, "reset_dataloader": True, "schedule_position": "continue"},
+        ),
+        ("{}", "--selective-from elsewhere", {}),
+    ],
+)
+def test_the_phase_and_the_counters_may_stand_beside_a_file(
+    tmp_path: Path, text: str, argv: str, expected: dict
+) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text(text)
+    found = policy("--selective-policy", str(path), *argv.split())
+    assert found == ResumePolicy(**expected)
+
+
+def test_two_names_for_one_phase_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text("phase: a")
+    with pytest.raises(PolicyError) as caught:
+        policy("--selective-policy", str(path), "--selective-phase", "b")
+    assert str(caught.value) == (
+        "--selective-phase b: the policy file names the phase 'a'; expected one name"
+    )
+
+
+# --- without the class, and beside the flags of a fork
+
+
+@pytest.mark.parametrize(
+    ("argv", "flags"),
+    [
+        ("", []),
+        ("--selective-from a", ["--selective-from"]),
+        ("--selective-policy a", ["--selective-policy"]),
+        ("--selective-phase b", ["--selective-phase"]),
+        ("--selective-schedule continue", ["--selective-schedule"]),
+        ("--selective-grad-scaler reset", ["--selective-grad-scaler"]),
+        ("--reset-iteration --reset-dataloader", ["--reset-iteration", "--reset-dataloader"]),
+        ("--no-selective-strict", ["--no-selective-strict"]),
+    ],
+)
+def test_flags_without_the_class_are_named(argv: str, flags: list[str]) -> None:
+    assert arguments.given_without_class(parse(*argv.split())) == flags
+    assert arguments.given_without_class(parse("--optimizer-class", "a.B", *argv.split())) == []
+
+
+def test_a_forks_own_reset_flags_are_left_as_they_are() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--reset-iteration", action="store_true", help="the fork's")
+    arguments.add_flags(parser)
+    text = parser.format_help()
+    assert text.count("--reset-iteration\n") + text.count("--reset-iteration ") >= 1
+    assert "the fork's" in text
+    assert "Count the iterations from 0 again" not in text
+    assert "Read the data from its beginning again" in text
+    args = parser.parse_args(["--reset-iteration", "--reset-dataloader"])
+    found = arguments.request_from_args(args).policy
+    assert found == ResumePolicy(reset_iteration=True, reset_dataloader=True)
+    assert arguments.request_from_args(parser.parse_args([])).policy == ResumePolicy()
+
+
+def test_a_forks_flag_of_another_kind_is_refused_by_name() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--reset-iteration", type=int)
+    arguments.add_flags(parser)
+    assert arguments.request_from_args(parser.parse_args([])).policy == ResumePolicy()
+    with pytest.raises(PolicyError, match="reset_iteration: expected true or false, found 100"):
+        arguments.request_from_args(parser.parse_args(["--reset-iteration", "100"]))
 
 
 def test_a_wrong_file_is_refused_while_the_flags_are_read(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.checkpoint import SavedOptimizer, read_optimizer
-from megatron_ext.errors import PlanError
+from megatron_ext.checkpoint import MARK_KEY, SavedOptimizer, read_optimizer
+from megatron_ext.errors import MegatronExtError, PlanError
+from megatron_ext.phase import Mark, Phase, decide
 from megatron_ext.plan import Decision, ResumePlan, match_groups, plan_resume
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
@@ -28,6 +29,7 @@ from tests.support.groups import (
     structure,
     without,
 )
+from tests.support.policy_strategies import POLICIES
 
 DEFAULT = ResumePolicy()
 
@@ -558,3 +560,74 @@ def test_match_groups_uses_the_sizes_only_between_twins() -> None:
 def test_match_groups_never_gives_one_saved_group_away_twice() -> None:
     assert match_groups([group()], [group(), group()], [3], [3, 3]) == [None, None]
     assert match_groups([group()], [group(wd_mult=0.0)], [3], [3]) == [None]
+
+
+# --- phases
+
+
+def phase_plan(policy: ResumePolicy, phase: Phase, saved: SavedOptimizer) -> ResumePlan:
+    return plan_resume(phase.policy, saved, [group(wd_mult=w) for w in (0.0, 1.0)], phase=phase)
+
+
+@given(policy=POLICIES)
+def test_a_phase_that_goes_on_has_the_hyperparameters_it_began_with_and_the_saved_step(
+    policy: ResumePolicy,
+) -> None:
+    saved = SavedOptimizer(tuple(group(wd_mult=w, eps=1e-6) for w in (0.0, 1.0)), 100)
+    begun = decide(policy, None, "phase1@10#00")
+    try:
+        first = phase_plan(policy, begun, saved)
+    except MegatronExtError:
+        return
+    if first.mark is None:
+        return
+    again = phase_plan(policy, decide(policy, Mark.parse(first.mark), "x@12#11", "own"), saved)
+    assert again.continued
+    assert not first.continued
+    assert [g.values for g in again.groups] == [g.values for g in first.groups]
+    assert again.clip_grad == first.clip_grad
+    assert (again.step, again.saved_step) == (100, 100)
+    assert again.mark == first.mark
+    assert again.digest() != first.digest()
+
+
+def test_ranks_that_took_a_checkpoint_for_different_phases_do_not_agree() -> None:
+    saved = SavedOptimizer((group(),), 100)
+    policy = ResumePolicy(step=0)
+    one, other = (decide(policy, None, source) for source in ("a@10#00", "b@10#11"))
+    digests = [plan_resume(policy, saved, [group()], phase=p).digest() for p in (one, other, one)]
+    assert digests[0] == digests[2] != digests[1]
+    assert plan_resume(policy, saved, [group()]).mark is None
+
+
+def test_a_mark_is_no_hyperparameter() -> None:
+    """It is neither kept nor taken, and groups of different phases are the same group."""
+    current = {**group(), MARK_KEY: "of the running phase"}
+    found = plan_resume(
+        ResumePolicy(hyperparameters="checkpoint"), SavedOptimizer((group(),), 1), [current]
+    )
+    assert MARK_KEY not in found.groups[0].values
+    assert found.groups[0].saved_index == 0
+    with pytest.raises(PlanError, match=f"unknown key {MARK_KEY!r}"):
+        plan([group()], [current], MARK_KEY)
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [((None, None), None), (("m", None), "m"), ((None, "m"), "m"), (("m", "m"), "m")],
+)
+def test_a_group_that_was_added_since_has_no_mark(
+    marks: tuple[str | None, str | None], expected: str | None
+) -> None:
+    groups = [group(**({} if m is None else {MARK_KEY: m})) for m in marks]
+    saved = read_optimizer({"param_groups": groups})
+    assert saved.mark == expected
+    assert all(MARK_KEY not in g for g in saved.groups)
+
+
+def test_groups_of_two_phases_are_an_error() -> None:
+    groups = [{**group(), MARK_KEY: m} for m in ("m", "n")]
+    with pytest.raises(
+        MegatronExtError, match=r"disagree about megatron_ext_phase: found \['m', 'n"
+    ):
+        read_optimizer({"param_groups": groups})

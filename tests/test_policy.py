@@ -17,7 +17,7 @@ from megatron_ext.policy import SCHEDULER_ATTRIBUTES, GroupRule, Match, MomentRu
 from megatron_ext.presets import Preset
 from megatron_ext.rules import KEEP, Fill, Floor, Scale
 from tests.support.groups import group
-from tests.support.policy_strategies import MATCHES
+from tests.support.policy_strategies import MATCHES, POLICIES
 
 
 def test_the_default_keeps_no_hyperparameter() -> None:
@@ -371,6 +371,18 @@ def test_a_rule_as_it_stands_in_messages() -> None:
         ({"preset": "reset"}, "preset: expected Preset, found 'reset'"),
         ({"rules": ("*",)}, "rules: expected MomentRule, found '*'"),
         ({"groups": (Match(),)}, "groups: expected GroupRule, found Match("),
+        (
+            {"schedule_position": "keep"},
+            "schedule position: expected 'continue' or 'restart', found 'keep'",
+        ),
+        ({"grad_scaler": "restart"}, "grad_scaler: expected 'keep' or 'reset', found 'restart'"),
+        ({"grad_scaler": None}, "grad_scaler: expected 'keep' or 'reset', found None"),
+        ({"reset_iteration": 1}, "reset_iteration: expected true or false, found 1"),
+        ({"reset_dataloader": None}, "reset_dataloader: expected true or false, found None"),
+        ({"phase": "second phase"}, "--selective-phase: expected letters, digits, '.', '_' and"),
+        ({"phase": "b\n"}, "--selective-phase: expected letters, digits"),
+        ({"phase": "\u03b2"}, "found '\u03b2'"),
+        ({"phase": 2}, "--selective-phase: expected letters, digits, '.', '_' and '-', found 2"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -399,3 +411,110 @@ def test_whether_any_moment_is_changed() -> None:
 def test_weight_decay_is_no_choice_of_a_group(which: str) -> None:
     with pytest.raises(PolicyError, match="the scheduler computes it before every step"):
         GroupRule((("wd_mult", 1.0),), **{which: ("weight_decay",)})
+
+
+# --- what must happen once
+
+#: What a policy asks beside hyperparameters -> how it stands among its operations.
+OPERATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "nothing": ({}, ()),
+    "hyperparameters": (
+        {
+            "keep_hyperparameters": ("eps",),
+            "hyperparameters": "checkpoint",
+            "groups": (GroupRule(EXPERTS, ("max_lr",)),),
+            "schedule": "checkpoint",
+        },
+        (),
+    ),
+    "how to go about it": ({"nonfinite": "reset", "strict": False, "phase": "b"}, ()),
+    "what changes nothing": (
+        {"step": "keep", "schedule_position": "continue", "rules": (MomentRule(Match("w")),)},
+        (),
+    ),
+    "a preset": ({"preset": Preset("reset")}, ("preset reset",)),
+    "a preset with declined hyperparameters": (
+        {"preset": Preset("gradient-scale", (0.5,), ("eps",))},
+        ("preset gradient-scale 0.5",),
+    ),
+    "a preset without its moments": ({"preset": Preset("batch-size", (1, 4), ("exp_avg_sq",))}, ()),
+    "rules": (
+        {
+            "rules": (
+                MomentRule(Match("w", (3, None)), Scale(0.5)),
+                MomentRule(Match("b"), KEEP, FillFrom("mean")),
+            )
+        },
+        (
+            "rule 'b' (exp_avg: keep, exp_avg_sq: fill mean)",
+            "rule 'w[3:]' (exp_avg: scale 0.5, exp_avg_sq: keep)",
+        ),
+    ),
+    "a step": ({"step": 7}, ("step 7",)),
+    "step 0": ({"step": 0}, ("step 0",)),
+    "the iteration": ({"reset_iteration": True}, ("iteration reset", "schedule restart")),
+    "the iteration, not the schedule": (
+        {"reset_iteration": True, "schedule_position": "continue"},
+        ("iteration reset",),
+    ),
+    "the data": ({"reset_dataloader": True}, ("data position reset",)),
+    "the schedule": ({"schedule_position": "restart"}, ("schedule restart",)),
+    "the loss scale": ({"grad_scaler": "reset"}, ("grad scaler reset",)),
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_operations_are_what_must_not_be_done_twice(case: str) -> None:
+    fields, operations = OPERATIONS[case]
+    assert ResumePolicy(**fields).operations == operations
+
+
+@pytest.mark.parametrize(
+    ("fields", "needs"),
+    [
+        ({}, False),
+        ({"take_hyperparameters": ("eps",), "nonfinite": "keep", "phase": "b"}, False),
+        ({"groups": (GroupRule(EXPERTS, (), ("eps",)),)}, False),
+        ({"keep_hyperparameters": ("eps",)}, True),
+        ({"hyperparameters": "checkpoint"}, True),
+        ({"groups": (GroupRule(EXPERTS, ("eps",)),)}, True),
+        ({"step": 0}, True),
+        ({"reset_iteration": True, "schedule_position": "continue"}, True),
+        ({"grad_scaler": "reset"}, True),
+        ({"preset": Preset("relora", (0.5,))}, True),
+    ],
+)
+def test_whether_a_policy_needs_the_checkpoints_optimizer(
+    fields: dict[str, Any], needs: bool
+) -> None:
+    assert ResumePolicy(**fields).needs_optimizer is needs
+
+
+@pytest.mark.parametrize("asked", [None, "continue", "restart"])
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_schedule_restarts_with_the_iteration_unless_something_else_is_asked(
+    asked: Any, reset: bool
+) -> None:
+    policy = ResumePolicy(schedule_position=asked, reset_iteration=reset)
+    assert policy.restarts_schedule is {None: reset, "continue": False, "restart": True}[asked]
+
+
+@given(policy=POLICIES)
+def test_what_is_left_of_a_policy_has_no_operation_and_the_same_hyperparameters(
+    policy: ResumePolicy,
+) -> None:
+    left = policy.without_operations()
+    assert left.operations == ()
+    assert not left.changes_moments
+    assert left.next_step == "keep"
+    assert not left.restarts_schedule
+    assert left.preset.effect.changes == policy.preset.effect.changes
+    for key in group():
+        try:
+            expected = policy.source(key, group())
+        except PolicyError:
+            continue
+        assert left.source(key, group()) == expected
+    kept = ("nonfinite", "strict", "phase", "schedule", "kept_scheduler_attributes", "named_keys")
+    assert all(getattr(left, name) == getattr(policy, name) for name in kept)
+    assert left.without_operations() == left

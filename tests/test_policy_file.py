@@ -79,6 +79,8 @@ FLAGS = [
     *["--selective-rule", "*.bias", "prune-random 0.5 seed 7", "prune-random 0.5 seed 7"],
     *["--selective-rule", "embedding.*[:8]", "keep", "batch-size 1e-3"],
     *"--selective-step 1000 --selective-nonfinite reset --no-selective-strict".split(),
+    *"--selective-schedule continue --selective-grad-scaler reset".split(),
+    *"--reset-iteration --reset-dataloader --selective-phase long-context_2.1".split(),
 ]
 
 YAML = """
@@ -108,6 +110,8 @@ moments:
 step: 1000
 nonfinite: reset
 strict: false
+counters: {iteration: reset, dataloader: reset, schedule: continue, grad_scaler: reset}
+phase: long-context_2.1
 """
 
 
@@ -149,6 +153,13 @@ def test_defaults_are_left_out() -> None:
     assert to_dict(ResumePolicy(preset=Preset("reset"))) == {"preset": "reset"}
     assert to_dict(ResumePolicy(preset=Preset("relora", (0.9,)))) == {
         "preset": {"name": "relora", "p": 0.9}
+    }
+    assert to_dict(ResumePolicy(schedule_position="continue")) == {
+        "counters": {"schedule": "continue"}
+    }
+    assert to_dict(ResumePolicy(reset_iteration=True, phase="b")) == {
+        "counters": {"iteration": "reset"},
+        "phase": "b",
     }
     everything = to_dict(RICH)
     assert sorted(everything) == sorted(set(SCHEMA["properties"]) - {"schedule"})
@@ -280,6 +291,21 @@ def test_every_error_names_the_file(tmp_path: Path, content: bytes) -> None:
         ("step: -1", "--selective-step: expected keep, reset or a number of at least 0, found -1"),
         ("nonfinite: ignore", "nonfinite: expected 'error' or 'reset' or 'keep', found 'ignore'"),
         ("strict: 'no'", "strict: expected true or false, found 'no'"),
+        ("counters: reset", "counters: expected a mapping, found 'reset'"),
+        (
+            "counters: {itertion: reset}",
+            "counters: unknown key 'itertion'; did you mean 'iteration'? Known: iteration, "
+            "dataloader, schedule, grad_scaler",
+        ),
+        ("counters: {iteration: }", "counters: iteration: expected a value, found nothing"),
+        ("counters: {iteration: true}", "counters.iteration: expected keep or reset, found True"),
+        ("counters: {dataloader: 0}", "counters.dataloader: expected keep or reset, found 0"),
+        ("counters: {schedule: keep}", "counters.schedule: expected continue or restart, found"),
+        ("counters: {schedule: [restart]}", "expected continue or restart, found ['restart']"),
+        ("counters: {grad_scaler: 65536}", "counters.grad_scaler: expected keep or reset, found"),
+        ("phase: 2", "phase: expected a text, found 2; write '2' in quotes"),
+        ("phase: second phase", "expected letters, digits, '.', '_' and '-', found 'second phase'"),
+        ("phase: [b]", "phase: expected a text, found ['b']"),
     ],
 )
 def test_what_no_policy_has_is_refused_with_the_place_and_what_was_expected(
@@ -383,6 +409,15 @@ _POLICY = dict(
     step=_mostly(st.sampled_from(("keep", "reset", 7))),
     nonfinite=_mostly(st.sampled_from(("error", "reset", "keep"))),
     strict=_mostly(st.booleans()),
+    counters=_mostly(
+        _some(
+            iteration=_mostly(st.sampled_from(("keep", "reset"))),
+            dataloader=_mostly(st.sampled_from(("keep", "reset"))),
+            schedule=_mostly(st.sampled_from(("continue", "restart"))),
+            grad_scaler=_mostly(st.sampled_from(("keep", "reset"))),
+        )
+    ),
+    phase=_mostly(st.sampled_from(("", "second", "2.1"))),
     strcit=st.booleans(),
 )
 
@@ -437,6 +472,11 @@ def test_what_is_read_the_schema_accepts(content: dict[str, Any]) -> None:
         {"step": True},
         {"nonfinite": "ignore"},
         {"strict": "no"},
+        {"counters": {"iteration": True}},
+        {"counters": {"schedule": "keep"}},
+        {"counters": {"step": "reset"}},
+        {"phase": 2},
+        {"phase": "second phase"},
     ],
 )
 def test_the_schema_and_the_reader_reject_the_same_wrong_policies(content: Any) -> None:

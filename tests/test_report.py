@@ -17,9 +17,11 @@ import torch
 
 from megatron_ext import __version__, policy_file
 from megatron_ext.checkpoint import SavedOptimizer
+from megatron_ext.counters import Counters
 from megatron_ext.log import say
 from megatron_ext.moments import LoadedState
 from megatron_ext.operations import BiasConsistent, FillFrom
+from megatron_ext.phase import Mark, Phase, decide
 from megatron_ext.plan import Circumstances, Decision, plan_resume
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
@@ -365,8 +367,99 @@ def test_a_report_about_other_state_follows_the_schema(loaded: LoadedState) -> N
     assert found["optimizers"][0]["loaded"]["tensors"] == loaded.tensors
 
 
+# --- phases and counters
+
+NEW_PHASE = ResumePolicy(("eps",), preset=Preset("reset-momentum"), reset_iteration=True, phase="b")
+BEFORE = Counters(10, 80, 0, 40, 80)
+
+
+def phase_report(phase: Phase | None, after: Counters | None = None) -> ResumeReport:
+    first, *others = resume_report().optimizers
+    first = replace(first, plan=replace(first.plan, phase=phase))
+    counters = None if after is None else (BEFORE, after)
+    return ResumeReport("0.19.2", [first, *others], counters=counters)
+
+
+def test_a_transition_is_told_first_and_its_counters_with_their_reasons() -> None:
+    phase = decide(NEW_PHASE, None, "phase1@10#00")
+    report = phase_report(phase, replace(BEFORE, iteration=0, num_steps=0))
+    assert report.lines()[:4] == [
+        "megatron_ext: TRANSITION APPLIED (phase b): starts from phase1@10#00: preset "
+        "reset-momentum, iteration reset, schedule restart",
+        " > iteration: 0 (checkpoint 10; --reset-iteration)",
+        " > consumed samples: 80 (checkpoint)",
+        " > schedule position (num_steps, in samples): 0 (checkpoint 80; --selective-schedule "
+        "restart)",
+    ]
+    found = report.to_json()
+    validate(found)
+    assert found["phase"] == {
+        "state": "applied",
+        "why": phase.why,
+        "name": "b",
+        "from": "phase1@10#00",
+        "operations": ["preset reset-momentum", "iteration reset", "schedule restart"],
+        "digest": phase.mark.operations if phase.mark else "",
+    }
+    assert found["counters"]["iteration"] == {"checkpoint": 10, "value": 0}
+    assert found["counters"]["consumed_valid_samples"] == {"checkpoint": 40, "value": 40}
+    assert found["policy"] == policy_file.to_dict(NEW_PHASE)
+
+
+def test_a_restart_is_told_first_with_what_was_asked_and_what_it_goes_on_with() -> None:
+    begun = decide(NEW_PHASE, None, "phase1@10#00").at(80)
+    phase = decide(NEW_PHASE, Mark.parse(str(begun.mark)), "phase2@12#11", "own")
+    report = phase_report(phase, BEFORE)
+    first, *counters = report.lines()[:4]
+    assert first.startswith("megatron_ext: CONTINUED (phase b): the checkpoint is of this phase")
+    assert "started from phase1@10#00" in first
+    assert all(line.endswith("(checkpoint)") for line in counters)
+    found = report.to_json()
+    validate(found)
+    assert found["phase"]["state"] == "continued"
+    assert found["phase"]["from"] == "phase1@10#00"
+    assert found["policy"] == policy_file.to_dict(NEW_PHASE)
+
+
+def test_a_resume_without_a_phase_says_nothing_about_it() -> None:
+    phase = decide(ResumePolicy(), None, "phase1@10#00")
+    report = phase_report(phase)
+    assert report.lines() == phase_report(None).lines()
+    validate(report.to_json())
+    found = report.to_json()["phase"]
+    assert (found["state"], found["name"], found["from"], found["operations"]) == (
+        *("none", None, None),
+        [],
+    )
+    assert phase_report(None).to_json()["phase"] is None
+
+
+def test_a_run_without_a_scheduler_has_no_position() -> None:
+    bare = replace(BEFORE, num_steps=None)
+    report = ResumeReport("0.19.2", [optimizer_report()], counters=(bare, bare))
+    assert not any("num_steps" in line for line in report.lines())
+    validate(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        ("keep", " > loss scale: 1024 (checkpoint)"),
+        ("reset", " > loss scale: 65536 (checkpoint 1024)"),
+    ],
+)
+def test_the_loss_scale_is_told_where_there_is_a_dynamic_one(choice: Any, line: str) -> None:
+    scale = 1024.0 if choice == "keep" else 65536.0
+    report = replace(optimizer_report(ResumePolicy(grad_scaler=choice)), loss_scale=(1024.0, scale))
+    run = ResumeReport("0.19.2", [report])
+    assert line in run.lines()
+    validate(run.to_json())
+    assert not any("loss scale" in x for x in ResumeReport("0", [optimizer_report()]).lines())
+
+
 def full_report() -> dict[str, Any]:
-    report = resume_report()
+    phase = decide(NEW_PHASE, None, "phase1@10#00")
+    report = phase_report(phase, replace(BEFORE, iteration=0, num_steps=0))
     report.optimizers.append(changed_report())
     report.scheduler = scheduler_section()
     return json.loads(json.dumps(report.to_json()))
@@ -419,6 +512,15 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no-reason": lambda d: _eps(d).pop("reason"),
     "position-of-half": lambda d: d["scheduler"].update(num_steps=0.5),
     "scheduler-value-bare": lambda d: d["scheduler"]["values"].update(max_lr=1e-3),
+    "no-phase": lambda d: d.pop("phase"),
+    "unknown-state": lambda d: d["phase"].update(state="begun"),
+    "phase-without-its-operations": lambda d: d["phase"].pop("operations"),
+    "phase-with-a-field-too-many": lambda d: d["phase"].update(offset=0),
+    "operations-are-text": lambda d: d["phase"].update(operations="preset reset"),
+    "no-counters": lambda d: d.pop("counters"),
+    "a-counter-bare": lambda d: d["counters"].update(iteration=10),
+    "a-counter-missing": lambda d: d["counters"].pop("num_steps"),
+    "a-counter-of-half": lambda d: d["counters"]["iteration"].update(value=0.5),
     "first-step-without-lr": lambda d: d["scheduler"]["first_step"][0].pop("lr"),
 }
 

@@ -114,4 +114,9 @@ POLICIES = st.builds(
     step=st.none() | st.sampled_from(("keep", "reset")) | st.integers(0, 10**9),
     nonfinite=st.sampled_from(("error", "reset", "keep")),
     strict=st.booleans(),
+    schedule_position=st.sampled_from((None, "continue", "restart")),
+    grad_scaler=st.sampled_from(("keep", "reset")),
+    reset_iteration=st.booleans(),
+    reset_dataloader=st.booleans(),
+    phase=st.sampled_from(("", "second", "long-context_2.1", "keep", "3")),
 )
