@@ -152,6 +152,8 @@ class Zygote:
     """Runs of one rank from a process that has imported Megatron already."""
 
     def __init__(self) -> None:
+        # Another test session on the machine has one too, and ends its own only.
+        self._mark = f"zygote of {os.getpid()}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.zygote"],
             cwd=ROOT,
@@ -159,7 +161,7 @@ class Zygote:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=_environment({_MARK: "zygote"}),
+            env=_environment({_MARK: self._mark}),
         )
         self._answers: dict[str, queue.SimpleQueue[int]] = {}
         self._lock = threading.Lock()
@@ -200,7 +202,7 @@ class Zygote:
         return Training(returncode, text, {0: text}, _report(report))
 
     def close(self) -> None:
-        _kill(self._process, "zygote")
+        _kill(self._process, self._mark)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
