@@ -83,7 +83,7 @@ def _checkpoint_findings(
             yield e
             return
     if stored is None:
-        yield from map(CheckpointError, _nothing_to_start_from(chosen, policy))
+        yield from map(CheckpointError, _nothing_to_start_from(args, chosen, policy))
         return
     facts = _Facts(args, policy, chosen, stored)
     yield from map(CheckpointError, _stored_problems(facts))
@@ -376,8 +376,9 @@ def _same_phase(there: StoredCheckpoint, phase: Phase) -> bool:
     return same and same_checkpoint(begun.source, phase.mark.source)
 
 
-def _nothing_to_start_from(chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
+def _nothing_to_start_from(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
     asked = ", ".join(policy.operations)
+    pretrained = getattr(args, "pretrained_checkpoint", None)
     if chosen.where == "start":
         yield (
             f"--selective-from {chosen.start}: there is no checkpoint (no "
@@ -387,6 +388,12 @@ def _nothing_to_start_from(chosen: Directories, policy: ResumePolicy) -> Iterato
         yield (
             f"--load {chosen.load} holds non-persistent checkpoints only. Give "
             "--non-persistent-ckpt-type global to go on from them, or name an empty directory"
+        )
+    elif pretrained is not None:
+        yield (
+            f"--pretrained-checkpoint {pretrained}: Megatron loads it without its optimizer, whose "
+            "moments were to be kept. Name it in --selective-from instead, or add --finetune to "
+            "start with a new optimizer"
         )
     elif asked:
         where = f"--load {chosen.load} holds no checkpoint" if chosen.load else "there is no --load"

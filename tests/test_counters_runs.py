@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from packaging.version import Version
 
+from megatron_ext.demo import corpus
 from tests.support.runs import TOKENS, Runs, Scenario, ok, runs_of
 from tests.support.training import Training, Zygote
 
@@ -43,6 +44,11 @@ LENGTHS = {
 PHASE_1 = f"--lr 3e-4 --min-lr 3e-5 {FORMAT}"
 PHASE_2 = f"--lr {LR} --min-lr {MIN_LR} {FORMAT} --override-opt_param-scheduler"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
+
+BLEND = (
+    "--vocab-size 300 --data-path 0.5 {directory}/text 0.5 {directory}/text --split 100,0,0 "
+    "--data-cache-path {directory}/cache"
+)
 
 #: Flags -> iteration, data position and schedule position (in iterations) that the run begins at.
 COMBINATIONS = {
@@ -80,6 +86,11 @@ SCENARIOS = {
             (4, 16), itertools.product(LENGTHS, ("", "--reset-iteration"))
         )
     },
+    # A blend of datasets has no sample more than is asked for.
+    "blend phase 1": Scenario(f"{PHASE_1} {LENGTHS['iters'][0]} {BLEND}", saves=True),
+    "blend": Scenario(
+        f"{PHASE_2} {LENGTHS['iters'][1]} {BLEND} {OURS} --reset-iteration", "blend phase 1"
+    ),
     # The command of Megatron-LM #963, its three flags verbatim.
     "issue 963": Scenario(
         f"--lr {LR} --min-lr {MIN_LR} --bf16 --use-distributed-optimizer --train-iters 4 "
@@ -103,7 +114,9 @@ SCENARIOS = {
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote
 ) -> Iterator[Runs]:
-    yield from runs_of(SCENARIOS, request, tmp_path_factory.mktemp("runs"), zygote)
+    directory = tmp_path_factory.mktemp("runs")
+    corpus.build(directory / "text", megabytes=0.1)
+    yield from runs_of(SCENARIOS, request, directory, zygote)
 
 
 def logged(position: int) -> float:
@@ -186,6 +199,14 @@ def test_a_changed_batch_size_goes_on_at_the_same_sample(
     assert [lr for _, _, lr, _ in found] == pytest.approx(wanted)
     warnings = runs[f"batch {batch} {unit} {flags}"].report["optimizers"][0]["warnings"]
     assert any(f"goes from {BATCH} to {batch}" in w and "data position" in w for w in warnings)
+
+
+@pytest.mark.reads("blend")
+def test_there_is_data_up_to_the_last_iteration(runs: Runs) -> None:
+    """Stock asks for 24 x 8 samples; the run begins at the 80th and needs 24 x 8 more."""
+    found = ok(runs["blend"])
+    assert list(found.iterations) == list(range(1, LAST + 1))
+    assert "train:      272" in found.log
 
 
 @pytest.mark.matrix

@@ -23,6 +23,11 @@ RESET = ResumePolicy(preset=Preset("reset"))
 CLASS = "--optimizer-class megatron_ext.SelectiveAdam"
 
 
+def assert_nothing_found(args: argparse.Namespace) -> None:
+    assert [str(e) for e in preflight._findings(args)] == []
+    preflight.check(args)
+
+
 @dataclass
 class Place:
     """Directories of a case, and the command lines that name them."""
@@ -43,6 +48,10 @@ class Place:
 
     def check(self, flags: str, **of_megatron: Any) -> None:
         preflight.check(self.parse(flags, **of_megatron))
+
+    def assert_legal(self, flags: str, **of_megatron: Any) -> None:
+        """Fails with the refusal where there is one."""
+        assert_nothing_found(self.parse(flags, **of_megatron))
 
     def refusal(self, flags: str, **of_megatron: Any) -> MegatronExtError:
         with pytest.raises(MegatronExtError) as caught:
@@ -215,13 +224,13 @@ def test_what_is_right_is_not_refused(
     unchanged()
     flags, of_megatron = LEGAL[case]
     newer = {} if missing else {"override_ckpt_iteration": None}
-    many.check(flags, **{**of_megatron, **newer})
+    many.assert_legal(flags, **{**of_megatron, **newer})
 
 
 def test_a_namespace_without_optional_arguments_is_enough(place: Place) -> None:
     args = place.parse("--load {one} --save {one}")
     needed = ("load", "save", "use_distributed_optimizer", "optimizer_class")
-    preflight.check(argparse.Namespace(**{n: getattr(args, n) for n in needed}))
+    assert_nothing_found(argparse.Namespace(**{n: getattr(args, n) for n in needed}))
 
 
 # --- what is wrong
@@ -290,6 +299,12 @@ FAULTS = {
         CheckpointError,
         "--load {nothing} --selective-preset reset",
         *("preset reset", "--load {nothing} holds no checkpoint", "--selective-from"),
+    ),
+    "pretrained": fault(
+        CheckpointError,
+        "--load {nothing} --selective-preset reset",
+        *("--pretrained-checkpoint somewhere", "without its optimizer", "--selective-from"),
+        pretrained_checkpoint="somewhere",
     ),
     "no --load": fault(
         CheckpointError,
@@ -588,9 +603,9 @@ def test_the_same_command_line_at_every_restart(place: Place) -> None:
 def test_the_arguments_may_be_checked_again_when_the_optimizer_is_built(place: Place) -> None:
     """By then --load is where the phase starts, and Megatron has completed its arguments."""
     args = place.parse("--selective-from {one} --load {two} --save {two} --reset-iteration")
-    preflight.check(args)
+    assert_nothing_found(args)
     args.lr_decay_iters, args.iteration, args.padded_vocab_size = args.train_iters, 0, 128
-    preflight.check(args)
+    assert_nothing_found(args)
 
 
 def test_a_non_persistent_checkpoint_counts_where_megatron_loads_it(place: Place) -> None:
@@ -612,7 +627,7 @@ def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(
 ) -> None:
     import torch
 
-    from megatron_ext import loop
+    from megatron_ext.host import loop
     from megatron_ext.resume import Resume
 
     file = place.one / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"

@@ -388,8 +388,7 @@ def test_a_transition_is_told_first_and_its_counters_with_their_reasons() -> Non
         "reset-momentum, iteration reset, schedule restart",
         " > iteration: 0 (checkpoint 10; --reset-iteration)",
         " > consumed samples: 80 (checkpoint)",
-        " > schedule position (num_steps, in samples): 0 (checkpoint 80; --selective-schedule "
-        "restart)",
+        " > schedule position (num_steps, in samples): 0 (checkpoint 80; --reset-iteration)",
     ]
     found = report.to_json()
     validate(found)

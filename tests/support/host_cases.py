@@ -7,7 +7,9 @@ import warnings
 from typing import Any
 
 from megatron_ext import host
+from megatron_ext.errors import HostError
 from megatron_ext.host import HostName
+from megatron_ext.host import contract as names
 
 from . import harness
 from .harness import Hyper, Layout
@@ -39,25 +41,25 @@ def _find(name: HostName) -> Any:
     return target
 
 
-def broken_contract(names: list[tuple[str, str, tuple[str, ...]]]) -> str:
+def broken_contract(moved: list[tuple[str, str, tuple[str, ...]]]) -> str:
     """The error when upstream has moved these names."""
-    before = host.CONTRACT
-    host.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in names))
+    before = names.CONTRACT
+    names.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in moved))
     try:
         host.check_contract()
-    except host.HostError as e:
+    except HostError as e:
         return str(e)
     finally:
-        host.CONTRACT = before
+        names.CONTRACT = before
     return ""
 
 
 def version_warnings(version: str) -> list[str]:
     """The warnings of two checks with a Megatron of this version."""
-    stock, host.megatron_version = host.megatron_version, lambda: version
-    before, host._warned_version = host._warned_version, False
+    stock, names.megatron_version = names.megatron_version, lambda: version
+    before, names._warned_version = names._warned_version, False
     # Only the version is another; the names of the installed one need not be those of that.
-    contract, host.CONTRACT = host.CONTRACT, ()
+    contract, names.CONTRACT = names.CONTRACT, ()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -65,9 +67,9 @@ def version_warnings(version: str) -> list[str]:
             host.check_contract()
         return [str(w.message) for w in caught]
     finally:
-        host.megatron_version = stock
-        host.CONTRACT = contract
-        host._warned_version = before
+        names.megatron_version = stock
+        names.CONTRACT = contract
+        names._warned_version = before
 
 
 def stock_after_install() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def optimizer_report(
 
 def scheduler_section(policy: ResumePolicy = KEEP_WEIGHT_DECAY) -> dict[str, Any]:
     """The section as `megatron_ext.host` makes it from a scheduler."""
-    from megatron_ext import host
+    from megatron_ext.host import scheduling
 
     values = {
         "max_lr": 1e-3,
@@ -60,7 +60,7 @@ def scheduler_section(policy: ResumePolicy = KEEP_WEIGHT_DECAY) -> dict[str, Any
         resume=SimpleNamespace(policy=policy), optimizer=SimpleNamespace(param_groups=groups)
     )
     saved = {"max_lr": 3e-3, "start_wd": 0.1, "end_wd": 0.1, "num_steps": 32}
-    return host._scheduler_section(scheduler, saved, {**values, "start_wd": 0.2}, [member])
+    return scheduling.scheduler_section(scheduler, saved, {**values, "start_wd": 0.2}, [member])
 
 
 def resume_report() -> ResumeReport:

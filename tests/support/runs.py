@@ -24,7 +24,8 @@ class Scenario:
     """One run.
 
     Args:
-        arguments: Megatron's; ``{name}`` is the checkpoint directory of the run of that name.
+        arguments: Megatron's; ``{name}`` is the checkpoint directory of the run of that name,
+            ``{directory}`` that of all runs.
         loads: The run whose checkpoint it loads.
         world: Number of ranks.
         launcher: Options of `megatron_ext.launch`.
@@ -96,7 +97,7 @@ class Runs:
             before = self._futures[other].result()
             meant = self._table[other].fails or self._table[other].kill_at is not None
             assert (before.returncode == 0) != meant, (other, before.log[-3000:])
-        arguments = scenario.arguments
+        arguments = scenario.arguments.replace("{directory}", str(self._directory))
         for other in self._table:
             arguments = arguments.replace(f"{{{other}}}", str(self.checkpoint(other)))
         if scenario.loads is not None:

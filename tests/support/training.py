@@ -120,8 +120,8 @@ def run(
             str(world),
         ),
         *("--log-dir", str(logs), "--redirects", "3", "--tee", "0"),
-        *("-m", "megatron_ext.launch", *launcher.split(), str(script), *ARGUMENTS),
-        *arguments.format(report=report).split(),
+        *("-m", "megatron_ext.launch", *launcher.split(), str(script)),
+        *_words(arguments, report),
     ]
     output = directory / "torchrun.log"
     with output.open("w") as stream:
@@ -180,8 +180,7 @@ class Zygote:
         """As `run` with one rank."""
         directory.mkdir(parents=True, exist_ok=True)
         log, report = directory / "rank0.log", directory / "report"
-        argv = [*launcher.split(), str(script), *ARGUMENTS]
-        argv += arguments.format(report=report).split()
+        argv = [*launcher.split(), str(script), *_words(arguments, report)]
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -209,6 +208,12 @@ class Zygote:
         for line in self._process.stdout:
             answer = json.loads(line)
             self._answers[answer["id"]].put(answer["rc"])
+
+
+def _words(arguments: str, report: Path) -> list[str]:
+    """Megatron's arguments; data of one's own takes the place of the mock data."""
+    words = arguments.format(report=report).split()
+    return [w for w in ARGUMENTS if w != "--mock-data" or "--data-path" not in words] + words
 
 
 def _report(directory: Path) -> dict[str, Any] | None:

@@ -1,8 +1,7 @@
 """The training loop's side of a phase change: counters at a load, then the data position.
 
-Stock Megatron has one counter in three places and puts them right from each other. `host.install`
-puts these functions around the four of Megatron's that do so; they change nothing in a run whose
-counters agree with each other.
+Stock Megatron has one counter in three places and puts them right from each other. Nothing here
+changes a run whose counters agree with each other.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import agree
-from .checkpoint import read_optimizer
-from .counters import Counters, begin, last_iteration, samples_needed
-from .errors import CheckpointError, MegatronExtError
-from .log import say
-from .phase import Mark, Phase, decide, identity
-from .resume import Resume
+from .. import agree
+from ..checkpoint import read_optimizer
+from ..counters import Counters, begin, last_iteration, samples_needed
+from ..errors import CheckpointError, MegatronExtError
+from ..log import say
+from ..phase import Mark, Phase, decide, identity
+from ..resume import Resume
+from .request import global_args, state
 
 
 def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
@@ -33,7 +33,8 @@ def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
     Args:
         resume: Of the optimizers that are to be loaded.
         load_dir: The directory.
-        state_dict: What was read; its counters are changed in place. None if nothing was found.
+        state_dict: What was read; its consumed samples are changed in place. None if nothing was
+            found.
 
     Raises:
         MegatronExtError: The checkpoint cannot be what the policy was asked for; on every rank.
@@ -50,7 +51,6 @@ def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
         return
     phase, mark, before, after = decided
     resume.announce(phase, mark, before, after)
-    state_dict["iteration"] = after.iteration
     saved = state_dict.get("args")
     if saved is not None:
         for name in _OF_ARGUMENTS:
@@ -82,7 +82,7 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
     return after.iteration
 
 
-def around_loaders(resume_of: Callable[[], Resume | None]) -> Callable[..., Any]:
+def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around ``build_train_valid_test_data_loaders`` (training/training.py:4510, 0.19.2).
 
     Stock takes a data position of 0 at a later iteration for a checkpoint of old times and computes
@@ -90,52 +90,46 @@ def around_loaders(resume_of: Callable[[], Resume | None]) -> Callable[..., Any]
     for it, and right again for the script's own dataset provider.
     """
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def build(provider: Any, *rest: Any, **kwargs: Any) -> Any:
-            resume, args = resume_of(), _args()
-            if resume is None or not _own_data_position(resume):
-                return original(provider, *rest, **kwargs)
-            iteration = args.iteration
+    @functools.wraps(original)
+    def build(provider: Any, *rest: Any, **kwargs: Any) -> Any:
+        resume, args = state.resumed, global_args()
+        if resume is None or not _own_data_position(resume):
+            return original(provider, *rest, **kwargs)
+        iteration = args.iteration
 
-            @functools.wraps(provider)
-            def provide(*a: Any, **k: Any) -> Any:
-                with _iteration(args, iteration):
-                    return provider(*a, **k)
+        @functools.wraps(provider)
+        def provide(*a: Any, **k: Any) -> Any:
+            with _iteration(args, iteration):
+                return provider(*a, **k)
 
-            with _iteration(args, 0):
-                return original(provide, *rest, **kwargs)
+        with _iteration(args, 0):
+            return original(provide, *rest, **kwargs)
 
-        return build
-
-    return wrap
+    return build
 
 
-def around_sample_counts(resume_of: Callable[[], Resume | None]) -> Callable[..., Any]:
+def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around ``get_train_valid_test_num_samples`` (training/training.py:4466, 0.19.2).
 
     Stock asks for the samples of all iterations at the current batch size, which are too few for a
     run that has consumed more than its iterations say.
     """
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def count(*rest: Any, **kwargs: Any) -> Any:
-            train, valid, test = original(*rest, **kwargs)
-            resume, args = resume_of(), _args()
-            if resume is None or resume.counters is None or not _constant_batch(args):
-                return train, valid, test
-            if args.phase_transition_iterations or not args.train_iters:
-                return train, valid, test
-            now = resume.counters[1]
-            needed = samples_needed(now, args.train_iters, args.global_batch_size)
-            if now.consumed_train_samples == now.iteration * args.global_batch_size:
-                return train, valid, test
-            return max(train, needed), _valid_needed(args, now, valid), test
+    @functools.wraps(original)
+    def count(*rest: Any, **kwargs: Any) -> Any:
+        train, valid, test = original(*rest, **kwargs)
+        resume, args = state.resumed, global_args()
+        if resume is None or resume.counters is None or not _constant_batch(args):
+            return train, valid, test
+        if args.phase_transition_iterations or not args.train_iters:
+            return train, valid, test
+        now = resume.counters[1]
+        if now.consumed_train_samples == now.iteration * args.global_batch_size:
+            return train, valid, test
+        needed = samples_needed(now, args.train_iters, args.global_batch_size)
+        return max(train, needed), _valid_needed(args, now, valid), test
 
-        return count
-
-    return wrap
+    return count
 
 
 _OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
@@ -219,9 +213,3 @@ def _iteration(args: Any, value: int) -> Iterator[None]:
         yield
     finally:
         args.iteration = before
-
-
-def _args() -> Any:
-    from megatron.training.global_vars import get_args
-
-    return get_args()

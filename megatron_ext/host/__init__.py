@@ -1,0 +1,54 @@
+"""Everything that depends on Megatron's private names and versions, in one place.
+
+`install` rebinds a few module attributes of the installed, unmodified megatron-core; each is listed
+in `CONTRACT` with the upstream file. The replacements do nothing unless a request is active: the
+launcher's, a library call's, or ``--optimizer-class`` among Megatron's parsed arguments.
+Megatron's own files are never edited or copied.
+"""
+
+from .contract import (
+    CONTRACT,
+    CORE,
+    TESTED,
+    TRAINING,
+    HostName,
+    check_contract,
+    has_training,
+    megatron_version,
+)
+from .installing import install
+from .loading import needs_optimizer
+from .members import adam_optimizers, members_of
+from .request import (
+    DEFAULT_CLASS,
+    Request,
+    active_request,
+    launch_request,
+    parse_arguments,
+    requested,
+    require_built,
+    resolve_class,
+)
+
+__all__ = [
+    "CONTRACT",
+    "CORE",
+    "DEFAULT_CLASS",
+    "TESTED",
+    "TRAINING",
+    "HostName",
+    "Request",
+    "active_request",
+    "adam_optimizers",
+    "check_contract",
+    "has_training",
+    "install",
+    "launch_request",
+    "megatron_version",
+    "members_of",
+    "needs_optimizer",
+    "parse_arguments",
+    "requested",
+    "require_built",
+    "resolve_class",
+]

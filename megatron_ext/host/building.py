@@ -1,0 +1,205 @@
+"""Around the functions that build Megatron's optimizers. Each wrapper gets the original."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import agree
+from ..errors import HostError, MegatronExtError
+from ..log import say
+from ..steps import is_adam
+from .contract import CORE
+from .members import members_of
+from .request import Request, active_request, global_args, resolve_class, state
+
+
+def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `_get_megatron_optimizer_based_on_param_groups`."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        request = active_request()
+        if request is None:
+            return original(*args, **kwargs)
+        _check_arguments(request)
+        cls = resolve_class(request.optimizer_class)
+        call = signature.bind(*args, **kwargs).arguments
+        _refuse_unsupported(request, call["config"], call["model_chunks"])
+        with _substituted(cls):
+            optimizer = original(*args, **kwargs)
+        _check_built(request, cls, optimizer, call["model_chunks"])
+        state.built += 1
+        return optimizer
+
+    return build
+
+
+def build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `_get_megatron_emerging_optimizer`: Muon and others, which chain an Adam."""
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if (request := active_request()) is None:
+            return original(*args, **kwargs)
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        config, chosen = call["config"], request.optimizer_class
+        by_layer = getattr(config, "use_layer_wise_distributed_optimizer", False)
+        if by_layer or config.optimizer.startswith("dist_"):
+            raise HostError(
+                f"--optimizer-class {chosen} with --optimizer {config.optimizer} and a layer-wise "
+                "distributed optimizer: it keeps its state in a layout of its own. Leave "
+                "--use-layer-wise-distributed-optimizer out"
+            )
+        cls = resolve_class(chosen)
+        with _substituted(cls):
+            optimizer = original(*args, **kwargs)
+        _join_emerging(request, optimizer, call["model_chunks"])
+        return optimizer
+
+    return build
+
+
+def chain(original: Callable[..., None]) -> Callable[..., None]:
+    """Around `ChainedOptimizer.__init__`: one resume, one report for the chain."""
+
+    @functools.wraps(original)
+    def init(self: Any, chained_optimizers: list[Any]) -> None:
+        original(self, chained_optimizers)
+        members = members_of(self)
+        if len(members) > 1:
+            shared = members[0].resume
+            for member in members[1:]:
+                member.join(shared)
+
+    return init
+
+
+def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> None:
+    if config.optimizer != "adam":
+        raise _not_adam(request, config.optimizer)
+    if config.overlap_param_gather_with_optimizer_step:
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with "
+            "--overlap-param-gather-with-optimizer-step: Megatron then splits the dense parameters "
+            "into two chained optimizers by model chunk, which is not tested with a selective "
+            "resume. Leave the flag out for this run"
+        )
+    if getattr(config, "optimizer_cpu_offload", False) and request.policy.changes_moments:
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --optimizer-cpu-offload and rules "
+            "for moments: HybridDeviceOptimizer keeps them in several optimizers. Leave the rules "
+            "or the offload out"
+        )
+    ddp_config = getattr(model_chunks[0], "ddp_config", None)
+    if getattr(ddp_config, "use_megatron_fsdp", False):
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --use-megatron-fsdp: Megatron-FSDP "
+            "keeps its optimizer state in its own layout and does not load through "
+            "DistributedOptimizer. Use --use-distributed-optimizer without it"
+        )
+    args = global_args()
+    if getattr(args, "use_torch_fsdp2", False):
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --use-torch-fsdp2: torch FSDP2 "
+            "loads in place and bypasses the optimizer's load_state_dict"
+        )
+    if getattr(args, "non_persistent_ckpt_type", None) == "local":
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --non-persistent-ckpt-type local: "
+            "a local checkpoint takes precedence over --load and is not tested with a selective "
+            "resume. Use --non-persistent-ckpt-type global, or none for the first resume"
+        )
+
+
+def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
+    """Make the members of a chain that Muon and Adam share one resume."""
+    members = members_of(optimizer)
+    if not any(is_adam(m.optimizer) for m in members):
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class}: no Adam in {type(optimizer).__name__}, "
+            "so there are no moments to keep. Leave --optimizer-class out"
+        )
+    resume = request.resume()
+    for member in members:
+        member.resume_chunks = model_chunks
+        member.join(resume)
+        if not is_adam(member.optimizer):
+            inner = type(member.optimizer).__name__
+            say(f"megatron_ext: {inner} is not Adam: its state is kept, moment rules do not apply")
+    state.built += 1
+
+
+def _not_adam(request: Request, optimizer: str) -> HostError:
+    return HostError(
+        f"--optimizer-class {request.optimizer_class} with --optimizer {optimizer}: only Adam is "
+        f"supported (its state is exp_avg and exp_avg_sq); '{optimizer}' and chains that contain "
+        "it are not. Use --optimizer adam, or leave --optimizer-class out"
+    )
+
+
+@contextlib.contextmanager
+def _substituted(cls: type) -> Iterator[None]:
+    """Let the construction site find our classes, and nobody else."""
+    from .. import optimizer as ours
+
+    core = importlib.import_module(CORE)
+    replacements = {"DistributedOptimizer": cls}
+    if issubclass(cls, ours.SelectiveAdam):
+        replacements["Float16OptimizerWithFloat16Params"] = ours.SelectiveFloat16Optimizer
+        replacements["FP32Optimizer"] = ours.SelectiveFP32Optimizer
+    originals = {name: getattr(core, name) for name in replacements}
+    for name, replacement in replacements.items():
+        setattr(core, name, replacement)
+    try:
+        yield
+    finally:
+        for name, stock in originals.items():
+            setattr(core, name, stock)
+
+
+def _check_arguments(request: Request) -> None:
+    """Find what is wrong before anything is built, and the same on every rank; collective."""
+    error = None
+    args = global_args()
+    if getattr(args, "optimizer_class", None) is not None:
+        from .. import preflight
+
+        try:
+            preflight.check(args)
+        except MegatronExtError as e:
+            error = e
+    agree.agree("the policy", _digest(request), error)
+
+
+def _digest(request: Request) -> str:
+    return hashlib.sha256(
+        repr((request.optimizer_class, request.policy, request.where)).encode()
+    ).hexdigest()
+
+
+def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:
+    inner = type(getattr(optimizer, "optimizer", None)).__name__
+    if members_of(optimizer):
+        optimizer.resume_chunks = model_chunks
+        optimizer.join(request.resume())
+    if isinstance(optimizer, cls):
+        say(f"megatron_ext: {cls.__name__} in place of DistributedOptimizer, over {inner}")
+        return
+    if not members_of(optimizer):
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class}: it takes the place of "
+            f"DistributedOptimizer, but {type(optimizer).__name__} was built. Add "
+            "--use-distributed-optimizer"
+        )
+    say(
+        f"megatron_ext: without --use-distributed-optimizer there is no DistributedOptimizer for "
+        f"{cls.__name__} to replace; {type(optimizer).__name__} over {inner} resumes by the same "
+        "rules"
+    )

@@ -1,0 +1,258 @@
+"""The names of Megatron that this package leans on, and the versions it is tested with."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+
+from ..errors import HostError
+
+#: Versions the tests run against; outside of [first, last minor] a warning is given once.
+TESTED = ("0.16.1", "0.18.2", "0.19.2")
+
+CORE = "megatron.core.optimizer"
+
+TRAINING = "megatron.training"
+
+
+@dataclass(frozen=True)
+class HostName:
+    """One name of Megatron that this package leans on.
+
+    Args:
+        module: Where it lives.
+        attribute: Its name there; dotted for a class attribute.
+        parameters: Parameters that have to be in its signature.
+        rebound: Whether `install` puts something in its place.
+        since: First megatron-core version that has it.
+        reference: File and line in megatron-core 0.19.2, and why it is needed.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...] = ()
+    rebound: bool = False
+    since: str = "0.16.1"
+    reference: str = ""
+
+
+CONTRACT = (
+    HostName(
+        CORE,
+        "_get_megatron_optimizer_based_on_param_groups",
+        ("config", "model_chunks"),
+        rebound=True,
+        reference="core/optimizer/__init__.py:484; the only place that builds optimizers",
+    ),
+    HostName(CORE, "DistributedOptimizer", reference="core/optimizer/__init__.py:54"),
+    HostName(CORE, "Float16OptimizerWithFloat16Params", reference="core/optimizer/__init__.py:64"),
+    HostName(CORE, "FP32Optimizer", reference="core/optimizer/__init__.py:65"),
+    HostName(CORE, "get_megatron_optimizer", ("config", "model_chunks"), reference=":992"),
+    HostName(
+        CORE,
+        "_get_megatron_emerging_optimizer",
+        ("config",),
+        rebound=True,
+        since="0.18.0",
+        reference="core/optimizer/__init__.py:725; Muon and others, chained with Adam",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "ChainedOptimizer.__init__",
+        ("chained_optimizers",),
+        rebound=True,
+        reference="core/optimizer/optimizer.py:1429; the members of one chain share one resume",
+    ),
+    HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.load_state_dict",
+        ("state_dict",),
+        rebound=True,
+        reference="core/optimizer_param_scheduler.py:341; follows the optimizer's policy",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing",
+        "load",
+        ("sharded_state_dict", "checkpoint_dir"),
+        rebound=True,
+        reference="core/dist_checkpointing/serialization.py:69; explains shards that do not fit",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        ("model_param", "tensors"),
+        reference="core/optimizer/distrib_optimizer.py:1191; overridden",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer._get_main_param_and_optimizer_states",
+        ("model_param",),
+        reference="core/optimizer/distrib_optimizer.py:1077; overridden",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.sharded_state_dict",
+        ("model_sharded_state_dict", "is_loading"),
+        reference="core/optimizer/distrib_optimizer.py:1460; overridden (self-load)",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.from_rank_offsets",
+        ("key", "data"),
+        reference="core/dist_checkpointing/mapping.py:181; its global shape, offset and prepended "
+        "axes say where a shard lies (parameters.py)",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.allow_shape_mismatch",
+        reference="core/dist_checkpointing/mapping.py:90; set to zero before a load, so that new "
+        "rows of the vocabulary are put back (vocabulary.py)",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.load_parameter_state_from_dp_zero",
+        ("state_dict", "update_legacy_format"),
+        reference="core/optimizer/distrib_optimizer.py:2225; overridden",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer._get_model_param_range_map",
+        ("param",),
+        reference="core/optimizer/distrib_optimizer.py:786; the shard of a parameter",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "FP32Optimizer._filter_and_reorder_param_groups",
+        ("current_groups", "state_dict_groups"),
+        reference="core/optimizer/optimizer.py:594; overridden",
+    ),
+    HostName(
+        f"{TRAINING}.arguments",
+        "add_megatron_arguments",
+        ("parser",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/arguments.py:121; adds this package's flags",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "load_checkpoint",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        rebound=True,
+        since="0.18.0",
+        reference="training/checkpointing.py:2066; bound in training/training.py too",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "check_checkpoint_args",
+        ("checkpoint_args",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/checkpointing.py:143; sees the saved arguments",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "_load_base_checkpoint",
+        ("load_dir", "args", "rank0"),
+        rebound=True,
+        since="0.18.0",
+        reference="training/checkpointing.py:1633; the counters and the phase, before they count",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "build_train_valid_test_data_loaders",
+        ("build_train_valid_test_datasets_provider",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:4510; recomputes a data position of 0 (line 4523)",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "get_train_valid_test_num_samples",
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:4466; how much data the run needs",
+    ),
+)
+
+_warned_version = False
+
+
+def megatron_version() -> str:
+    """Version of the megatron-core that is imported (`megatron.core.package_info`).
+
+    Without the local part: upstream appends the commit of whatever repository the run starts in.
+    """
+    core = importlib.import_module("megatron.core")
+    version = getattr(core, "__version__", None) or importlib.metadata.version("megatron-core")
+    return Version(version).public
+
+
+def check_contract() -> None:
+    """Compare `CONTRACT` with the installed Megatron.
+
+    Raises:
+        HostError: A name is gone or has lost a parameter; names both versions.
+    """
+    found = Version(megatron_version())
+    problems = [p for name in CONTRACT if (p := _problem(name, found))]
+    if problems:
+        raise HostError(
+            f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the installed "
+            f"megatron-core {found} has moved what it leans on:\n"
+            + "\n".join(f"  {p}" for p in problems)
+            + f"\nInstall megatron-core=={TESTED[-1]}, or run without --optimizer-class"
+        )
+    _warn_if_untested(found)
+
+
+@functools.cache
+def has_training() -> bool:
+    """Whether the wheel ships the training loop (0.18 and later, with its extra installed)."""
+    try:
+        importlib.import_module(f"{TRAINING}.arguments")
+        importlib.import_module(f"{TRAINING}.checkpointing")
+    except ImportError:
+        return False
+    return True
+
+
+def _problem(name: HostName, found: Version) -> str | None:
+    if found < Version(name.since):
+        return None
+    if name.module.startswith(TRAINING) and not has_training():
+        return None
+    where = f"{name.module}.{name.attribute}"
+    try:
+        target: Any = importlib.import_module(name.module)
+        for part in name.attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as e:
+        return f"{where} is gone ({e}); needed for: {name.reference}"
+    target = getattr(target, "__megatron_ext_original__", target)
+    if name.parameters:
+        has = inspect.signature(target).parameters
+        missing = [p for p in name.parameters if p not in has]
+        if missing:
+            return f"{where} has no parameter {', '.join(missing)}; needed for: {name.reference}"
+    return None
+
+
+def _warn_if_untested(found: Version) -> None:
+    global _warned_version
+    last = Version(TESTED[-1])
+    inside = Version(TESTED[0]) <= found and found.release[:2] <= last.release[:2]
+    if not inside and not _warned_version:
+        _warned_version = True
+        warnings.warn(
+            f"megatron-core {found} is outside the range megatron_ext is tested with "
+            f"({TESTED[0]} to {last.major}.{last.minor}.x); every name it leans on is there",
+            stacklevel=3,
+        )

@@ -1,0 +1,90 @@
+"""Around the load of the learning rate and weight decay scheduler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .members import members_of
+
+_SCHEDULER_VALUES = (
+    "max_lr",
+    "min_lr",
+    "lr_warmup_steps",
+    "lr_decay_steps",
+    "lr_decay_style",
+    "start_wd",
+    "end_wd",
+    "wd_incr_steps",
+    "wd_incr_style",
+)
+
+
+def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
+    """Around `OptimizerParamScheduler.load_state_dict`: the same decision as the groups'."""
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
+        members = members_of(self.optimizer)
+        if not members:
+            original(self, state_dict)
+            return
+        policy = members[0].resume.policy
+        flags = (self.override_opt_param_scheduler, self.use_checkpoint_opt_param_scheduler)
+        from_checkpoint = policy.schedule == "checkpoint"
+        self.override_opt_param_scheduler = not from_checkpoint
+        self.use_checkpoint_opt_param_scheduler = from_checkpoint
+        arguments = _scheduler_values(self)
+        try:
+            original(self, state_dict)
+        finally:
+            self.override_opt_param_scheduler, self.use_checkpoint_opt_param_scheduler = flags
+        for name in policy.kept_scheduler_attributes:
+            if name in state_dict:
+                setattr(self, name, state_dict[name])
+        phase = members[0].resume.phase
+        if phase is not None and phase.policy.restarts_schedule:
+            self.num_steps = 0
+        # Stock computes the first step's weight decay before it has restored start_wd and end_wd
+        # (core/optimizer_param_scheduler.py:341, 0.19.2).
+        self.step(0)
+        members[0].resume.scheduler_loaded(scheduler_section(self, state_dict, arguments, members))
+
+    return load_state_dict
+
+
+def _scheduler_values(scheduler: Any) -> dict[str, Any]:
+    return {name: getattr(scheduler, name) for name in _SCHEDULER_VALUES}
+
+
+def scheduler_section(
+    scheduler: Any,
+    state_dict: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    members: list[Any],
+) -> dict[str, Any]:
+    """The scheduler's part of the report."""
+    policy = members[0].resume.policy
+    kept = set(policy.kept_scheduler_attributes)
+    everything = policy.schedule == "checkpoint"
+    values = {
+        name: {
+            "checkpoint": state_dict.get(name),
+            "argument": arguments[name],
+            "value": value,
+            "taken": "checkpoint" if everything or name in kept else "arguments",
+        }
+        for name, value in _scheduler_values(scheduler).items()
+    }
+    first = [
+        {
+            "optimizer": number,
+            "group": index,
+            "lr": float(group["lr"]),
+            "weight_decay": float(group["weight_decay"]),
+        }
+        for number, member in enumerate(members)
+        for index, group in enumerate(member.optimizer.param_groups)
+    ]
+    return {"num_steps": scheduler.num_steps, "values": values, "first_step": first}

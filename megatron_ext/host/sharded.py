@@ -1,0 +1,132 @@
+"""Around `dist_checkpointing.load`: what does not fit, and rows the checkpoint does not have."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import agree, checkpoint, vocabulary
+from ..errors import CheckpointError
+from ..log import say
+from .request import state
+
+#: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `dist_checkpointing.load`: say what does not fit, in the user's words."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        if not state.built:
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs).arguments
+        # Loading takes the sharded entries out of the dict: look before.
+        requested = _optimizer_entries(call["sharded_state_dict"])
+        # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
+        dcp = importlib.import_module("torch.distributed.checkpoint.api")
+        resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+        if not requested:
+            say(resized.lines())  # no optimizer is loaded that would report them
+            resized.forget()
+        try:
+            loaded = original(*args, **kwargs)
+            # With some values of `strict` also which keys did not fit.
+            resized.put_back(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
+        except (Exception, dcp.CheckpointException) as e:
+            resized.forget()
+            stored = _stored_entries(call["checkpoint_dir"])
+            lines = checkpoint.misfits(requested, stored)
+            if not lines:
+                raise
+            if not any(_OPTIMIZER_PREFIX in key for key in stored):
+                raise no_optimizer_state(call["checkpoint_dir"]) from e
+            raise checkpoint.does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
+
+    return load
+
+
+def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> vocabulary.Resized:
+    """What of a resume has another number of rows than the checkpoint.
+
+    Raises:
+        CheckpointError: The optimizer state is stored for the old number only; on every rank.
+    """
+    if not requested and state.loading is None:
+        return vocabulary.Resized()
+    mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+
+    def stored() -> Mapping[str, tuple[int, ...] | None]:
+        try:
+            return _stored_entries(directory)
+        except Exception:  # no torch_dist checkpoint, or damaged: the load itself says so
+            return {}
+
+    resized = vocabulary.look(state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored)
+    error = vocabulary.unsupported(resized, requested)
+    if error is not None:
+        resized.forget()
+    if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
+        agree.agree("looking at the vocabulary", "0" * 32, error)
+    elif error is not None:
+        raise error
+    return resized
+
+
+def _has_stages_without_vocabulary() -> bool:
+    """Whether a pipeline stage has neither embedding nor output layer to tell the size by."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    return int(parallel_state.get_pipeline_model_parallel_world_size()) > 2
+
+
+def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
+    """Checkpoint keys of the optimizer's entries in a sharded state dict -> global shape."""
+    mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+    utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
+    entries: dict[str, Any] = {}
+    for entry in utils.nested_values(state_dict):
+        if isinstance(entry, mapping.ShardedTensorFactory):
+            # A gated fc1 is stored as two halves along a new or split axis; only the key is sure.
+            entries[entry.key] = None
+        elif isinstance(entry, mapping.ShardedTensor):
+            entries[entry.key] = None if entry.allow_shape_mismatch else entry.global_shape
+        elif isinstance(entry, mapping.ShardedObject):
+            entries[entry.unique_key] = None
+    return {key: shape for key, shape in entries.items() if _OPTIMIZER_PREFIX in key}
+
+
+def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
+    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
+
+    Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
+    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
+    0.19.2).
+
+    Args:
+        directory: The iteration's directory.
+
+    Returns:
+        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+    }
+
+
+def no_optimizer_state(where: Any) -> CheckpointError:
+    """The error for a checkpoint without the moments that were to be kept."""
+    return CheckpointError(
+        f"the checkpoint in {where} holds no optimizer state (a release checkpoint, or written "
+        "with --no-save-optim), but the moments were to be kept. Pass --no-load-optim to start "
+        "with a new optimizer"
+    )
