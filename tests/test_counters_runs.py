@@ -6,7 +6,6 @@ token ids from a run that was never interrupted.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Iterator
 
@@ -14,16 +13,12 @@ import pytest
 from packaging.version import Version
 
 from megatron_ext.demo import corpus
-from tests.support.runs import TOKENS, Runs, Scenario, ok, runs_of
+from tests.support.runs import TOKENS, Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Training, Zygote
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None
-        or importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core wheel does not ship the training loop",
-    ),
+    needs_training,
 ]
 
 BATCH, FIRST, LAST = 8, 10, 24

@@ -6,7 +6,6 @@ and each test reads what its runs printed.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +13,12 @@ import pytest
 from packaging.version import Version
 
 from megatron_ext import launch
-from tests.support.runs import Runs, Scenario, ok, runs_of
+from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None
-        or importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core wheel does not ship the training loop",
-    ),
+    needs_training,
 ]
 
 PHASE_1 = "--lr 3e-4 --min-lr 3e-5 --train-iters 10 --lr-decay-iters 20"

@@ -6,7 +6,6 @@ killed is the oracle: the same losses as logged, the same state in the last chec
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 from collections.abc import Iterator
@@ -16,17 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.runs import TOKENS, Runs, Scenario, ok, runs_of
+from tests.support.runs import TOKENS, Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Training, Zygote
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.latest,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None
-        or importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core wheel does not ship the training loop",
-    ),
+    needs_training,
 ]
 
 FORMAT = "--bf16 --use-distributed-optimizer --ckpt-format torch"

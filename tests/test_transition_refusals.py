@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Runs, Scenario, ok, runs_of
+from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None
-        or importlib.util.find_spec("megatron.training") is None,
-        reason="this megatron-core wheel does not ship the training loop",
-    ),
+    needs_training,
 ]
 
 LEGACY = "--bf16 --use-distributed-optimizer --ckpt-format torch"

@@ -5,6 +5,7 @@ A process takes 10 s to import Megatron, so that runs of one rank are forked fro
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import ROOT, SCRIPT, Training, Zygote, run
+
+#: Mark of the tests that run a training script.
+needs_training = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None
+    or importlib.util.find_spec("megatron.training") is None,
+    reason="this megatron-core wheel does not ship the training loop",
+)
 
 #: Prints the token ids of every micro-batch; the same training script otherwise.
 TOKENS = "tests/support/token_script.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -97,6 +98,8 @@ def _clean_up() -> None:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Models and optimizers hold their process groups, whose threads go on polling, in cycles.
+    gc.collect()
 
 
 if __name__ == "__main__":
