@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import MegatronExtError, PolicyError
 from .host import DEFAULT_CLASS, Request
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
 
+_GROUP = "selective resume (megatron_ext)"
 #: Flags that are no part of the policy.
 _OTHER_FLAGS = ("optimizer_class", "selective_report", "selective_policy", "selective_from")
 #: Flags of the policy that may be given beside a file.
@@ -47,9 +49,14 @@ def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     parse = parser.parse_known_args
     if hasattr(parse, "chooses_directories"):
         return parser  # the launcher has been here, and then a script with `add_arguments`
+    # A fork's own flags of the same name are not ours to refuse.
+    groups = (g for g in parser._action_groups if g.title == _GROUP)
+    own = {_flag(action.dest) for group in groups for action in group._group_actions}
 
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
         namespace, rest = parse(*args, **kwargs)
+        if unheard := own & set(given_without_class(namespace)):
+            parser.exit(2, f"{parser.prog}: error: {without_class(sorted(unheard))}\n")
         given = {
             name: getattr(namespace, name, None)
             for name in ("load", "save", "selective_from", "non_persistent_global_ckpt_dir")
@@ -62,6 +69,7 @@ def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             namespace.load, namespace.selective_where = str(chosen.load), chosen.where
             if chosen.where == "own":
                 # It has said where the phase starts; a restart goes on from the newest.
+                namespace.selective_start_step = getattr(namespace, "ckpt_step", None)
                 namespace.ckpt_step = None
         return namespace, rest
 
@@ -74,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags only; a parser that has them already is returned as it is."""
     if any("--optimizer-class" in action.option_strings for action in parser._actions):
         return parser
-    group = parser.add_argument_group(title="selective resume (megatron_ext)")
+    group = parser.add_argument_group(title=_GROUP)
     group.add_argument(
         "--optimizer-class",
         metavar="PATH",
@@ -238,8 +246,17 @@ def given_without_class(args: argparse.Namespace | Any) -> list[str]:
     """This package's flags that were given although ``--optimizer-class`` was not."""
     if getattr(args, "optimizer_class", None) is not None:
         return []
-    defaults = {**_policy_flags(), "selective_from": None, "selective_policy": None}
+    others = ("selective_from", "selective_policy", "selective_report")
+    defaults = {**_policy_flags(), **dict.fromkeys(others)}
     return [_flag(k) for k, v in defaults.items() if getattr(args, k, v) not in (v, None)]
+
+
+def without_class(flags: Sequence[str]) -> str:
+    """The message for flags of this package that nothing would come of."""
+    return (
+        f"{', '.join(flags)} without --optimizer-class: nothing would come of it. Add "
+        f"--optimizer-class {DEFAULT_CLASS}"
+    )
 
 
 def _policy(args: argparse.Namespace | Any) -> ResumePolicy:

@@ -104,6 +104,11 @@ def newest(
     return found
 
 
+def name_of(root: str | Path) -> str:
+    """A checkpoint directory's name for people: its last two parts."""
+    return "/".join(Path(root).resolve().parts[-2:]).lstrip("/")
+
+
 def holds(directory: Path) -> bool:
     """Whether there is a checkpoint.
 

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _prepare([options.script, *arguments_])
     except MegatronExtError as e:
-        parser.error(str(e))
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
     sys.argv = [options.script, *arguments_]
     sys.path.insert(0, str(script.resolve().parent))
     # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it
@@ -119,10 +119,7 @@ def _peek(words: list[str]) -> argparse.Namespace:
 def _refuse_without_class(args: argparse.Namespace) -> None:
     given = arguments.given_without_class(args)
     if given:
-        raise HostError(
-            f"{', '.join(given)} without --optimizer-class: nothing would come of it. Add "
-            "--optimizer-class megatron_ext.SelectiveAdam"
-        )
+        raise HostError(arguments.without_class(given))
 
 
 def _yaml(args: argparse.Namespace) -> HostError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .checkpoint import MARK_KEY
@@ -44,12 +44,14 @@ class Mark:
         source: The checkpoint it started from (`identity`).
         operations: Digest of what must not be done twice (`digest_of`).
         offset: Data position minus what the iteration counter has counted, in samples.
+        done: The operations in words, for messages.
     """
 
     phase: str
     source: str
     operations: str
     offset: int = 0
+    done: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         """The plain string that is saved."""
@@ -58,6 +60,7 @@ class Mark:
             "from": self.source,
             "operations": self.operations,
             "offset": self.offset,
+            "done": list(self.done),
         }
         return json.dumps(content)
 
@@ -73,21 +76,24 @@ class Mark:
             named = [content[key] for key in ("phase", "from", "operations")]
             offset = content["offset"]
             whole = isinstance(offset, int) and not isinstance(offset, bool)
-            if not whole or not all(isinstance(value, str) for value in named):
+            done = content["done"]
+            texts = [*named, *done] if isinstance(done, list) else [None]
+            if not whole or not all(isinstance(value, str) for value in texts):
                 raise TypeError
         except (TypeError, ValueError, KeyError, RecursionError):
             shown = text if len(text) < 300 else f"{text[:300]} ..."
             raise CheckpointError(
                 f"the checkpoint's param_groups carry {MARK_KEY} = {shown!r}, which no version of "
-                "this package has written; expected phase, from, operations and offset. The "
-                "checkpoint was edited, or written by a newer version"
+                "this package has written; expected phase, from, operations, offset and done. "
+                "The checkpoint was edited, or written by a newer version"
             ) from None
-        return cls(named[0], named[1], named[2], offset)
+        return cls(named[0], named[1], named[2], offset, tuple(done))
 
     def told(self) -> str:
         """The phase in a message."""
         name = f"phase {self.phase!r}" if self.phase else "a phase without a name"
-        return f"{name}, started from {self.source}, operations {self.operations}"
+        done = ", ".join(self.done) or "no change of state"
+        return f"{name}, started from {self.source} with: {done}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def decide(policy: ResumePolicy, saved: Mark | None, source: str, where: Where =
     offset = 0 if saved is None else saved.offset
     begun = Phase(
         "applied",
-        Mark(policy.phase, source, digest, offset),
+        Mark(policy.phase, source, digest, offset, policy.operations),
         policy,
         policy,
         f"starts from {source}: {', '.join(policy.operations) or 'no change of state'}",
@@ -148,14 +154,15 @@ def decide(policy: ResumePolicy, saved: Mark | None, source: str, where: Where =
             policy,
             policy.without_operations(),
             f"the checkpoint is of this phase already ({saved.told()}): moments, step and counters "
-            "go on as they are",
+            "go on as they are. To begin another phase in the same way, give --selective-phase "
+            "NAME or --selective-from",
         )
     if where == "own":
-        raise PlanError(_not_its_own(policy, saved, digest))
+        raise PlanError(_not_its_own(policy, saved))
     if saved is not None and same_name and policy.phase:
         raise PlanError(
             f"--selective-phase {policy.phase}: the checkpoint is of {saved.told()}; expected "
-            f"operations {digest}: {', '.join(policy.operations)}. Restore the flags the phase was "
+            f"{', '.join(policy.operations)}. Restore the flags the phase was "
             "started with (or leave out all that change moments, step or counters) to go on with "
             "it, or give another name to begin a new phase"
         )
@@ -205,12 +212,12 @@ def _plain_item(item: tuple[str, Any]) -> tuple[str, Any]:
     return key, value.item() if getattr(value, "shape", None) == () else value
 
 
-def _not_its_own(policy: ResumePolicy, saved: Mark | None, digest: str) -> str:
+def _not_its_own(policy: ResumePolicy, saved: Mark | None) -> str:
     found = "no mark of a phase" if saved is None else saved.told()
     name = f"phase {policy.phase!r}" if policy.phase else "a phase without a name"
     return (
         f"the directory of --load and --save holds a checkpoint of another phase: found {found}; "
-        f"expected {name} with operations {digest}: {', '.join(policy.operations) or 'none'}. With "
+        f"expected {name} with: {', '.join(policy.operations) or 'no change of state'}. With "
         "--selective-from, --load and --save are the new phase's own directory: name an empty one "
         "to begin a phase, or restore the flags this one was started with to go on with it"
     )

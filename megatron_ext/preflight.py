@@ -6,6 +6,7 @@ The launcher calls it on every rank; all of them see the same files and stop wit
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from . import host
 from .arguments import request_from_args
 from .checkpoint import unreadable_sharding
-from .directories import NON_PERSISTENT, Directories, choose, is_remote, newest
+from .directories import NON_PERSISTENT, Directories, choose, is_remote, name_of, newest
 from .errors import CheckpointError, HostError, MegatronExtError
 from .phase import Mark, Phase, decide, identity, same_checkpoint
 from .policy import ResumePolicy
@@ -57,20 +58,26 @@ def _findings(args: Any) -> Iterator[MegatronExtError]:
 
     request = attempt(lambda: request_from_args(args))
     attempt(lambda: host.resolve_class(args.optimizer_class))
-    policy = ResumePolicy() if request is None else request.policy
+    # Of a policy that cannot be read these two flags can.
+    policy = ResumePolicy(
+        reset_iteration=bool(getattr(args, "reset_iteration", False)),
+        reset_dataloader=bool(getattr(args, "reset_dataloader", False)),
+    )
+    if request is not None:
+        policy = request.policy
     found += map(HostError, refused_flags(args))
     chosen = attempt(lambda: _directories(args))
     found += map(HostError, _counter_conflicts(args, policy))
     if chosen is not None:
-        found += map(HostError, _directory_conflicts(args, chosen))
-        found += _checkpoint_findings(args, policy, chosen)
+        found += map(HostError, _directory_conflicts(args, chosen, policy))
+        found += _checkpoint_findings(args, policy, chosen, known=request is not None)
     yield from found
 
 
 def _checkpoint_findings(
-    args: Any, policy: ResumePolicy, chosen: Directories
+    args: Any, policy: ResumePolicy, chosen: Directories, *, known: bool
 ) -> Iterator[MegatronExtError]:
-    """What is wrong with the checkpoint, for this run."""
+    """What is wrong with the checkpoint, for this run; without `known` whatever its policy."""
     if dropping_flag(args) or is_remote(args.load):
         return  # nothing is taken from it, or only Megatron can open it
     stored = None
@@ -87,10 +94,13 @@ def _checkpoint_findings(
         return
     facts = _Facts(args, policy, chosen, stored)
     yield from map(CheckpointError, _stored_problems(facts))
+    if not known:
+        return
     try:
         phase = _phase(facts)
         if phase is not None:
             _check_save_directory(facts, phase)
+            _check_length(facts, phase)
     except MegatronExtError as e:
         yield e
 
@@ -103,9 +113,9 @@ def _non_persistent(args: Any, load: Path) -> Path | None:
     return Path(named) if named else load / NON_PERSISTENT
 
 
-def _directory_conflicts(args: Any, chosen: Directories) -> Iterator[str]:
+def _directory_conflicts(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
     dropped = dropping_flag(args)
-    if dropped and chosen.start is not None:
+    if dropped and chosen.start is not None and not policy.needs_optimizer:
         yield (
             f"{dropped} with --selective-from {chosen.start}: a phase starts with the checkpoint's "
             f"optimizer, which {dropped} drops. Leave one of the two out"
@@ -309,31 +319,60 @@ def _phase(facts: _Facts) -> Phase | None:
     phase = decide(facts.policy, mark, source, facts.chosen.where)
     if facts.chosen.where == "own" and mark is not None and facts.chosen.start is not None:
         _check_start(mark, facts.chosen.start, stored)
+        _check_start_step(facts, mark, stored)
     return phase
 
 
 def _identity(stored: StoredCheckpoint) -> str:
     saved = stored.optimizers[0]
-    return identity(stored.root.name, stored.iteration, stored.args, saved.groups, saved.step)
+    return identity(name_of(stored.root), stored.iteration, stored.args, saved.groups, saved.step)
 
 
 def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
     """Raise if the phase in its own directory began at another checkpoint than is named now."""
-    begun = mark.source.rpartition("@")[2]
+    name, _, begun = mark.source.rpartition("@")
     iteration = begun.partition("#")[0]
-    if not iteration.isdigit():
-        return
-    try:
+    found = None
+    # It may have been deleted since: then the name has to do.
+    with contextlib.suppress(CheckpointError, ValueError):
         found = newest(start, int(iteration))
-    except CheckpointError:
-        return  # it may have been deleted since
-    if found is None or not found.optimizers or same_checkpoint(_identity(found), mark.source):
+    if found is not None and found.optimizers:
+        fits, there = same_checkpoint(_identity(found), mark.source), _identity(found)
+    else:
+        fits, there = name_of(start) == name, f"no iteration {iteration} (of {name_of(start)})"
+    if fits:
         return
     raise CheckpointError(
         f"--selective-from {start}: the phase in {own.root} was started from {mark.source}, and "
-        f"that directory holds {_identity(found)} at this iteration; expected the same checkpoint. "
-        "Name the one it was started from, or an empty directory for --load and --save"
+        f"that directory holds {there}; expected the same checkpoint. Name the one it was started "
+        "from, leave --selective-from out to go on with the phase, or name an empty directory for "
+        "--load and --save to begin another one"
     )
+
+
+def _check_start_step(facts: _Facts, mark: Mark, own: StoredCheckpoint) -> None:
+    """Raise if --ckpt-step was meant to go back within the phase, not to say where it starts."""
+    step = getattr(facts.args, "selective_start_step", None)
+    begun = mark.source.rpartition("@")[2].partition("#")[0]
+    if step and str(step) != begun:
+        raise CheckpointError(
+            f"--ckpt-step {step} with --selective-from {facts.chosen.start}: it says at which "
+            f"iteration the phase starts, and the one in {own.root} was started at iteration "
+            f"{begun}. To go back within the phase leave --selective-from out: --load {own.root} "
+            f"--save {own.root} --ckpt-step {step}"
+        )
+
+
+def _check_length(facts: _Facts, phase: Phase) -> None:
+    """Raise if a phase that begins here would have nothing to train; a finished one may restart."""
+    last = getattr(facts.args, "train_iters", None)
+    first = 0 if facts.policy.reset_iteration else facts.stored.iteration
+    if phase.state == "applied" and last and last <= first:
+        raise HostError(
+            f"--train-iters {last}: the phase begins at iteration {first}, so there is nothing "
+            "left to train; expected the last iteration, not a number of more. Raise it, or add "
+            "--reset-iteration"
+        )
 
 
 def _check_save_directory(facts: _Facts, phase: Phase) -> None:
@@ -356,6 +395,13 @@ def _check_save_directory(facts: _Facts, phase: Phase) -> None:
             f"--load {load} with --save {save}: this phase has been started from there before and "
             f"has reached iteration {there.iteration} in {save}; starting it again would overwrite "
             f"that. To go on, {instead}"
+        )
+    elsewhere = load is not None and save.resolve() != load.resolve()
+    if elsewhere and not facts.policy.reset_iteration and there.iteration > facts.stored.iteration:
+        raise HostError(
+            f"--load {load} with --save {save}: that directory holds checkpoints up to iteration "
+            f"{there.iteration} of another phase, and a phase that begins at iteration "
+            f"{facts.stored.iteration} would overwrite them. Name an empty --save directory"
         )
     if facts.policy.reset_iteration:
         raise HostError(

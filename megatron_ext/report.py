@@ -25,6 +25,8 @@ from .version import __version__
 
 SCHEMA = "megatron_ext/resume-report/1"
 FILE_NAME = "resume-report.json"
+#: Where the report of a transition stays when restarts replace the other one.
+TRANSITION_FILE_NAME = "transition-report-{iteration}.json"
 
 _STATE_NAMES = {
     "state": "state (not Adam's)",
@@ -116,6 +118,9 @@ class ResumeReport:
     def write(self, directory: Path) -> Path:
         """Write the JSON into a directory; an earlier report is replaced as a whole.
 
+        The report of a transition is written a second time, under the iteration at which the phase
+        began, so that a restart does not replace it.
+
         Args:
             directory: Created if it does not exist.
 
@@ -125,12 +130,19 @@ class ResumeReport:
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / FILE_NAME
         text = json.dumps(self.to_json(), indent=2, allow_nan=False)
-        fd, name = tempfile.mkstemp(dir=directory, prefix=FILE_NAME, suffix=".tmp")
-        with os.fdopen(fd, "w") as stream:
-            stream.write(text + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
+        if self.phase is not None and self.phase.state == "applied" and self.counters is not None:
+            iteration = self.counters[0].iteration
+            _replace(directory / TRANSITION_FILE_NAME.format(iteration=iteration), text)
+        _replace(target, text)
         return target
+
+
+def _replace(target: Path, text: str) -> None:
+    fd, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    with os.fdopen(fd, "w") as stream:
+        stream.write(text + "\n")
+    Path(name).chmod(0o644)
+    Path(name).replace(target)
 
 
 def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[str]:

@@ -158,7 +158,9 @@ def parser(*, megatrons: bool = True) -> argparse.ArgumentParser:
         for flag in ("--load", "--save", "--non-persistent-global-ckpt-dir"):
             parser.add_argument(flag)
         parser.add_argument("--ckpt-step", type=int)
-    return arguments.choose_directories(arguments.add_flags(parser))
+    arguments.choose_directories(arguments.add_flags(parser))
+    parser.set_defaults(optimizer_class="a.B")
+    return parser
 
 
 def test_the_directory_to_load_is_chosen_while_the_arguments_are_parsed(
@@ -208,3 +210,26 @@ def test_a_contradiction_is_left_to_the_preflight(phase_1: Path, more: str) -> N
     found = parser().parse_args(f"--selective-from {phase_1} {more}".split())
     assert found.load == ("a" if "--load" in more else None)
     assert not hasattr(found, "selective_where")
+
+
+def test_flags_without_the_class_are_refused_in_a_script_of_ones_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    without = parser()
+    without.set_defaults(optimizer_class=None)
+    with pytest.raises(SystemExit) as caught:
+        without.parse_args("--selective-from a --load b --reset-iteration".split())
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    for word in ("--selective-from", "--reset-iteration", "--optimizer-class", "nothing would"):
+        assert word in message
+    assert without.parse_args(["--load", "b"]).load == "b"
+
+
+def test_a_forks_flag_of_the_same_name_is_not_ours_to_refuse() -> None:
+    fork = argparse.ArgumentParser()
+    fork.add_argument("--load")
+    fork.add_argument("--save")
+    fork.add_argument("--reset-iteration", action="store_true")
+    arguments.choose_directories(arguments.add_flags(fork))
+    assert fork.parse_args(["--reset-iteration"]).reset_iteration

@@ -203,12 +203,12 @@ def test_the_offset_of_the_data_goes_from_a_phase_to_the_next() -> None:
             ["--load and --save", "no mark of a phase", "phase 'b'", "preset reset", "an empty"],
         ),
         ("own", OTHER_NAME, RESET, ["phase 'a'", SOURCE, "a phase without a name", "restore the"]),
-        ("own", None, NOTHING, ["operations none: none"]),
+        ("own", None, NOTHING, ["without a name with: no change of state"]),
         (
             "load",
             OTHER_POLICY_SAME_NAME,
             named(RESET, "b"),
-            ["phase 'b'", digest_of(RELORA), digest_of(RESET), "Restore the flags", "another name"],
+            ["phase 'b'", "expected preset reset", "Restore the flags", "another name"],
         ),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_damaged_mark_is_an_error_that_names_it(text: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         Mark.parse(text)
     assert f"{MARK_KEY} = " in str(caught.value)
-    assert "expected phase, from, operations and offset" in str(caught.value)
+    assert "expected phase, from, operations, offset and done" in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 

@@ -83,7 +83,7 @@ def test_a_restart_goes_on_as_if_there_had_been_none(
         assert any("CONTINUED" in line for line in one["restarted"]["lines"])
         assert one["restarted"]["marks"] == one["begun"]["marks"]
         (mark,) = one["begun"]["marks"]
-        assert sorted(json.loads(mark)) == ["from", "offset", "operations", "phase"]
+        assert sorted(json.loads(mark)) == ["done", "from", "offset", "operations", "phase"]
         whole, again = one["whole"], one["again"]
         for key in ("losses", "lrs", "steps", "num_steps"):
             assert again[key] == whole[key], key

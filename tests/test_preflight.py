@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_ext import arguments, preflight
 from megatron_ext.counters import Counters
+from megatron_ext.directories import name_of
 from megatron_ext.errors import CheckpointError, HostError, MegatronExtError, PlanError, PolicyError
 from megatron_ext.phase import Mark, digest_of, identity
 from megatron_ext.policy import ResumePolicy
@@ -42,6 +44,7 @@ class Place:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--load")
         parser.add_argument("--save")
+        parser.add_argument("--ckpt-step", type=int)
         arguments.choose_directories(arguments.add_flags(parser))
         words = f"{CLASS} {flags}".format_map(_Names(self.root)).split()
         return parser.parse_args(words, argparse.Namespace(**{**DEFAULTS, **of_megatron}))
@@ -62,11 +65,12 @@ class Place:
         """The identity of a checkpoint, as the training loop finds it."""
         found = open_checkpoint(root, iteration)
         first = found.optimizers[0]
-        return identity(root.name, found.iteration, found.args, first.groups, first.step)
+        return identity(name_of(root), found.iteration, found.args, first.groups, first.step)
 
     def begun(self, policy: ResumePolicy, start: Path, root: Path, iteration: int = 12) -> Path:
         """A checkpoint of a phase that was begun with a policy."""
-        mark = Mark(policy.phase, self.source(start), digest_of(policy))
+        source, digest = self.source(start), digest_of(policy)
+        mark = Mark(policy.phase, source, digest, done=policy.operations)
         return checkpoint(root, iteration, mark=mark)
 
 
@@ -172,14 +176,6 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperparameters at a restart": (
         "--selective-from {one} --load {two} --save {two} --selective-preset reset "
         "--selective-keep-hyperparameters eps",
-        {},
-    ),
-    "another phase's directory without a reset": (
-        "--load {one} --save {old} --selective-preset reset",
-        {},
-    ),
-    "the start is gone": (
-        "--selective-from {gone} --load {two} --save {two} --selective-preset reset",
         {},
     ),
     "a third phase": (
@@ -299,6 +295,27 @@ FAULTS = {
         CheckpointError,
         "--load {nothing} --selective-preset reset",
         *("preset reset", "--load {nothing} holds no checkpoint", "--selective-from"),
+    ),
+    "another phase's directory": fault(
+        HostError,
+        "--load {one} --save {old} --selective-preset reset",
+        *("--save {old}", "of another phase", "begins at iteration 10", "overwrite", "an empty"),
+    ),
+    "another start, without the iteration": fault(
+        CheckpointError,
+        "--selective-from {gone} --load {two} --save {two} --selective-preset reset",
+        *("--selective-from {gone}", "was started from", "no iteration 10", "out to go on"),
+    ),
+    "an iteration that the phase did not start at": fault(
+        CheckpointError,
+        "--selective-from {one} --load {two} --save {two} --selective-preset reset --ckpt-step 12",
+        *("--ckpt-step 12", "started at iteration 10", "--load {two} --save {two} --ckpt-step 12"),
+    ),
+    "nothing left to train": fault(
+        HostError,
+        "--load {one} --save {new} --selective-preset reset",
+        *("--train-iters 10", "begins at iteration 10", "nothing left", "--reset-iteration"),
+        train_iters=10,
     ),
     "pretrained": fault(
         CheckpointError,
@@ -501,7 +518,7 @@ FAULTS = {
     "another policy in its own directory": fault(
         PlanError,
         "--selective-from {one} --load {two} --save {two} --selective-preset relora 0.5",
-        *("a checkpoint of another phase", digest_of(RESET), "preset relora 0.5", "an empty one"),
+        *("a checkpoint of another phase", "preset reset", "preset relora 0.5", "an empty one"),
     ),
     "no mark in its own directory": fault(
         PlanError,
@@ -516,7 +533,7 @@ FAULTS = {
     "started elsewhere": fault(
         CheckpointError,
         "--selective-from {other} --load {two} --save {two} --selective-preset reset",
-        *("--selective-from {other}", "was started from one@10#", "expected the same checkpoint"),
+        *("--selective-from {other}", "/one@10#", "expected the same checkpoint"),
         "Name the one it was started from",
     ),
 }
@@ -641,3 +658,21 @@ def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(
     assert phase.mark.source == place.source(place.one)
     checkpoint(place.two, 12, mark=phase.mark)
     place.check("--selective-from {one} --load {two} --save {two} --selective-preset reset")
+
+
+def test_a_start_that_is_gone_is_known_by_its_name(place: Place) -> None:
+    place.begun(RESET, place.one, place.new)
+    shutil.rmtree(place.one)
+    place.assert_legal("--selective-from {one} --load {new} --save {new} --selective-preset reset")
+
+
+def test_a_policy_that_cannot_be_read_accuses_no_checkpoint(place: Place) -> None:
+    error = place.refusal(
+        "--selective-from {one} --load {two} --save {two} --selective-preset rest"
+    )
+    assert isinstance(error, PolicyError)
+    error = place.refusal(
+        "--load {one} --selective-preset rest --reset-iteration", finetune=True, lr_warmup_iters=99
+    )
+    for word in ("3 things", "unknown preset 'rest'", "--finetune with", "--lr-warmup-iters 99"):
+        assert word in str(error)

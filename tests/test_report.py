@@ -544,3 +544,13 @@ def test_a_report_shows_a_value_its_plan_would_write() -> None:
     found = ResumeReport("0", [replace(report, plan=plan, parameters=(3,))]).to_json()
     assert found["optimizers"][0]["groups"][0]["keys"]["eps"]["value"] == 1e-6
     assert plan.groups[0].values["eps"] == 1e-6
+
+
+def test_the_report_of_a_transition_outlives_restarts(tmp_path: Path) -> None:
+    begun = decide(NEW_PHASE, None, "phase1@10#00")
+    after = replace(BEFORE, iteration=0, num_steps=0)
+    phase_report(begun, after).write(tmp_path)
+    again = decide(NEW_PHASE, begun.mark, "phase2@14#00")
+    phase_report(again, BEFORE).write(tmp_path)
+    states = {f.name: json.loads(f.read_text())["phase"]["state"] for f in tmp_path.iterdir()}
+    assert states == {"resume-report.json": "continued", "transition-report-10.json": "applied"}

@@ -25,10 +25,9 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
-        request = active_request()
+        request = _agreed_request()
         if request is None:
             return original(*args, **kwargs)
-        _check_arguments(request)
         cls = resolve_class(request.optimizer_class)
         call = signature.bind(*args, **kwargs).arguments
         _refuse_unsupported(request, call["config"], call["model_chunks"])
@@ -164,18 +163,20 @@ def _substituted(cls: type) -> Iterator[None]:
             setattr(core, name, stock)
 
 
-def _check_arguments(request: Request) -> None:
-    """Find what is wrong before anything is built, and the same on every rank; collective."""
-    error = None
-    args = global_args()
-    if getattr(args, "optimizer_class", None) is not None:
-        from .. import preflight
+def _agreed_request() -> Request | None:
+    """What is asked for, if it can be done, and the same on every rank; collective if it is."""
+    args, request, error = global_args(), None, None
+    try:
+        if getattr(args, "optimizer_class", None) is not None:
+            from .. import preflight
 
-        try:
             preflight.check(args)
-        except MegatronExtError as e:
-            error = e
-    agree.agree("the policy", _digest(request), error)
+        request = active_request()
+    except MegatronExtError as e:
+        error = e
+    if request is not None or error is not None:
+        agree.agree("the policy", "" if request is None else _digest(request), error)
+    return request
 
 
 def _digest(request: Request) -> str:

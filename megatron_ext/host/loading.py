@@ -102,7 +102,7 @@ def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
         "--reset-iteration and --reset-dataloader do what it does to the counters, and keep the "
         "optimizer"
         if flag == "--finetune"
-        else "without the optimizer's state there is nothing to do them to"
+        else "there would be no moments to do this to"
     )
     return HostError(
         f"{flag} with {asked}: this needs the checkpoint's optimizer, which {flag} drops; "

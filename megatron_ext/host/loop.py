@@ -10,12 +10,12 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from .. import agree
 from ..checkpoint import read_optimizer
 from ..counters import Counters, begin, last_iteration, samples_needed
+from ..directories import name_of
 from ..errors import CheckpointError, MegatronExtError
 from ..log import say
 from ..phase import Mark, Phase, decide, identity
@@ -154,7 +154,7 @@ def _decide(
     arguments = state_dict.get("args")
     iteration = int(state_dict.get("iteration") or 0)
     source = identity(
-        Path(load_dir).name,
+        name_of(load_dir),
         iteration,
         {} if arguments is None else vars(arguments),
         saved.groups,
