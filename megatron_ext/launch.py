@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _prepare([options.script, *arguments_])
     except MegatronExtError as e:
-        parser.exit(2, f"{parser.prog}: error: {e}\n")
+        parser.error(str(e))
     sys.argv = [options.script, *arguments_]
     sys.path.insert(0, str(script.resolve().parent))
     # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it

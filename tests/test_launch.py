@@ -273,14 +273,17 @@ def test_a_grown_vocabulary(runs: Runs) -> None:
 
 @pytest.mark.reads("grown vocabulary, buckets", "grown vocabulary, legacy")
 def test_a_grown_vocabulary_that_the_format_does_not_allow(runs: Runs) -> None:
-    for name, form in (("buckets", "dp_reshardable"), ("legacy", "legacy torch")):
+    for name, form in (("buckets", "the kind dp_reshardable"), ("legacy", "the kind torch")):
         refused = runs[f"grown vocabulary, {name}"]
         assert refused.returncode != 0
         assert refused.iterations == {}
         for rank in (0, 1):
-            assert "CheckpointError: the vocabulary has another size" in refused.ranks[rank]
+            # By the preflight; tests/test_vocabulary.py has what the load says.
+            assert "launch: error: " in refused.ranks[rank]
+            assert "padded vocabulary " in refused.ranks[rank]
             assert form in refused.ranks[rank]
             assert "--dist-ckpt-optim-fully-reshardable" in refused.ranks[rank]
+            assert "number of parameters" not in refused.ranks[rank]
 
 
 @pytest.mark.reads("scheduler from checkpoint", "keep max_lr")
@@ -400,17 +403,21 @@ def test_refusals_reach_every_rank(runs: Runs) -> None:
     for name, error, words in (
         (
             "no optimizer to load",
-            "CheckpointError",
+            "launch: error: ",
             ["holds no optimizer state", "--no-load-optim"],
         ),
-        ("unknown key", "PlanError", ["'momentum'", "Known keys", "--selective-keep"]),
+        (
+            "unknown key",
+            "megatron_ext.errors.PlanError",
+            ["'momentum'", "Known keys", "--selective-keep"],
+        ),
     ):
         refused = runs[name]
         assert refused.returncode != 0
         assert refused.iterations == {}
         assert sorted(refused.ranks) == [0, 1]
         for text in refused.ranks.values():
-            assert f"megatron_ext.errors.{error}" in text
+            assert error in text
             for word in words:
                 assert word in text
 
