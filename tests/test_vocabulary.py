@@ -414,7 +414,7 @@ def test_only_a_resized_vocabulary_costs_a_gather(ext: RankPool, phase_1: PhaseO
 
     def seen(layout: Layout) -> list[str]:
         arguments: dict[str, Any] = {"layout": layout, "hyper": SECOND, "directory": directory}
-        found = ext.run("tests.support.vocabulary:collectives", world, **arguments)
+        found = ext.run("tests.support.policies:reductions", world, policy="{}", **arguments)
         assert all(f == found[0] for f in found)
         return list(found[0])
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import megatron_ext
-from megatron_ext import host, policy_file
+from megatron_ext import host
 
 from . import harness
 from .harness import Hyper, Layout
+from .policies import build
 from .unsharded import gather, weights
 
 
@@ -28,7 +27,7 @@ def resumed(
 def _resumed(
     layout: Layout, hyper: Hyper, directory: str, policy: str, steps: int
 ) -> dict[str, Any]:
-    run = _build(layout, hyper, policy)
+    run = build(layout, hyper, policy)
     harness.load(run, directory)
     report = host.members_of(run.optimizer)[0].resume.report
     out = {
@@ -47,7 +46,7 @@ def _resumed(
 
 def refused(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
     """The error of a resume, whether anything was changed, and whether the ranks are in step."""
-    run = _build(layout, hyper, "{}")
+    run = build(layout, hyper, "{}")
     before = harness.snapshot(run)
     try:
         harness.load(run, directory)
@@ -69,45 +68,10 @@ def refused(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
     return {"type": "", "message": "", "unchanged": False, "in step": True}
 
 
-def collectives(layout: Layout, hyper: Hyper, directory: str) -> list[str]:
-    """The collectives that this package adds to a load."""
-    import sys
-
-    from megatron_ext import agree
-
-    seen: list[str] = []
-    reduce, gathered = dist.all_reduce, dist.all_gather_object
-
-    def reducing(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
-            seen.append(f"all_reduce {tensor.numel() * tensor.element_size()}")
-        return reduce(tensor, *args, **kwargs)
-
-    def gathering(everyone: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
-            seen.append("gather")
-        return gathered(everyone, value, *args, **kwargs)
-
-    run = _build(layout, hyper, "{}")
-    dist.all_reduce, dist.all_gather_object = reducing, gathering
-    try:
-        harness.load(run, directory)
-    finally:
-        dist.all_reduce, dist.all_gather_object = reduce, gathered
-    return seen
-
-
 def loaded_twice(layout: Layout, hyper: Hyper, directory: str, other: str) -> dict[str, Any]:
     """A resume from a smaller vocabulary, then one from a checkpoint of the same size."""
-    run = _build(layout, hyper, "{}")
+    run = build(layout, hyper, "{}")
     harness.load(run, directory)
     harness.load(run, other, scheduler=False)
     report = host.members_of(run.optimizer)[0].resume.report
     return {"state": gather(run), "weights": weights(run), "report": report.to_json()}
-
-
-def _build(layout: Layout, hyper: Hyper, policy: str) -> harness.Run:
-    get_optimizer = functools.partial(
-        megatron_ext.get_megatron_optimizer, policy=policy_file.loads(policy)
-    )
-    return harness.build(layout, hyper, get_optimizer)
