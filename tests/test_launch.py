@@ -29,12 +29,19 @@ OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}
 
 SCENARIOS = {
     # The case of Megatron-LM #963 and #1284: flags verbatim.
-    "phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True, world=2),
+    "phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True, world=2, torchrun=True),
     "stock": Scenario(
-        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler", "phase 1", world=2
+        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler",
+        "phase 1",
+        world=2,
+        torchrun=True,
     ),
     "ours": Scenario(
-        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler {OURS}", "phase 1", 2, saves=True
+        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler {OURS}",
+        "phase 1",
+        world=2,
+        saves=True,
+        torchrun=True,
     ),
     "ours, no override flag": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS}", "phase 1", 2),
     "phase 3 stock": Scenario(

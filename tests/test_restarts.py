@@ -207,6 +207,7 @@ SCENARIOS |= {
         after=("ranks phase 1",),
         script=TOKENS,
         kill_at=7,
+        torchrun=True,
     ),
 }
 SCENARIOS["ranks, again"] = replace(

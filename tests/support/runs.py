@@ -1,6 +1,7 @@
 """Runs of the launcher, declared in a table and started two at a time.
 
-A process takes 10 s to import Megatron, so that runs of one rank are forked from one that has.
+A process takes 10 s to import Megatron, so that ranks are forked from one that has, but for the
+runs that are about torchrun.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Scenario:
         kill_at: SIGKILL for every rank as it draws this micro-batch, counted from 1; with
             `TOKENS` only.
         fails: Whether the run is meant to fail; else a run after it fails too.
+        torchrun: Whether torchrun starts the ranks.
     """
 
     arguments: str
@@ -54,11 +56,12 @@ class Scenario:
     after: tuple[str, ...] = ()
     kill_at: int | None = None
     fails: bool = False
+    torchrun: bool = False
 
     @property
     def forked(self) -> bool:
-        """Whether the run may share its imports; torch's AdamW is chosen at import."""
-        return self.world == 1 and "--cpu-adam" not in self.launcher
+        """Whether the ranks may share their imports; torch's AdamW is chosen at import."""
+        return not self.torchrun and "--cpu-adam" not in self.launcher
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -115,10 +118,15 @@ class Runs:
         script = SCRIPT if scenario.script is None else ROOT / scenario.script
         directory = self.checkpoint(name).parent
         env = {} if scenario.kill_at is None else {"KILL_AT_MICRO_BATCH": str(scenario.kill_at)}
-        how = {"launcher": scenario.launcher, "script": script, "env": env}
-        if scenario.forked:
-            return self._zygote.run(directory, arguments, **how)
-        return run(directory, arguments, world=scenario.world, **how)
+        start = self._zygote.run if scenario.forked else run
+        return start(
+            directory,
+            arguments,
+            world=scenario.world,
+            launcher=scenario.launcher,
+            script=script,
+            env=env,
+        )
 
 
 def runs_of(

@@ -149,7 +149,7 @@ def run(
 
 
 class Zygote:
-    """Runs of one rank from a process that has imported Megatron already."""
+    """Runs whose ranks are forked from a process that has imported Megatron already."""
 
     def __init__(self) -> None:
         # Another test session on the machine has one too, and ends its own only.
@@ -174,20 +174,26 @@ class Zygote:
         *,
         launcher: str,
         script: Path,
+        world: int = 1,
         timeout: float = 150,
         env: dict[str, str] | None = None,
     ) -> Training:
-        """As `run` with one rank."""
+        """As `run`, without torchrun."""
         directory.mkdir(parents=True, exist_ok=True)
-        log, report = directory / "rank0.log", directory / "report"
+        logs = [directory / f"rank{rank}.log" for rank in range(world)]
+        report = directory / "report"
         argv = [*launcher.split(), str(script), *_words(arguments, report)]
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        env = {**(env or {}), **ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = {**(env or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         answer = self._answers[str(directory)] = queue.SimpleQueue()
-        request = {"id": str(directory), "argv": argv, "log": str(log), "env": env}
+        request = {
+            "id": str(directory),
+            "argv": argv,
+            "logs": [str(log) for log in logs],
+            "env": env,
+        }
         with self._lock:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -195,10 +201,10 @@ class Zygote:
         try:
             returncode = answer.get(timeout=timeout)
         except queue.Empty:
-            text = log.read_text() if log.is_file() else ""
-            raise AssertionError(f"hangs: {' '.join(argv)}\n{text}") from None
-        text = log.read_text()
-        return Training(returncode, text, {0: text}, _report(report))
+            texts = [log.read_text() for log in logs if log.is_file()]
+            raise AssertionError("\n".join([f"hangs: {' '.join(argv)}", *texts])) from None
+        ranks = {rank: log.read_text(errors="replace") for rank, log in enumerate(logs)}
+        return Training(returncode, "".join(ranks.values()), ranks, _report(report))
 
     def close(self) -> None:
         _kill(self._process, self._mark)

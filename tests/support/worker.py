@@ -51,6 +51,18 @@ def _older_names() -> None:
         np.product = np.prod
 
 
+def fork_for_saves() -> None:
+    """Fork the helper process of torch_dist saves; spawned it imports torch and Megatron again.
+
+    `megatron.training.async_utils` asks for the same where it starts its own helper (0.19.2); the
+    queue is then the one that saves find.
+    """
+    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    make = getattr(module, "get_write_results_queue", None)
+    if make is not None:  # from 0.18; earlier ones always spawn
+        make("fork")
+
+
 def main(address: str, kind: str, index: str) -> None:
     connection = Client(address, family="AF_UNIX")
     os.environ["RANK"] = index
@@ -59,6 +71,7 @@ def main(address: str, kind: str, index: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     adapt_to_cpu()
+    fork_for_saves()
     while True:
         try:
             task = connection.recv()

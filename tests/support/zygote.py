@@ -1,19 +1,28 @@
-"""A process that has imported Megatron and forks a rank for every run of one rank.
+"""A process that has imported Megatron and forks the ranks of a run.
 
-Importing takes 10 s of a core; the runs of `tests/test_launch.py` would spend most of CI on it. The
+Importing takes 10 s of a core; the runs of `tests/test_launch.py` would spend most of CI on it. A
 forked child does what ``python -m megatron_ext.launch ARGS`` does from there on.
 
-Reads one JSON request a line: ``{"id", "argv", "log", "env"}``; answers ``{"id", "rc"}``.
+Reads one JSON request a line: ``{"id", "argv", "logs", "env"}`` with one log file a rank; answers
+``{"id", "rc"}``, the code of the first rank that failed, or 0.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
+import time
 import traceback
+from contextlib import suppress
 from typing import Any
+
+from tests.support.worker import fork_for_saves
+
+#: Seconds that the other ranks have to end in after one has failed.
+GRACE = 60
 
 
 def main() -> None:
@@ -26,26 +35,54 @@ def main() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _child(request)
-        threading.Thread(target=_reap, args=(pid, request["id"], answers), daemon=True).start()
+        pids = []
+        for rank, log in enumerate(request["logs"]):
+            pid = os.fork()
+            if pid == 0:
+                _child(request, rank, log)
+            pids.append(pid)
+        threading.Thread(target=_reap, args=(pids, request["id"], answers), daemon=True).start()
 
 
-def _reap(pid: int, name: str, answers: Any) -> None:
-    _, status = os.waitpid(pid, 0)
-    answers.write(json.dumps({"id": name, "rc": os.waitstatus_to_exitcode(status)}) + "\n")
+def _reap(pids: list[int], name: str, answers: Any) -> None:
+    """Wait for the ranks of a run, for no longer than `GRACE` once one has failed."""
+    running, first, deadline = set(pids), 0, float("inf")
+    while running:
+        for pid in tuple(running):
+            if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                continue
+            # What a save has started outlives its rank, in the rank's process group.
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            running.discard(pid)
+            first = first or code
+        if first and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE
+        if time.monotonic() > deadline:
+            for pid in running:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    answers.write(json.dumps({"id": name, "rc": first}) + "\n")
 
 
-def _child(request: dict[str, Any]) -> None:
+def _child(request: dict[str, Any], rank: int, file: str) -> None:
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdin = open(os.devnull)  # noqa: SIM115
-    os.environ.update(request["env"])
+    os.environ.update(
+        request["env"],
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(len(request["logs"])),
+        LOCAL_WORLD_SIZE=str(len(request["logs"])),
+    )
     code = 1
     try:
+        fork_for_saves()
         from megatron_ext import launch
 
         launch.main(request["argv"])
