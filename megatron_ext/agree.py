@@ -7,6 +7,7 @@ number of ranks. Only when something is wrong a second collective brings the mes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,6 +81,21 @@ def gather(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def from_rank_0(look: Callable[[], bool]) -> bool:
+    """What a question has for an answer on rank 0; collective, 8 bytes a rank.
+
+    Args:
+        look: Called on rank 0 only; must not raise.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return look()
+    answer = torch.zeros(1, dtype=torch.int64, device=device())
+    if dist.get_rank() == 0:
+        answer.fill_(int(look()))
+    dist.broadcast(answer, 0)
+    return bool(answer.item())
 
 
 def add_up(tensor: torch.Tensor) -> None:

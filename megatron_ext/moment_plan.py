@@ -25,7 +25,7 @@ from .operations import (
 from .plan import ResumePlan
 from .policy import MomentRule as PolicyRule
 from .policy import ResumePolicy
-from .rules import KEEP, BatchSize, Keep, Scale, SecondMomentRule
+from .rules import KEEP, BatchSize, Fill, Keep, Scale, SecondMomentRule
 
 Key = Literal["exp_avg", "exp_avg_sq"]
 
@@ -145,6 +145,33 @@ def plan_moments(
     return tuple(_plan(plan, p, saved_groups, current_groups[p.group]) for p in parameters)
 
 
+def overwritten(
+    policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any] | None
+) -> frozenset[Key]:
+    """The moments of a parameter that are set in all its rows without a look at the old values.
+
+    Args:
+        policy: What is asked.
+        parameter: Its `saved_rows` do not matter.
+        group: Its current param_group; None where it is not known, and then no rule that asks for
+            attributes of it counts as one that overwrites.
+
+    Returns:
+        Empty too where the rules contradict each other: `plan_moments` raises there.
+    """
+    if group is None and any(rule.match.group for rule in policy.rules):
+        return frozenset()
+    try:
+        rows = _operations(policy, parameter, group or {})
+    except PlanError:
+        return frozenset()
+    by_key: dict[Key, list[Operation]] = {
+        "exp_avg": [m for _, _, m, _, _ in rows],
+        "exp_avg_sq": [v for _, _, _, v, _ in rows],
+    }
+    return frozenset(k for k, done in by_key.items() if all(isinstance(o, Fill) for o in done))
+
+
 def unmatched(
     policy: ResumePolicy,
     used: Collection[int],
@@ -181,28 +208,7 @@ def _plan(
     saved_groups: Sequence[Mapping[str, Any]],
     group: Mapping[str, Any],
 ) -> ParameterPlan:
-    rules = plan.policy.rules
-    pieces: list[tuple[int, int, int]] = []
-    for number, rule in enumerate(rules):
-        if rule.match.fits(parameter.name, len(parameter.shape), group):
-            pieces.append((*_rows(rule, parameter), number))
-    pieces.sort()
-    for (_, last, one), (first, end, two) in itertools.pairwise(pieces):
-        if first < last:
-            raise PlanError(
-                f"rules {rules[one]} and {rules[two]} both apply to {parameter.name}, rows {first} "
-                f"to {min(last, end) - 1}; expected one. Narrow one of them"
-            )
-    effect = plan.policy.preset.effect
-    rows: list[tuple[int, int, Operation, Operation, int | None]] = []
-    at = 0
-    for first, last, number in [*pieces, (parameter.rows, parameter.rows, -1)]:
-        if at < first:
-            rows.append((at, first, effect.exp_avg, effect.exp_avg_sq, None))
-        if first < last:
-            rule = rules[number]
-            rows.append((first, last, rule.exp_avg, rule.exp_avg_sq, number))
-        at = max(at, last)
+    rows = _operations(plan.policy, parameter, group)
     facts = _Facts(plan, parameter, saved_groups)
     first_moments = _resolve(facts, "exp_avg", [(a, b, m, n) for a, b, m, _, n in rows])
     second_moments = _resolve(facts, "exp_avg_sq", [(a, b, v, n) for a, b, _, v, n in rows])
@@ -215,6 +221,35 @@ def _plan(
             )
         out.append(Rows(first, last, m, v, chosen))
     return ParameterPlan(parameter, tuple(out))
+
+
+def _operations(
+    policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any]
+) -> list[tuple[int, int, Operation, Operation, int | None]]:
+    """First row and one past the last, what is done to both moments, and which rule says so."""
+    rules = policy.rules
+    pieces: list[tuple[int, int, int]] = []
+    for number, rule in enumerate(rules):
+        if rule.match.fits(parameter.name, len(parameter.shape), group):
+            pieces.append((*_rows(rule, parameter), number))
+    pieces.sort()
+    for (_, last, one), (first, end, two) in itertools.pairwise(pieces):
+        if first < last:
+            raise PlanError(
+                f"rules {rules[one]} and {rules[two]} both apply to {parameter.name}, rows {first} "
+                f"to {min(last, end) - 1}; expected one. Narrow one of them"
+            )
+    effect = policy.preset.effect
+    rows: list[tuple[int, int, Operation, Operation, int | None]] = []
+    at = 0
+    for first, last, number in [*pieces, (parameter.rows, parameter.rows, -1)]:
+        if at < first:
+            rows.append((at, first, effect.exp_avg, effect.exp_avg_sq, None))
+        if first < last:
+            rule = rules[number]
+            rows.append((first, last, rule.exp_avg, rule.exp_avg_sq, number))
+        at = max(at, last)
+    return rows
 
 
 def _rows(rule: PolicyRule, parameter: Parameter) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from . import merge, resized, transition, vocabulary
+from . import merge, resized, selective_read, transition, vocabulary
 from .agree import agree, gather
 from .checkpoint import (
     FLATTENED,
@@ -91,7 +91,12 @@ class _Selective:
                 phase.policy, saved, self.optimizer.param_groups, self._circumstances(), phase
             )
             work = transition.prepare(
-                self, self.resume_chunks, plan, saved.groups, self.resume.members
+                self,
+                self.resume_chunks,
+                plan,
+                saved.groups,
+                self.resume.members,
+                self.resume.unread,
             )
             found = resized.resized_of(self, self.resume_chunks, plan, saved.groups)
         except MegatronExtError as e:
@@ -212,10 +217,12 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
         if is_loading:
             _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
-        if not is_loading or self.is_stub_optimizer:
+        if not is_loading:
             return super().sharded_state_dict(*args, **kwargs)
-        with self._self_load():
-            return super().sharded_state_dict(*args, **kwargs)
+        with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
+            state_dict = super().sharded_state_dict(*args, **kwargs)
+        selective_read.tag(self, state_dict, self.resume_chunks)
+        return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Merge selectively, then load with the stock loader.
@@ -382,6 +389,7 @@ class _SelectiveReplicated(_Selective):
             self._ids_are_live = True
             _, section = optimizer_section(state_dict)
             section.pop("param_groups")  # type: ignore[attr-defined]
+            selective_read.tag(self, state_dict, self.resume_chunks)
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def shards_of(optimizer: Any, model_chunks: Sequence[Any]) -> list[Shard]:
     Raises:
         HostError: The model does not say where a parameter lies.
     """
-    found = _located(model_chunks)
+    found = located(model_chunks)
     out = []
     for held in held_by(optimizer):
         if id(held.model_param) not in found:
@@ -130,10 +130,17 @@ def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
     return Held(model_param, key, group, of_shard.start, of_shard.end)
 
 
-def _located(
+def located(
     model_chunks: Sequence[Any],
 ) -> dict[int, tuple[str, tuple[int, ...], tuple[Block, ...]]]:
-    """Id of a model parameter -> global name, unsharded shape, blocks of this rank's part."""
+    """Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+
+    Args:
+        model_chunks: The model on this rank.
+
+    Raises:
+        HostError: The model does not say where a parameter lies.
+    """
     out = {}
     for chunk in model_chunks:
         module = chunk

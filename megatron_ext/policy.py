@@ -18,7 +18,7 @@ from typing import Any, Literal
 from .errors import PolicyError
 from .operations import Operation, check_moment, write
 from .presets import KEEP_ALL, Preset, Step
-from .rules import KEEP, Keep
+from .rules import KEEP, Fill, Keep
 
 #: Keys that `megatron.core.optimizer_param_scheduler.OptimizerParamScheduler` writes or reads in
 #: a param_group. ``--use-checkpoint-opt_param-scheduler`` takes exactly these from the checkpoint.
@@ -412,10 +412,17 @@ class ResumePolicy:
     @property
     def changes_moments(self) -> bool:
         """Whether any element of the moments may get another value."""
+        return not all(isinstance(o, Keep) for o in self._moment_operations())
+
+    @property
+    def overwrites_moments(self) -> bool:
+        """Whether any element of the moments may be set without a look at its old value."""
+        return any(isinstance(o, Fill) for o in self._moment_operations())
+
+    def _moment_operations(self) -> list[Operation]:
         effect = self.preset.effect
         operations = [effect.exp_avg, effect.exp_avg_sq]
-        operations += [o for r in self.rules for o in (r.exp_avg, r.exp_avg_sq)]
-        return not all(isinstance(o, Keep) for o in operations)
+        return operations + [o for r in self.rules for o in (r.exp_avg, r.exp_avg_sq)]
 
 
 def _keys(found: Any, where: str, what: str) -> tuple[str, ...]:

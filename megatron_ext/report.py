@@ -218,8 +218,8 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
             for r in moments.rules
         ]
         lines += [
-            f" > {key}: RMS {before:.6g} -> {after:.6g}, {moments.changed[key]} elements changed, "
-            f"{moments.nonfinite[key]} not finite"
+            f" > {key}: RMS {_rms_text(before)} -> {after:.6g}, {moments.changed[key]} elements "
+            f"changed, {moments.nonfinite[key]} not finite{_unread_text(moments, key)}"
             for key, (before, after) in moments.rms.items()
         ]
     if report.loss_scale is not None:
@@ -232,6 +232,15 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
     if report.plan.clip_grad is not None:
         lines.append(_decision_line(report.plan.clip_grad))
     return lines
+
+
+def _rms_text(rms: float | None) -> str:
+    return "(not read)" if rms is None else f"{rms:.6g}"
+
+
+def _unread_text(moments: MomentReport, key: str) -> str:
+    count = moments.unread.get(key, 0)
+    return f"; {count} elements were overwritten without being read" if count else ""
 
 
 def warnings_of(report: OptimizerReport) -> tuple[str, ...]:
@@ -363,6 +372,7 @@ def _moments_json(moments: MomentReport | None) -> dict[str, Any] | None:
                 "rms_after": _json_value(after),
                 "changed": moments.changed[key],
                 "nonfinite": moments.nonfinite[key],
+                "unread": moments.unread.get(key, 0),
             }
             for key, (before, after) in moments.rms.items()
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .checkpoint import SavedOptimizer
 from .counters import Counters
 from .errors import CheckpointError
 from .log import say
+from .moment_plan import Key
 from .phase import Mark, Phase, Where, decide, identity
 from .policy import ResumePolicy
 from .report import OptimizerReport, ResumeReport
@@ -30,6 +32,10 @@ class Resume:
         phase: Whether a phase begins or goes on, from the last load.
         counters: The checkpoint's and those the run goes on with, where Megatron's training loop
             loads.
+        members: The optimizers of the chain.
+        unread: For each moment the parameters on this rank that it was not read of, because the
+            policy overwrites it (`megatron_ext.selective_read`).
+        report: Of the last complete load.
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
@@ -40,6 +46,7 @@ class Resume:
     phase: Phase | None = None
     counters: tuple[Counters, Counters] | None = None
     members: list[Any] = field(default_factory=list)
+    unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
     _told: bool = False
@@ -48,7 +55,7 @@ class Resume:
 
     def begin_load(self) -> None:
         """A checkpoint is about to be loaded."""
-        self.phase, self.counters = None, None
+        self.phase, self.counters, self.unread = None, None, {}
         self._decided.clear()
 
     def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
@@ -93,6 +100,7 @@ class Resume:
         self._done[index] = report
         if self.complete:
             self._decided.clear()
+            self.unread = {}
             reports = [self._done[i] for i in range(len(self.members))]
             self.report = ResumeReport(self.megatron, reports, counters=self.counters)
             say(self.report.lines())

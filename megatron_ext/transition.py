@@ -16,7 +16,7 @@ import torch
 from . import agree
 from .errors import CheckpointError, PlanError
 from .layout import WHOLE
-from .moment_plan import ParameterPlan, Statistic, plan_moments, unmatched
+from .moment_plan import Key, ParameterPlan, Statistic, plan_moments, unmatched
 from .moments import (
     MOMENT_KEYS,
     FillColumns,
@@ -32,11 +32,12 @@ from .parameters import Shard, held_by, names_of, shards_of
 from .plan import ResumePlan
 from .policy import ResumePolicy
 from .row_statistics import Value, find, pieces
-from .rules import Fill, Keep, PruneMagnitude, PruneRandom, SecondMomentRule
+from .rules import KEEP, Fill, Keep, PruneMagnitude, PruneRandom, SecondMomentRule
 from .steps import is_adam, is_hybrid
 
 #: Columns that are added up over the ranks, per moment.
-_COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed")
+_COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
+_CHANGED = _COLUMNS.index("changed")
 
 _MAX_NAMED = 8
 
@@ -67,13 +68,16 @@ class MomentReport:
         rms: For each moment its root mean square before and after.
         changed: For each moment the number of elements with another value than before.
         nonfinite: For each moment the number of NaN and infinite elements after.
+        unread: For each moment the number of elements that were not read, because they are
+            overwritten; the root mean square before and the number of changes are of the others.
         warnings: Rules that match nothing.
     """
 
     rules: tuple[RuleReport, ...]
-    rms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rms: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=dict)
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -127,6 +131,7 @@ class MomentWork:
         kept: The optimizer is not Adam: its state is left alone.
         wanted: The statistics that some rank needs, the same list on every rank.
         shapes: The unsharded shapes of their parameters.
+        unread: For each moment the parameters on this rank that it was not read of.
         warnings: Rules that match nothing on any rank.
     """
 
@@ -138,6 +143,7 @@ class MomentWork:
     kept: bool = False
     wanted: tuple[Statistic, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -147,6 +153,7 @@ def prepare(
     plan: ResumePlan,
     saved_groups: Sequence[Mapping[str, Any]],
     chain: Sequence[Any] = (),
+    unread: Mapping[Key, frozenset[str]] | None = None,
 ) -> MomentWork | None:
     """Resolve a plan's rules against this rank's shards; nothing is changed, not collective.
 
@@ -156,15 +163,19 @@ def prepare(
         plan: Its plan.
         saved_groups: The checkpoint's param_groups.
         chain: All optimizers that the policy is for; a rule has to match in one of them.
+        unread: For each moment the parameters on this rank that it was not read of.
 
     Returns:
         None where the policy has no rules and keeps all moments.
 
     Raises:
         PlanError: A rule cannot be carried out.
+        CheckpointError: A moment was not read that is not overwritten.
         HostError: The model does not say where its parameters lie.
     """
-    policy = plan.policy
+    policy, unread = plan.policy, unread or {}
+    if not policy.overwrites_moments:
+        _require_read(unread, {})
     if not (policy.changes_moments or policy.rules or policy.groups):
         return None
     chain = [o for o in chain or [optimizer] if o.optimizer is not None]
@@ -182,8 +193,29 @@ def prepare(
         return MomentWork(policy, (), {}, used, used_groups, kept=True)
     parameters = {s.parameter.name: s.parameter for s in shards}
     groups = optimizer.optimizer.param_groups
-    plans = plan_moments(plan, list(parameters.values()), saved_groups, groups)
-    return MomentWork(policy, shards, {p.parameter.name: p for p in plans}, used, used_groups)
+    plans = {
+        p.parameter.name: p
+        for p in plan_moments(plan, list(parameters.values()), saved_groups, groups)
+    }
+    _require_read(unread, plans)
+    return MomentWork(policy, shards, plans, used, used_groups, unread=unread)
+
+
+def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan]) -> None:
+    """Raise unless all that was not read is overwritten.
+
+    With an empty `plans` nothing is overwritten.
+    """
+    for key, names in unread.items():
+        for name in names if not plans else names & plans.keys():
+            done = [getattr(rows, key) for rows in plans[name].rows] if plans else [KEEP]
+            if not all(isinstance(rule, Fill) for rule in done):
+                raise CheckpointError(
+                    f"{key} of {name} was not read from the checkpoint, for it was to be "
+                    f"overwritten, but now the plan is {done}; expected the same plan before and "
+                    "after reading. The checkpoint was replaced while it was being read, or its "
+                    "param_groups differ from its first ones; start again"
+                )
 
 
 def meet(work: MomentWork) -> MomentWork:
@@ -313,12 +345,17 @@ def _report(
     policy = work.policy
     sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
     elements = [0.0] * (len(policy.rules) + 1)
+    unread = {str(key): names for key, names in work.unread.items()}
     for shard, statistics in zip(shards, counted, strict=True):
         for row, key in zip(sums, MOMENT_KEYS, strict=True):
             s = statistics[key]
             found = ((s.norm_before or 0.0) ** 2, s.norm_after**2, shard.end - shard.begin)
             for i, value in enumerate((*found, s.nonfinite, s.changed or 0)):
                 row[i] += value
+            if shard.parameter.name in unread.get(key, frozenset()):
+                held = shard.end - shard.begin
+                row[-1] += held
+                row[_CHANGED] -= s.changed or 0
         for rows in work.plans[shard.parameter.name].rows:
             held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
             elements[-1 if rows.rule is None else rows.rule] += held
@@ -339,17 +376,21 @@ def _report(
     return MomentReport(
         rules=reports,
         rms={
-            key: (_rms(c["square_sum_before"], c), _rms(c["square_sum_after"], c))
+            key: (
+                _rms(c["square_sum_before"], c["elements"] - c["unread"]),
+                _rms(c["square_sum_after"], c["elements"]) or 0.0,
+            )
             for key, c in by_key.items()
         },
         changed={key: int(c["changed"]) for key, c in by_key.items()},
         nonfinite={key: int(c["nonfinite"]) for key, c in by_key.items()},
+        unread={key: int(c["unread"]) for key, c in by_key.items()},
         warnings=work.warnings,
     )
 
 
-def _rms(square_sum: float, counts: Mapping[str, float]) -> float:
-    return math.sqrt(square_sum / counts["elements"]) if counts["elements"] else 0.0
+def _rms(square_sum: float, elements: float) -> float | None:
+    return math.sqrt(square_sum / elements) if elements else None
 
 
 def _has_moments(shard: Shard) -> bool:

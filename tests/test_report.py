@@ -302,6 +302,27 @@ def changed_report() -> OptimizerReport:
     )
 
 
+def test_moments_that_were_not_read_have_no_norm_before() -> None:
+    moments = replace(
+        MOMENTS,
+        rms={"exp_avg": (None, 0.0), "exp_avg_sq": (0.25, 0.5)},
+        unread={"exp_avg": 640, "exp_avg_sq": 16},
+    )
+    report = ResumeReport("0.19.2", [replace(changed_report(), moments=moments)])
+    found = report.to_json()
+    validate(found)
+    state = found["optimizers"][0]["moments"]["state"]
+    assert (state["exp_avg"]["rms_before"], state["exp_avg"]["unread"]) == (None, 640)
+    assert (state["exp_avg_sq"]["rms_before"], state["exp_avg_sq"]["unread"]) == (0.25, 16)
+    lines = [line for line in report.lines() if "RMS" in line]
+    assert lines == [
+        " > exp_avg: RMS (not read) -> 0, 12 elements changed, 0 not finite; 640 elements were "
+        "overwritten without being read",
+        " > exp_avg_sq: RMS 0.25 -> 0.5, 16 elements changed, 3 not finite; 16 elements were "
+        "overwritten without being read",
+    ]
+
+
 def test_the_json_holds_what_was_done_to_the_moments() -> None:
     report = changed_report()
     found = ResumeReport("0.19.2", [report]).to_json()
@@ -314,8 +335,20 @@ def test_the_json_holds_what_was_done_to_the_moments() -> None:
             {"rule": "preset keep", "exp_avg": "keep", "exp_avg_sq": "keep", "elements": 624},
         ],
         "state": {
-            "exp_avg": {"rms_before": 0.25, "rms_after": 0.125, "changed": 12, "nonfinite": 0},
-            "exp_avg_sq": {"rms_before": "inf", "rms_after": 0.5, "changed": 16, "nonfinite": 3},
+            "exp_avg": {
+                "rms_before": 0.25,
+                "rms_after": 0.125,
+                "changed": 12,
+                "nonfinite": 0,
+                "unread": 0,
+            },
+            "exp_avg_sq": {
+                "rms_before": "inf",
+                "rms_after": 0.5,
+                "changed": 16,
+                "nonfinite": 3,
+                "unread": 0,
+            },
         },
     }
     assert optimizer["clip_grad"] == {

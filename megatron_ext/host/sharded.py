@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import agree, checkpoint, vocabulary
-from ..errors import CheckpointError
+from .. import agree, checkpoint, selective_read, vocabulary
+from ..errors import CheckpointError, MegatronExtError
 from ..log import say
+from ..phase import Mark, decide
+from ..resume import Resume
+from ..stored import open_checkpoint
 from .request import state
 
 #: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
@@ -26,7 +29,8 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         if not state.built:
             return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs)
+        call = bound.arguments
         # Loading takes the sharded entries out of the dict: look before.
         requested = _optimizer_entries(call["sharded_state_dict"])
         # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
@@ -35,11 +39,14 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
         if not requested:
             say(resized.lines())  # no optimizer is loaded that would report them
             resized.forget()
+        left_out = _leave_out(call)
         try:
-            loaded = original(*args, **kwargs)
+            result = original(*bound.args, **bound.kwargs)
             # With some values of `strict` also which keys did not fit.
-            resized.put_back(loaded[0] if isinstance(loaded, tuple) else loaded)
-            return loaded
+            loaded = result[0] if isinstance(result, tuple) else result
+            left_out.put_back(loaded)
+            resized.put_back(loaded)
+            return result
         except (Exception, dcp.CheckpointException) as e:
             resized.forget()
             stored = _stored_entries(call["checkpoint_dir"])
@@ -51,6 +58,73 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
             raise checkpoint.does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
 
     return load
+
+
+def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
+    """Take out of a load what the policy overwrites, if a phase begins with it.
+
+    A rank whose parameters no rule matches takes part: whether the phase begins is read on rank 0
+    and told to all. What stock checks about the request, that each tensor is asked for completely
+    and once, is checked before anything is taken out, with the same collective.
+
+    Args:
+        call: The arguments of ``dist_checkpointing.load``; changed in place.
+    """
+    resume = selective_read.take_pending()
+    if resume is None:
+        return selective_read.LeftOut()
+    resume.unread = {}
+    if not resume.policy.overwrites_moments or _strict(call):
+        return selective_read.LeftOut()
+    if not _phase_begins(resume, call["checkpoint_dir"]):
+        return selective_read.LeftOut()
+    if call.get("validate_access_integrity", True):
+        validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
+        mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+        entries = _built(call["sharded_state_dict"], mapping)
+        validation.validate_sharding_integrity(validation.determine_global_metadata(entries)[1])
+        call["validate_access_integrity"] = False
+    left_out = selective_read.leave_out(call["sharded_state_dict"])
+    resume.unread = left_out.names
+    return left_out
+
+
+def _strict(call: Mapping[str, Any]) -> bool:
+    """Whether stock would take what is left out for keys that are missing in the request."""
+    validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
+    handling = validation.StrictHandling
+    strict = validation.parse_strict_flag(call.get("strict", handling.ASSUME_OK_UNEXPECTED))
+    return bool(handling.requires_global_app_metadata(strict))
+
+
+def _phase_begins(resume: Resume, directory: Any) -> bool:
+    """Whether the checkpoint is of an earlier phase than the one that is asked for.
+
+    Collective: rank 0 looks at the saved param_groups. Where it cannot, or where the checkpoint is
+    no beginning at all, everything is read, and what comes after the load says what is wrong.
+    """
+
+    def look() -> bool:
+        try:
+            saved = open_checkpoint(directory).optimizers[0]
+            mark = None if saved.mark is None else Mark.parse(saved.mark)
+            return decide(resume.policy, mark, "", resume.where).state == "applied"
+        except (MegatronExtError, OSError, IndexError):
+            return False
+
+    return agree.from_rank_0(look)
+
+
+def _built(state_dict: Any, mapping: Any) -> list[Any]:
+    """All that a sharded state dict asks for, with what its factories build."""
+    out: list[Any] = []
+    utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
+    for entry in utils.nested_values(state_dict):
+        if isinstance(entry, mapping.ShardedTensorFactory):
+            out += _built({"": entry.build()}, mapping)
+        elif isinstance(entry, mapping.ShardedTensor | mapping.ShardedObject):
+            out.append(entry)
+    return out
 
 
 def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> vocabulary.Resized:
