@@ -58,7 +58,7 @@ class OldRanks:
             overlay = subprocess.run(
                 [ROOT / ".ci" / "overlay", version], stdout=subprocess.PIPE, text=True, check=True
             )
-            self.version, self.pool = version, RankPool("stock", 2, overlay.stdout.strip())
+            self.version, self.pool = version, RankPool("stock", overlay.stdout.strip())
         assert self.pool
         return self.pool
 

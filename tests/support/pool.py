@@ -1,13 +1,16 @@
-"""A pool of rank processes that outlives a test: importing torch and Megatron takes 10 s a rank.
+"""A pool of ranks that outlives a test: importing torch and Megatron takes 10 s a process.
 
-`RankPool.run` sends every rank the dotted name of a function and its arguments, and returns what
-each rank returned, or raised. Ranks form a new gloo process group for every call.
+`RankPool.run` sends the dotted name of a function and its arguments to a process that has imported
+them. It forks a rank for each, with a new gloo process group: what a call leaves behind (the
+threads of process groups above all, which go on polling) ends with its processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,21 +39,19 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """Rank processes of one kind.
+    """Ranks of one kind.
 
     Args:
         kind: ``"ext"``: this package can be imported. ``"stock"``: it cannot, so that what runs
             there is stock Megatron for certain.
-        size: Largest number of ranks.
         overlay: What goes before everything else on the ranks' PYTHONPATH: another megatron-core
             (`.ci/overlay`).
     """
 
-    def __init__(self, kind: str, size: int = 4, overlay: str | None = None) -> None:
+    def __init__(self, kind: str, overlay: str | None = None) -> None:
         self.kind = kind
-        self.size = size
         self._environment = _environment(overlay)
-        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._template: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._directory = tempfile.TemporaryDirectory(prefix="ranks")
         self._calls = 0
 
@@ -64,62 +65,75 @@ class RankPool:
         **kwargs: Any,
     ) -> list[Any]:
         """Call ``module:name`` on `world` ranks; per rank its value or its `Failure`."""
-        self._grow(world)
+        if self._template is None:
+            self._template = self._start()
         self._calls += 1
-        store = str(Path(self._directory.name) / f"store{self._calls}")
-        for rank in range(world):
-            self._workers[rank][1].send((function, rank, world, store, kwargs))
-        results: list[Any] = []
-        deadline = time.monotonic() + timeout
-        for rank in range(world):
-            results.append(self._receive(rank, deadline))
+        directory = Path(self._directory.name) / f"call{self._calls}"
+        directory.mkdir()
+        connection = self._template[1]
+        connection.send((function, world, str(directory), kwargs))
+        # Ends of an earlier call's ranks may come first.
+        while not isinstance(pids := connection.recv(), list):
+            pass
+        try:
+            results = _results(directory, pids, connection, time.monotonic() + timeout)
+        finally:
+            for pid in pids:
+                # A torch_dist save leaves helper processes behind: end the whole group.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            shutil.rmtree(directory)
         failures = [r for r in results if isinstance(r, Failure)]
         if failures and not allow_failure:
             raise RankFailed("\n".join(f"rank {f.rank}: {f.traceback}" for f in failures))
         return results
 
     def close(self) -> None:
-        self._discard()
+        if self._template is not None:
+            process, connection = self._template
+            connection.close()
+            process.kill()
+            process.wait()
+            self._template = None
         self._directory.cleanup()
 
-    def _receive(self, rank: int, deadline: float) -> Any:
-        process, connection = self._workers[rank]
-        while not connection.poll(0.2):
-            if process.poll() is not None:
-                code = process.returncode
-                self._discard()
-                raise RankFailed(f"rank {rank} died with exit code {code}")
-            if time.monotonic() > deadline:
-                self._discard()
-                raise RankFailed(f"rank {rank} did not answer in time: the ranks hang")
-        return connection.recv()
-
-    def _discard(self) -> None:
-        for process, connection in self._workers:
-            connection.close()
-            # A torch_dist save leaves helper processes behind: end the whole group.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self._workers = []
-
-    def _grow(self, world: int) -> None:
-        missing = range(len(self._workers), world)
-        started = []
-        for index in missing:
-            address = str(Path(self._directory.name) / f"{self.kind}{index}-{time.monotonic_ns()}")
-            listener = Listener(address, family="AF_UNIX")
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        address = str(Path(self._directory.name) / self.kind)
+        with Listener(address, family="AF_UNIX") as listener:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.worker", address, self.kind, str(index)],
+                [sys.executable, "-m", "tests.support.worker", address, self.kind],
                 cwd=ROOT,
                 env=self._environment,
                 start_new_session=True,
             )
-            started.append((process, listener))
-        for process, listener in started:
-            connection = listener.accept()
-            listener.close()
-            self._workers.append((process, connection))
+            return process, listener.accept()
+
+
+def _results(
+    directory: Path, pids: list[int], connection: Connection, deadline: float
+) -> list[Any]:
+    """What each rank has written.
+
+    Raises:
+        RankFailed: A rank died without a word, or does not answer in time.
+    """
+    results: dict[int, Any] = {}
+    dead: dict[int, int] = {}
+    while len(results) < len(pids):
+        while connection.poll(0.01):
+            pid, code = connection.recv()
+            if pid in pids:
+                dead[pids.index(pid)] = code
+        for rank in set(range(len(pids))) - results.keys():
+            file = directory / f"result{rank}"
+            if file.exists():
+                results[rank] = pickle.loads(file.read_bytes())
+            elif rank in dead:
+                raise RankFailed(f"rank {rank} died with exit code {dead[rank]}")
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(len(pids))) - results.keys())
+            raise RankFailed(f"ranks {missing} did not answer in time: they hang")
+    return [results[rank] for rank in range(len(pids))]
 
 
 def _environment(overlay: str | None = None) -> dict[str, str]:

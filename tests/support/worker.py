@@ -1,16 +1,18 @@
-"""A rank process of `tests.support.pool`."""
+"""The process of `tests.support.pool` that imports Megatron and forks the ranks of each call."""
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.abc
 import importlib.util
 import logging
 import os
+import pickle
+import signal
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -63,21 +65,72 @@ def fork_for_saves() -> None:
         make("fork")
 
 
-def main(address: str, kind: str, index: str) -> None:
+def main(address: str, kind: str) -> None:
     connection = Client(address, family="AF_UNIX")
-    os.environ["RANK"] = index
     if kind == "stock":
         sys.meta_path.insert(0, _Forbidden())
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     adapt_to_cpu()
-    fork_for_saves()
+    for name in _USED:
+        with suppress(ImportError):  # older Megatrons lack some
+            importlib.import_module(name)
+    if kind == "ext":
+        importlib.import_module("megatron_ext.optimizer")
+    running: set[int] = set()
     while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        connection.send(_run(*task))
+        if connection.poll(0.05 if running else None):
+            try:
+                function, world, directory, kwargs = connection.recv()
+            except EOFError:
+                return
+            pids = [_fork(function, rank, world, Path(directory), kwargs) for rank in range(world)]
+            running.update(pids)
+            connection.send(pids)
+        for pid in tuple(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
+                with suppress(OSError):
+                    connection.send((pid, os.waitstatus_to_exitcode(status)))
+
+
+#: What nearly every call imports.
+_USED = (
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel",
+    "tests.support.unsharded",
+)
+
+
+def _fork(function: str, rank: int, world: int, directory: Path, kwargs: dict[str, Any]) -> int:
+    """A rank: it calls the function, leaves the result in a file, and waits to be ended.
+
+    Its connections stay open until all ranks are done, as in a run.
+    """
+    pid = os.fork()
+    if pid:
+        with suppress(OSError):
+            os.setpgid(pid, pid)
+        return pid
+    code = 1
+    try:
+        with suppress(OSError):
+            os.setpgid(0, 0)
+        fork_for_saves()
+        result = _run(function, rank, world, str(directory / "store"), kwargs)
+        file = directory / f"result{rank}"
+        file.with_suffix(".new").write_bytes(pickle.dumps(result))
+        file.with_suffix(".new").rename(file)
+        code = 0
+        sys.stdout.flush()
+        signal.pause()
+    finally:
+        os._exit(code)
+    raise AssertionError
 
 
 def _run(function: str, rank: int, world: int, store: str, kwargs: dict[str, Any]) -> Any:
@@ -100,19 +153,6 @@ def _run(function: str, rank: int, world: int, store: str, kwargs: dict[str, Any
         return getattr(importlib.import_module(module), name)(**kwargs)
     except BaseException as e:
         return Failure(rank, type(e).__name__, str(e), traceback.format_exc())
-    finally:
-        _clean_up()
-
-
-def _clean_up() -> None:
-    import torch.distributed as dist
-
-    if "megatron.core.parallel_state" in sys.modules:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # Models and optimizers hold their process groups, whose threads go on polling, in cycles.
-    gc.collect()
 
 
 if __name__ == "__main__":
