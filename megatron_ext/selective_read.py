@@ -118,13 +118,22 @@ def tag(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Sequence[An
                 setattr(entries[key], _TAG, Tag(name, key, shared))
 
 
-def leave_out(state_dict: Any) -> LeftOut:
+def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
     """Take the marked entries out of a sharded state dict.
 
     Args:
         state_dict: Changed in place.
+        whole: Only tensors of the checkpoint of which all is marked. On a single rank Megatron
+            cannot ask for a part of a tensor such as one layer of many: what is not asked for it
+            takes for another rank's (core/dist_checkpointing/strategies/torch.py, placement of
+            shards in sharded_tensor_to_torch_sharded_tensor, 0.19.2).
     """
-    found = list(_tagged(state_dict, ()))
+    found = [(path, e) for path, e in _walk(state_dict, ()) if hasattr(e, _TAG)]
+    if whole:
+        asked = {
+            e.key for _, e in _walk(state_dict, ()) if hasattr(e, "key") and not hasattr(e, _TAG)
+        }
+        found = [(path, e) for path, e in found if e.key not in asked]
     for path, _ in found:
         container = state_dict
         for step in path[:-1]:
@@ -133,14 +142,14 @@ def leave_out(state_dict: Any) -> LeftOut:
     return LeftOut(found)
 
 
-def _tagged(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _tagged(inner, (*path, key))
+            yield from _walk(inner, (*path, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _tagged(inner, (*path, index))
-    elif hasattr(value, _TAG):
+            yield from _walk(inner, (*path, index))
+    else:
         yield path, value
 
 

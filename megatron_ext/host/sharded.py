@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from .. import agree, checkpoint, selective_read, vocabulary
 from ..errors import CheckpointError, MegatronExtError
 from ..log import say
@@ -84,7 +86,8 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
         entries = _built(call["sharded_state_dict"], mapping)
         validation.validate_sharding_integrity(validation.determine_global_metadata(entries)[1])
         call["validate_access_integrity"] = False
-    left_out = selective_read.leave_out(call["sharded_state_dict"])
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    left_out = selective_read.leave_out(call["sharded_state_dict"], whole=alone)
     resume.unread = left_out.names
     return left_out
 

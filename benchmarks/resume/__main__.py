@@ -1,0 +1,102 @@
+"""Measure what a resume costs with stock's DistributedOptimizer and with SelectiveAdam.
+
+Under ten minutes on 2 CPU cores; ``--quick`` is a try of a minute whose result says nothing,
+``--full`` takes hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernel.environment import busy_elsewhere, environment, slug
+
+from . import report, scale
+from .cases import DEFAULT, FULL, QUICK, Case
+from .summary import verdicts
+
+RESULTS = Path(__file__).parents[1] / "results"
+_ROOT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    """Run all series and write the results; 1 if a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_const", dest="cases", const=QUICK, help="a try")
+    how.add_argument("--full", action="store_const", dest="cases", const=FULL, help="all sizes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    options = parser.parse_args()
+    content = measure(options.cases or DEFAULT)
+    name = content["facts"].get("GPU", content["facts"]["CPU"])
+    stem = f"{content['facts']['date']}-resume-{content['device']}-{slug(name)}"
+    files = report.write(options.out, stem, content)
+    print("\n".join(f"written: {f}" for f in files))
+    found = [
+        v
+        for case, result in report.series_of(content)
+        for v in verdicts(case, result, content["device"])
+    ]
+    for v in found:
+        print(f"{v.verdict}: {v.figure}: {v.found} (target {v.target or 'none'})")
+    return int(any(v.verdict == "missed" for v in found))
+
+
+def measure(cases: Sequence[Case]) -> dict[str, Any]:
+    """Run the series one after the other."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    elsewhere = busy_elsewhere()
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "megatron-core": version("megatron-core"),
+        **environment(device),
+    }
+    content: dict[str, Any] = {"device": device, "facts": facts, "series": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for number, case in enumerate(cases):
+            print(f"{number + 1} of {len(cases)}: {case}", flush=True)
+            content["series"].append(_series(case, Path(directory) / f"{number}.json"))
+    content["scale"] = scale.simulate()
+    now = busy_elsewhere()
+    busy = (now[0] - elsewhere[0]) / max(now[1] - elsewhere[1], 1e-9)
+    # torchrun's ranks are other processes too, so that this only bounds what disturbed.
+    facts["CPUs busy meanwhile, ranks included"] = f"{busy:.0%}"
+    return content
+
+
+def _series(case: Case, output: Path) -> dict[str, Any]:
+    """Start the ranks of a series.
+
+    Raises:
+        RuntimeError: A rank failed, or a resume did not give the state it should.
+    """
+    log = output.with_suffix(".log")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(case.ranks), "-m", "benchmarks.resume.ranks"),
+        *(json.dumps(asdict(case)), str(output)),
+    ]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // case.ranks))}
+    with log.open("w") as stream:
+        done = subprocess.run(
+            command, cwd=_ROOT, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | threads
+        )
+    if done.returncode:
+        raise RuntimeError(f"{case}: exit code {done.returncode}\n{log.read_text()[-4000:]}")
+    return {"case": asdict(case), **json.loads(output.read_text())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
