@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo lint format test test-matrix test-gpu clean
+.PHONY: help bootstrap demo lint format test test-matrix test-gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ test-with-%: bootstrap
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: bootstrap ## what a resume costs: stock and ours in turn (10 minutes)
+	$(PYTHON_BIN) -m benchmarks.resume
+	$(PYTHON_BIN) -m benchmarks.resume.readme
 
 clean: ## remove what builds, tests and the demo leave behind; .venv stays
 	rm -rf build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ import torch
 from . import _ops, agree
 from ._ops import Segment
 from ._ops import Statistics as Statistics
+from ._ops.segments import STATISTICS_COLUMNS
 from .errors import CheckpointError, PlanError
 from .layout import WHOLE, GlobalIndex, Run
 from .log import say
@@ -29,6 +30,7 @@ from .rules import KEEP, Keep, MomentRule, Scale, SecondMomentRule
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 _COLUMNS_AT_A_TIME = 1 << 22
+_NONFINITE = STATISTICS_COLUMNS.index("nonfinite")
 
 
 @dataclass
@@ -213,6 +215,31 @@ def transform(
         for moment in pair:
             moment.close()
     return [_statistics(row) for row in counts]
+
+
+@torch.no_grad()
+def nonfinite_elements(inner: Any, params: Sequence[torch.Tensor]) -> list[int]:
+    """Number of NaN and infinite elements in both moments of some parameters; reads them once.
+
+    Args:
+        inner: The torch optimizer that holds the state.
+        params: Keys of its state.
+    """
+    if any(_is_scaled(inner, key) for key in MOMENT_KEYS):
+        shards = [MomentShard("", inner, p, ()) for p in params]
+        counted = transform(shards, Statistics.AFTER)
+        return [sum(s.nonfinite for s in of_shard.values()) for of_shard in counted]
+    counts = [0] * len(params)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(params):
+        by_device.setdefault(inner.state[param]["exp_avg"].device, []).append(i)
+    for device, members in by_device.items():
+        _announce(device.type)
+        both = ([inner.state[params[i]][key] for i in members] for key in MOMENT_KEYS)
+        found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _NONFINITE].sum(1)
+        for i, count in zip(members, found.tolist(), strict=True):
+            counts[i] = int(count)
+    return counts
 
 
 def magnitude_thresholds(

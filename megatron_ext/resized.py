@@ -64,7 +64,7 @@ def resized_of(
         PlanError: A rule cannot be carried out.
         HostError: The model does not say where its parameters lie.
     """
-    if optimizer.optimizer is None:
+    if optimizer.optimizer is None or not vocabulary.any_change():
         return ()
     if not any(vocabulary.change_of(h.model_param) for h in held_by(optimizer)):
         return ()
@@ -110,7 +110,7 @@ def warnings_of(plan: ResumePlan, resized: Sequence[ResizedParameter]) -> Iterat
 
 def forget(optimizer: Any) -> None:
     """The resume of an optimizer is complete: what was found about its parameters is history."""
-    if optimizer.optimizer is not None:
+    if optimizer.optimizer is not None and vocabulary.any_change():
         for held in held_by(optimizer):
             vocabulary.forget(held.model_param)
 

@@ -24,6 +24,7 @@ from .moments import (
     MomentStatistics,
     RangeRule,
     Statistics,
+    nonfinite_elements,
     transform,
     values,
 )
@@ -404,13 +405,8 @@ def _nonfinite(optimizer: Any) -> dict[int, int]:
     if is_hybrid(optimizer.optimizer):
         return {}
     inner = optimizer.optimizer
-    keys = [h.key for h in held_by(optimizer)]
-    keys = [k for k in keys if all(m in inner.state.get(k, {}) for m in MOMENT_KEYS)]
-    counted = transform([MomentShard("", inner, k, ()) for k in keys], Statistics.AFTER)
-    return {
-        id(k): sum(s.nonfinite for s in statistics.values())
-        for k, statistics in zip(keys, counted, strict=True)
-    }
+    keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
+    return {id(k): n for k, n in zip(keys, nonfinite_elements(inner, keys), strict=True)}
 
 
 @torch.no_grad()

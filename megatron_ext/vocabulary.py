@@ -141,6 +141,11 @@ def look(
     return resized
 
 
+def any_change() -> bool:
+    """Whether the load that is going on has found a change of any model parameter."""
+    return len(_changes) > 0
+
+
 def change_of(model_param: torch.Tensor) -> RowChange | None:
     """What the load that is going on has found about a model parameter; None: nothing changed."""
     return _changes.get(model_param)

@@ -44,6 +44,11 @@ SCENARIOS = {
         torchrun=True,
     ),
     "ours, no override flag": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS}", "phase 1", 2),
+    "reset": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-preset reset --ckpt-fully-parallel-load",
+        "phase 1",
+        world=2,
+    ),
     "phase 3 stock": Scenario(
         f"{PHASE_2} {DISTRIBUTED} --train-iters 18 --override-opt_param-scheduler", "ours", 2
     ),
@@ -198,6 +203,25 @@ def runs(
 def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:
     """The logged learning rate: of the step after `iteration` steps, linear decay."""
     return min_lr + (lr - min_lr) * (1 - iteration / decay)
+
+
+@pytest.mark.latest
+@pytest.mark.reads("reset")
+def test_moments_that_are_reset_are_not_read(runs: Runs) -> None:
+    run = ok(runs["reset"])
+    (optimizer,) = run.report["optimizers"]
+    state, elements = optimizer["moments"]["state"], optimizer["loaded"]["elements"]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert state[key] == {
+            "rms_before": None,
+            "rms_after": 0.0,
+            "changed": 0,
+            "nonfinite": 0,
+            "unread": elements[key],
+        }
+    assert elements["param"] == elements["exp_avg"] > 1000
+    assert list(run.iterations) == [11, 12, 13, 14]
+    assert "overwritten without being read" in run.ranks[0]
 
 
 @pytest.mark.matrix

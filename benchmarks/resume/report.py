@@ -248,7 +248,7 @@ def figures(content: Mapping[str, Any]) -> list[str]:
             for n in (STOCK, RESET)
         ]
         lines.append(
-            f"| {case.format} | {ms[STOCK]:.0f} ms | {found['keep / stock, load']} | "
+            f"| {case.format}, {case.size}M | {ms[STOCK]:.0f} ms | {found['keep / stock, load']} | "
             f"{found['keep / stock, peak memory of the load']} | "
             f"{found['rescale / keep, load']} | {read[0]:.0f} -> {read[1]:.0f} | {cold:.2f} |"
         )

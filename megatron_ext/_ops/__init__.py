@@ -13,7 +13,7 @@ import torch
 
 from . import reference, schema
 from .native import DEVICES, Kernel, is_native, kernel
-from .segments import Segment, Statistics, encode
+from .segments import COEFFICIENTS, COLUMNS, Segment, Statistics, encode
 
 __all__ = [
     "DEVICES",
@@ -58,6 +58,15 @@ class Transform:
     ) -> Transform:
         """Encode the segments."""
         return cls(tuple(exp_avg), tuple(exp_avg_sq), *encode(segments))
+
+    @classmethod
+    def keep(cls, exp_avg: Sequence[torch.Tensor], exp_avg_sq: Sequence[torch.Tensor]) -> Transform:
+        """Change nothing, for the statistics alone; one segment for each tensor."""
+        table = torch.zeros(len(exp_avg), len(COLUMNS), dtype=torch.int64)
+        table[:, COLUMNS.index("tensor")] = torch.arange(len(exp_avg))
+        table[:, COLUMNS.index("end")] = torch.tensor([x.numel() for x in exp_avg])
+        coefficients = torch.zeros(len(exp_avg), 2 * COEFFICIENTS, dtype=torch.float64)
+        return cls(tuple(exp_avg), tuple(exp_avg_sq), table, coefficients)
 
     def prepare(self) -> Transform:
         """The same with its table on the device."""

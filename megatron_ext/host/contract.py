@@ -85,6 +85,32 @@ CONTRACT = (
         reference="core/dist_checkpointing/serialization.py:69; explains shards that do not fit",
     ),
     HostName(
+        "megatron.core.dist_checkpointing.validation",
+        "validate_sharding_integrity",
+        ("global_metadata",),
+        reference="core/dist_checkpointing/validation.py:363; checks a request before moments that "
+        "are overwritten are left out of it (sharded.py)",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.validation",
+        "determine_global_metadata",
+        ("sharded_state_dict",),
+        reference="core/dist_checkpointing/validation.py:478; the request of all ranks",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.validation",
+        "StrictHandling.requires_global_app_metadata",
+        ("val",),
+        reference="core/dist_checkpointing/validation.py:92; whether what is left out counts as "
+        "missing",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.validation",
+        "parse_strict_flag",
+        ("strict",),
+        reference="core/dist_checkpointing/validation.py:103; --dist-ckpt-strictness",
+    ),
+    HostName(
         f"{CORE}.distrib_optimizer",
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         ("model_param", "tensors"),

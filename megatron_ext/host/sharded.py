@@ -76,7 +76,9 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
     if resume is None:
         return selective_read.LeftOut()
     resume.unread = {}
-    if not resume.policy.overwrites_moments or _strict(call):
+    # The ranks of a part of the job cannot agree over the default group.
+    partly = call.get("process_group") is not None
+    if not resume.policy.overwrites_moments or partly or _strict(call):
         return selective_read.LeftOut()
     if not _phase_begins(resume, call["checkpoint_dir"]):
         return selective_read.LeftOut()
