@@ -92,6 +92,23 @@ def test_so_many_cells_ran() -> None:
     assert len(set(_executed)) == len(_executed) == 21
 
 
+@pytest.mark.ranks
+@pytest.mark.latest
+def test_padding_between_parameters_is_not_read_either(
+    ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    directory, _ = checkpoints.phase_1(SMALL, 1)
+    call: dict[str, Any] = {"layout": SMALL, "hyper": SECOND, "directory": directory}
+    stock, found = (
+        ext.run("tests.support.reading:resumed", 1, policy=policy, **call)[0]
+        for policy in ("{}", "preset: reset")
+    )
+    elements = sum(t["param"].size for t in stock["state"].values())
+    assert stock["payload"] > 14 * elements
+    # bf16 weights have no padding; master weights and each of the moments have the same.
+    assert 3 * (found["payload"] - 2 * elements) == stock["payload"] - 2 * elements
+
+
 LAYER = "moments: [{match: 'decoder.layers.2.*', exp_avg: reset, exp_avg_sq: reset}]"
 ROWS = "moments: [{match: '*.linear_fc1.weight[:8]', exp_avg: reset, exp_avg_sq: reset}]"
 
@@ -255,4 +272,8 @@ def test_a_rule_for_a_group_counts_only_where_the_group_is_known() -> None:
     policy, parameter = ResumePolicy(rules=(rule,)), Parameter("a.weight", (8, 3), 0)
     assert overwritten(policy, parameter, {"wd_mult": 1.0}) == {"exp_avg", "exp_avg_sq"}
     assert overwritten(policy, parameter, {"wd_mult": 0.0}) == frozenset()
+    assert overwritten(policy, parameter, None) == frozenset()
+    kept = MomentRule(Match.parse("* wd_mult=1.0"))
+    policy = ResumePolicy(preset=Preset("reset"), rules=(kept,))
+    assert overwritten(policy, parameter, {"wd_mult": 0.0}) == {"exp_avg", "exp_avg_sq"}
     assert overwritten(policy, parameter, None) == frozenset()
