@@ -334,15 +334,21 @@ def test_transform_moments_refuses_what_is_no_rule_for_moments(
 
 @pytest.mark.latest
 def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoints) -> None:
-    """Agreement, gather, counts; then one reduction for all means and three for all quantiles."""
+    """Whether the phase begins, agreement, gather, counts; then one reduction for all means and three for all quantiles."""
     directory, _ = checkpoints.phase_1(BF16, 2)
     arguments: dict[str, Any] = {"layout": BF16, "hyper": FIRST, "directory": directory}
 
     def seen(policy: str) -> list[str]:
         return ext.run("tests.support.policies:reductions", 2, policy=policy, **arguments)[0]
 
-    report = (2 * 5 + 1) * 8
-    assert seen("preset: reset") == ["all_reduce 40", "all_reduce 56", f"all_reduce {report}"]
+    report = (2 * 6 + 1) * 8
+    assert seen("preset: reset") == [
+        "broadcast 8",
+        "all_reduce 40",
+        "all_reduce 56",
+        f"all_reduce {report}",
+    ]
+    assert seen("preset: gradient-scale 0.5")[0] == "all_reduce 40"
     fills = seen(
         "moments: [{match: 'output_layer.weight[40:]', exp_avg: fill mean, "
         "exp_avg_sq: fill column-mean}, {match: 'embedding.word_embeddings.weight[8:]', "

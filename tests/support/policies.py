@@ -139,7 +139,7 @@ def reductions(layout: Layout, hyper: Hyper, directory: str, policy: str) -> lis
     from megatron_ext import agree
 
     seen: list[str] = []
-    reduce, gathered = dist.all_reduce, dist.all_gather_object
+    reduce, gathered, sent = dist.all_reduce, dist.all_gather_object, dist.broadcast
 
     def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if sys._getframe(1).f_globals["__name__"] == agree.__name__:
@@ -151,12 +151,17 @@ def reductions(layout: Layout, hyper: Hyper, directory: str, policy: str) -> lis
             seen.append("gather")
         return gathered(everyone, value, *args, **kwargs)
 
+    def sending(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+            seen.append(f"broadcast {tensor.numel() * tensor.element_size()}")
+        return sent(tensor, *args, **kwargs)
+
     run = build(layout, hyper, policy)
-    dist.all_reduce, dist.all_gather_object = counting, gathering
+    dist.all_reduce, dist.all_gather_object, dist.broadcast = counting, gathering, sending
     try:
         harness.load(run, directory)
     finally:
-        dist.all_reduce, dist.all_gather_object = reduce, gathered
+        dist.all_reduce, dist.all_gather_object, dist.broadcast = reduce, gathered, sent
     return seen
 
 
