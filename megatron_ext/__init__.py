@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import (
         AgreementError,
         CheckpointError,
+        GuardError,
         HostError,
         MegatronExtError,
         PlanError,
@@ -42,12 +43,14 @@ _WHERE = {
     "CheckpointError": "errors",
     "AgreementError": "errors",
     "HostError": "errors",
+    "GuardError": "errors",
 }
 
 __all__ = [
     "AgreementError",
     "CheckpointError",
     "GroupRule",
+    "GuardError",
     "HostError",
     "Match",
     "MegatronExtError",

@@ -216,6 +216,19 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="Directory for the resume report (resume-report.json), written by rank 0.",
     )
+    group.add_argument(
+        "--selective-dry-run",
+        action="store_true",
+        help="Build and load everything, log the plan and what was done, and exit with 0 before "
+        "the first step; nothing is saved.",
+    )
+    group.add_argument(
+        "--no-selective-guard",
+        action="store_false",
+        dest="selective_guard",
+        help="Do not check the first resumed steps against the plan. By default hyperparameters "
+        "that differ from it, or moments that Adam cannot have made, stop the run.",
+    )
     return parser
 
 
@@ -234,6 +247,8 @@ def request_from_args(args: argparse.Namespace | Any) -> Request:
         policy=_policy(args),
         report_dir=Path(directory) if directory else None,
         where=getattr(args, "selective_where", "load"),
+        guard=getattr(args, "selective_guard", True),
+        dry_run=getattr(args, "selective_dry_run", False),
     )
 
 

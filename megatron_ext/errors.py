@@ -25,3 +25,7 @@ class AgreementError(MegatronExtError):
 
 class HostError(MegatronExtError):
     """The installed Megatron, or the way it was launched, is not one this package can serve."""
+
+
+class GuardError(MegatronExtError):
+    """The first steps after a resume are not those that were planned."""

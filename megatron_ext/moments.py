@@ -30,7 +30,7 @@ from .rules import KEEP, Keep, MomentRule, Scale, SecondMomentRule
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 _COLUMNS_AT_A_TIME = 1 << 22
-_NONFINITE = STATISTICS_COLUMNS.index("nonfinite")
+_SURVEYED = [STATISTICS_COLUMNS.index(name) for name in ("square_sum_after", "nonfinite")]
 
 
 @dataclass
@@ -217,29 +217,44 @@ def transform(
     return [_statistics(row) for row in counts]
 
 
+@dataclass(frozen=True)
+class Survey:
+    """Both moments of some parameters, as they are.
+
+    Args:
+        nonfinite: For each parameter the number of NaN and infinite elements.
+        norms: Euclidean norms of exp_avg and exp_avg_sq over all of them.
+    """
+
+    nonfinite: list[int]
+    norms: tuple[float, float]
+
+
 @torch.no_grad()
-def nonfinite_elements(inner: Any, params: Sequence[torch.Tensor]) -> list[int]:
-    """Number of NaN and infinite elements in both moments of some parameters; reads them once.
+def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
+    """Look at the moments of some parameters; reads them once, changes nothing.
 
     Args:
         inner: The torch optimizer that holds the state.
-        params: Keys of its state.
+        params: Keys of its state, which have both moments.
     """
     if any(_is_scaled(inner, key) for key in MOMENT_KEYS):
-        shards = [MomentShard("", inner, p, ()) for p in params]
-        counted = transform(shards, Statistics.AFTER)
-        return [sum(s.nonfinite for s in of_shard.values()) for of_shard in counted]
-    counts = [0] * len(params)
+        counted = transform([MomentShard("", inner, p, ()) for p in params], Statistics.AFTER)
+        norms = [math.hypot(*(c[key].norm_after for c in counted)) for key in MOMENT_KEYS]
+        return Survey([sum(s.nonfinite for s in c.values()) for c in counted], tuple(norms))  # type: ignore[arg-type]
+    counts, squares = [0] * len(params), [0.0, 0.0]
     by_device: dict[torch.device, list[int]] = {}
     for i, param in enumerate(params):
         by_device.setdefault(inner.state[param]["exp_avg"].device, []).append(i)
     for device, members in by_device.items():
         _announce(device.type)
         both = ([inner.state[params[i]][key] for i in members] for key in MOMENT_KEYS)
-        found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _NONFINITE].sum(1)
-        for i, count in zip(members, found.tolist(), strict=True):
-            counts[i] = int(count)
-    return counts
+        found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _SURVEYED].tolist()
+        for i, rows in zip(members, found, strict=True):
+            for which, (square, nonfinite) in enumerate(rows):
+                squares[which] += square
+                counts[i] += int(nonfinite)
+    return Survey(counts, (math.sqrt(squares[0]), math.sqrt(squares[1])))
 
 
 def magnitude_thresholds(

@@ -56,6 +56,8 @@ class _Selective:
     _saved_scale: float | None = None
     #: The model chunks it was built for, for the names of its parameters.
     resume_chunks: Sequence[Any] = ()
+    #: Euclidean norms of exp_avg and exp_avg_sq on this rank when the resume was complete.
+    norms_after_load: tuple[float, float] | None = None
     #: What the arguments say; a preset may change the config's.
     _argument_clip_grad: float | None = None
 
@@ -121,7 +123,7 @@ class _Selective:
 
     def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
         """Check that the moments arrived, change them as planned, and hand the report in."""
-        loaded.nonfinite = transition.count_nonfinite(self)
+        loaded.nonfinite, self.norms_after_load = transition.look(self)
         summed = loaded.summed()
         summed.require_moments()
         notes: tuple[str, ...] = ()
@@ -131,6 +133,10 @@ class _Selective:
             notes = (f"{summed.nonfinite} elements of the moments {done}",)
         work = self._moment_work
         moments = None if work is None else transition.carry_out(work)
+        if moments is not None:
+            self.norms_after_load = moments.norms_on_this_rank
+        elif summed.nonfinite:
+            self.norms_after_load = None
         counts = tuple(len(g["params"]) for g in self.optimizer.param_groups)
         scales = None
         if self._saved_scale is not None:

@@ -24,7 +24,8 @@ from .moments import (
     MomentStatistics,
     RangeRule,
     Statistics,
-    nonfinite_elements,
+    Survey,
+    survey,
     transform,
     values,
 )
@@ -38,7 +39,7 @@ from .steps import is_adam, is_hybrid
 
 #: Columns that are added up over the ranks, per moment.
 _COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
-_CHANGED = _COLUMNS.index("changed")
+_AFTER, _CHANGED = _COLUMNS.index("square_sum_after"), _COLUMNS.index("changed")
 
 _MAX_NAMED = 8
 
@@ -71,6 +72,7 @@ class MomentReport:
         nonfinite: For each moment the number of NaN and infinite elements after.
         unread: For each moment the number of elements that were not read, because they are
             overwritten; the root mean square before and the number of changes are of the others.
+        norms_on_this_rank: Euclidean norms of exp_avg and exp_avg_sq after.
         warnings: Rules that match nothing.
     """
 
@@ -79,12 +81,19 @@ class MomentReport:
     changed: Mapping[str, int] = field(default_factory=dict)
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     unread: Mapping[str, int] = field(default_factory=dict)
+    norms_on_this_rank: tuple[float, float] = (0.0, 0.0)
     warnings: tuple[str, ...] = ()
 
 
-def count_nonfinite(optimizer: Any) -> int:
-    """Number of NaN and infinite elements in this rank's moments; one pass that reads them."""
-    return sum(_nonfinite(optimizer).values())
+def look(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
+    """Look at this rank's moments, in one pass that reads them.
+
+    Returns:
+        Number of NaN and infinite elements; Euclidean norms of exp_avg and exp_avg_sq, None where
+        there are none.
+    """
+    found = _survey(optimizer)
+    return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
 
 
 def mend_nonfinite(optimizer: Any, model_chunks: Sequence[Any], choice: str) -> str:
@@ -360,6 +369,7 @@ def _report(
         for rows in work.plans[shard.parameter.name].rows:
             held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
             elements[-1 if rows.rule is None else rows.rule] += held
+    mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
     flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=device)
     agree.add_up(flat)
     total = flat.tolist()
@@ -386,6 +396,7 @@ def _report(
         changed={key: int(c["changed"]) for key, c in by_key.items()},
         nonfinite={key: int(c["nonfinite"]) for key, c in by_key.items()},
         unread={key: int(c["unread"]) for key, c in by_key.items()},
+        norms_on_this_rank=mine,
         warnings=work.warnings,
     )
 
@@ -398,15 +409,23 @@ def _has_moments(shard: Shard) -> bool:
     return all(key in shard.inner.state.get(shard.key, {}) for key in MOMENT_KEYS)
 
 
+def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
+    """The keys of the state, and their moments."""
+    inner = optimizer.optimizer
+    if inner is None or not is_adam(inner) or is_hybrid(inner):
+        return None
+    keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
+    return keys, survey(inner, keys)
+
+
 def _nonfinite(optimizer: Any) -> dict[int, int]:
     """Id of each state's key -> number of elements that are not finite."""
-    if optimizer.optimizer is None or not is_adam(optimizer.optimizer):
-        return {}
-    if is_hybrid(optimizer.optimizer):
-        return {}
-    inner = optimizer.optimizer
-    keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
-    return {id(k): n for k, n in zip(keys, nonfinite_elements(inner, keys), strict=True)}
+    found = _survey(optimizer)
+    return (
+        {}
+        if found is None
+        else {id(k): n for k, n in zip(found[0], found[1].nonfinite, strict=True)}
+    )
 
 
 @torch.no_grad()

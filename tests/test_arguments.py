@@ -87,7 +87,7 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
         assert flag in text
     assert "--selective-report DIR" in text
     assert "--selective-policy FILE" in text
-    for destination in arguments.own_flags() - {"selective_strict"}:
+    for destination in arguments.own_flags() - {"selective_strict", "selective_guard"}:
         assert re.search(rf"--{destination.replace('_', '-')}[ \]]", text)
     for words in (
         "Where a phase starts, with its optimizer state",
@@ -98,6 +98,7 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
     ):
         assert words in text
     assert "--no-selective-strict" in text
+    assert "--no-selective-guard" in text
     for form in ("batch-size OLD NEW", "relora P", "fill column-mean", "prune-random P [seed N]"):
         assert form in text
     assert "megatron_ext.SelectiveAdam" in text

@@ -116,7 +116,7 @@ def test_every_error_of_the_package_has_one_base_and_says_what_it_is_for() -> No
     from megatron_ext import errors
 
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
-    assert len(classes) == 6
+    assert len(classes) == 7
     for cls in classes:
         assert issubclass(cls, errors.MegatronExtError)
         assert cls.__doc__

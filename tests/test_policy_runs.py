@@ -334,7 +334,7 @@ def test_transform_moments_refuses_what_is_no_rule_for_moments(
 
 @pytest.mark.latest
 def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoints) -> None:
-    """Whether the phase begins, agreement, gather, counts; then one reduction for all means and three for all quantiles."""
+    """Beginning, agreement, gather, counts; one reduction for all means, three for quantiles."""
     directory, _ = checkpoints.phase_1(BF16, 2)
     arguments: dict[str, Any] = {"layout": BF16, "hyper": FIRST, "directory": directory}
 

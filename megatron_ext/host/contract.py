@@ -206,6 +206,28 @@ CONTRACT = (
         since="0.18.0",
         reference="training/training.py:4466; how much data the run needs",
     ),
+    HostName(
+        f"{TRAINING}.training",
+        "train",
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:3342; a dry run ends before it",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "train_step",
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:2336; the guard's look at the first steps (running.py)",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "training_log",
+        ("iteration",),
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:2568; the first logging step after a resume",
+    ),
 )
 
 _warned_version = False

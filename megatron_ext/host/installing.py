@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from . import loop
+from . import loop, running
 from .building import build_emerging, build_optimizer, chain
 from .contract import CORE, TRAINING, check_contract, has_training
 from .loading import check_checkpoint_args, load_base_checkpoint, load_checkpoint
@@ -52,6 +52,9 @@ def install(*, arguments: bool = False) -> None:
     _rebind(training, "load_checkpoint", load_checkpoint)
     _rebind(training, "build_train_valid_test_data_loaders", loop.loaders)
     _rebind(training, "get_train_valid_test_num_samples", loop.sample_counts)
+    _rebind(training, "train", running.train)
+    _rebind(training, "train_step", running.train_step)
+    _rebind(training, "training_log", running.training_log)
 
 
 def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:

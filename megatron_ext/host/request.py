@@ -29,12 +29,16 @@ class Request:
         policy: What to take from where, for `SelectiveAdam` and its subclasses.
         report_dir: Where the JSON report goes, or None.
         where: What the directory of ``--load`` is to the phase.
+        guard: Whether the first resumed steps are checked against the plan.
+        dry_run: Whether the run ends before its first step.
     """
 
     optimizer_class: str = DEFAULT_CLASS
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     report_dir: Path | None = None
     where: Where = "load"
+    guard: bool = True
+    dry_run: bool = False
 
     def resume(self) -> Resume:
         """A resume to be shared by the optimizers of a chain."""

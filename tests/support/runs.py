@@ -45,6 +45,7 @@ class Scenario:
             `TOKENS` only.
         fails: Whether the run is meant to fail; else a run after it fails too.
         torchrun: Whether torchrun starts the ranks.
+        tamper: What ``tampering_script.py`` changes after the load.
     """
 
     arguments: str
@@ -57,6 +58,7 @@ class Scenario:
     kill_at: int | None = None
     fails: bool = False
     torchrun: bool = False
+    tamper: str | None = None
 
     @property
     def forked(self) -> bool:
@@ -117,7 +119,8 @@ class Runs:
             arguments += f" --save {self.checkpoint(name)}"
         script = SCRIPT if scenario.script is None else ROOT / scenario.script
         directory = self.checkpoint(name).parent
-        env = {} if scenario.kill_at is None else {"KILL_AT_MICRO_BATCH": str(scenario.kill_at)}
+        asked = {"KILL_AT_MICRO_BATCH": scenario.kill_at, "TAMPER": scenario.tamper}
+        env = {name: str(value) for name, value in asked.items() if value is not None}
         start = self._zygote.run if scenario.forked else run
         return start(
             directory,
