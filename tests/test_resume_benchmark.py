@@ -166,6 +166,7 @@ def test_a_result_becomes_tables_and_a_picture(tmp_path: Path) -> None:
             {"case": asdict(CASE), **result()},
             {"case": asdict(replace(CASE, size=30)), **result()},
         ],
+        "failed": ["torch, bf16, 10M, 2 ranks"],
         "scale": simulate(Moe(layers=4, pipeline=4, expert=4, experts=4)),
     }
     files = report.write(tmp_path, "some-resume", content)
@@ -177,6 +178,7 @@ def test_a_result_becomes_tables_and_a_picture(tmp_path: Path) -> None:
             assert f"\n## {case}\n" in text
             assert f"\n| {variant.name} | " in text
     assert "| 6/14 | 6/14 | met |" in text
+    assert "- FAILED, not in the tables: torch, bf16, 10M, 2 ranks\n" in text
     before = (
         "# Title\n<!-- figures of benchmarks/resume -->\nstale\n<!-- end of figures -->\nafter\n"
     )

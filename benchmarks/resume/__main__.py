@@ -32,7 +32,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
-    """Run all series and write the results; 1 if a target was missed."""
+    """Run all series and write the results; 1 if one failed or a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_const", dest="cases", const=QUICK, help="a try")
@@ -51,7 +51,7 @@ def main() -> int:
     ]
     for v in found:
         print(f"{v.verdict}: {v.figure}: {v.found} (target {v.target or 'none'})")
-    return int(any(v.verdict == "missed" for v in found))
+    return int(bool(content["failed"]) or any(v.verdict == "missed" for v in found))
 
 
 def measure(cases: Sequence[Case]) -> dict[str, Any]:
@@ -63,11 +63,15 @@ def measure(cases: Sequence[Case]) -> dict[str, Any]:
         "megatron-core": version("megatron-core"),
         **environment(device),
     }
-    content: dict[str, Any] = {"device": device, "facts": facts, "series": []}
+    content: dict[str, Any] = {"device": device, "facts": facts, "series": [], "failed": []}
     with tempfile.TemporaryDirectory() as directory:
         for number, case in enumerate(cases):
             print(f"{number + 1} of {len(cases)}: {case}", flush=True)
-            content["series"].append(_series(case, Path(directory) / f"{number}.json"))
+            try:
+                content["series"].append(_series(case, Path(directory) / f"{number}.json"))
+            except RuntimeError as e:
+                print(e, flush=True)
+                content["failed"].append(str(case))
     content["scale"] = scale.simulate()
     now = busy_elsewhere()
     busy = (now[0] - elsewhere[0]) / max(now[1] - elsewhere[1], 1e-9)

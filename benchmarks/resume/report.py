@@ -53,6 +53,7 @@ def markdown(content: Mapping[str, Any], image: str) -> str:
             "bit.",
             "",
             *(f"- {key}: {value}" for key, value in content["facts"].items()),
+            *(f"- FAILED, not in the tables: {name}" for name in content["failed"]),
             "",
             f"![seconds of the parts of a load]({image})",
             "",

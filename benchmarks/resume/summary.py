@@ -70,8 +70,9 @@ def of(samples: Samples, variant: str) -> list[Mapping[str, Any]]:
 def ratio(
     samples: Samples, one: str, other: str, value: Callable[[Mapping[str, Any]], float]
 ) -> Ratio:
-    """The median over the repeats of one variant's value divided by another's of that repeat."""
-    pairs = zip(of(samples, one), of(samples, other), strict=True)
+    """The median of one variant's value divided by another's, over the repeats that have both."""
+    others = {s["repeat"]: s for s in of(samples, other)}
+    pairs = [(s, others[s["repeat"]]) for s in of(samples, one) if s["repeat"] in others]
     ratios = [value(a) / value(b) for a, b in pairs]
     draw = random.Random(0)
     medians = sorted(
