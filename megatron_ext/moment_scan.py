@@ -28,6 +28,9 @@ SLAB_BYTES = 16 << 20
 #: optimizer.
 STATES = ("exp_avg", "exp_avg_sq", "param", "fp32_param")
 
+#: Parameters begin at multiples of this in a bucket.
+_ALIGNMENT = 64
+
 #: Is told how many bytes of elements have been read since the last call.
 Progress = Callable[[int], None]
 
@@ -40,7 +43,7 @@ class TensorStatistics:
         optimizer: Number in the chain; None where the key does not say.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
-        elements: That were read: all that are stored.
+        elements: That were read: all that are stored but for a bucket's padding.
         norm: Square root of the sum of squares of the finite elements.
         largest: Largest absolute value of the finite elements; 0 where there are none.
         nonfinite: Number of NaN and infinite elements.
@@ -233,7 +236,35 @@ def _pieces(store: Store, keys: dict[str, StateKey]) -> dict[str, list[_Piece]]:
                     "iteration"
                 )
             pieces[key].append(_Piece(key, offset, tuple(chunk.sizes), places[key][offset]))
+        if keys[key].bucket:
+            pieces[key] = _without_padding(pieces[key])
     return pieces
+
+
+def _without_padding(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """The pieces of a bucket but for what lies between its parameters.
+
+    That is memory which nobody has written (torch.empty, core/optimizer/distrib_optimizer.py:1920,
+    0.19.2), and the checkpoint does not mark it. Parameters begin at multiples of 64
+    (core/distributed/param_and_grad_buffer.py), so a piece that begins elsewhere is padding unless
+    a rank's shard begins there. There it is, up to the next multiple, padding or the last elements
+    of a parameter, which cannot be told apart: it is left out.
+    """
+    kept: list[_Piece] = []
+    before: _Piece | None = None
+    for piece in sorted(pieces, key=lambda p: p.offset):
+        (begin,), (size,) = piece.offset, piece.shape
+        shard_begins = before is None or _writer(before) != _writer(piece)
+        to_the_next = size < _ALIGNMENT and (begin + size) % _ALIGNMENT == 0
+        if begin % _ALIGNMENT == 0 or (shard_begins and not to_the_next):
+            kept.append(piece)
+        before = piece
+    return kept
+
+
+def _writer(piece: _Piece) -> str:
+    """The rank that wrote a piece: files are ``__RANK_NUMBER.distcp``."""
+    return str(piece.info.relative_path).lstrip("_").partition("_")[0]
 
 
 def _place(file: BinaryIO, piece: _Piece) -> inert.TensorPlace:
