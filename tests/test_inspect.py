@@ -269,7 +269,7 @@ def test_progress_is_on_stderr_of_a_terminal_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inspected.store(tmp_path / "a", {"optimizer.state.exp_avg.w": torch.ones(4)})
-    assert inspect(capsys, tmp_path / "a", "--moments")[0] == 0
+    assert main(["inspect", str(tmp_path / "a"), "--moments"]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert inspect(capsys, tmp_path / "a", "--moments")[0] == 0
