@@ -8,11 +8,13 @@ core/dist_checkpointing/serialization.py, 0.19.2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -37,8 +39,11 @@ LEGACY_FILE = "model_optim_rng.pt"
 #: number (core/optimizer/optimizer.py:1569).
 _GROUPS_KEY = re.compile(
     r"(?:chained_(?P<number>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
-    r"(?P<name>optimizer(?:_state_dict)?)/shard_0_1"
+    r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
 )
+
+#: Sections of the common state that have a field of their own or are large.
+_SECTIONS = ("args", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class StoredCheckpoint:
             None for legacy ``torch``, without optimizer state and for other optimizers.
         optimizers: One for each Megatron optimizer of the chain; empty without optimizer state.
         scheduler: The state of OptimizerParamScheduler, or None.
+        grad_scalers: For each of `optimizers` the state of its grad scaler, or None.
+        other: What else is saved once for all ranks: iteration, checkpoint_version,
+            content_metadata and so on; no weights.
     """
 
     root: Path
@@ -68,7 +76,14 @@ class StoredCheckpoint:
     sharding_type: str | None
     optimizers: tuple[SavedOptimizer, ...]
     scheduler: Mapping[str, Any] | None
+    grad_scalers: tuple[Mapping[str, Any] | None, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
     _store: Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def store(self) -> Store | None:
+        """Index and files of a torch_dist checkpoint; legacy has none."""
+        return self._store
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
@@ -129,6 +144,8 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
         scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
+        grad_scalers=tuple(_as_mapping(s.get("grad_scaler")) or None for s in states),
+        other={k: v for k, v in common.items() if k not in _SECTIONS and not k.startswith("model")},
         _store=store,
     )
 
@@ -244,6 +261,11 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    @property
+    def directory(self) -> Path:
+        """The iteration's own."""
+        return self._directory
+
     @functools.cached_property
     def index(self) -> Any:
         """The Metadata of torch, as an `inert.Inert`."""
@@ -275,18 +297,22 @@ class Store:
         return self._object(COMMON_KEY)
 
     def groups(self) -> dict[int, dict[str, Any]]:
-        """Number in the chain -> what its first model-parallel group saved of the groups."""
-        first: dict[int, tuple[int, str, str]] = {}
+        """Number in the chain -> groups and grad scaler of its first model-parallel group."""
+        first: dict[tuple[int, bool], tuple[int, str, str]] = {}
         for key in self.index.state_dict_metadata:
             if found := _GROUPS_KEY.fullmatch(key):
                 entry = int(found["group"]), found["name"], key
-                number = int(found["number"] or 0)
-                first[number] = min(first.get(number, entry), entry)
-        return {number: {name: self._object(key)} for number, (_, name, key) in first.items()}
+                place = int(found["number"] or 0), found["name"] == "grad_scaler"
+                first[place] = min(first.get(place, entry), entry)
+        groups: dict[int, dict[str, Any]] = defaultdict(dict)
+        for (number, _), (_, name, key) in first.items():
+            groups[number][name] = self._object(key)
+        return dict(groups)
 
     @functools.cached_property
     def _objects(self) -> dict[str, Any]:
-        wanted = (COMMON_KEY, "optimizer/shard_0_1", "optimizer_state_dict/shard_0_1")
+        names = ("optimizer", "optimizer_state_dict", "grad_scaler")
+        wanted = (COMMON_KEY, *(f"{name}/shard_0_1" for name in names))
         storage = self.index.storage_data
         return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
 
@@ -298,12 +324,43 @@ class Store:
         (found,) = self._slice(info, key, lambda data: inert.load_torch(io.BytesIO(data)))
         return found
 
+    def require_files(self) -> None:
+        """That every file is there and long enough, from the index and the directory."""
+        ends: dict[str, int] = {}
+        for info in self.index.storage_data.values():
+            end = info.offset + info.length
+            if end > ends.get(info.relative_path, 0):
+                ends[info.relative_path] = end
+        for name, end in sorted(ends.items()):
+            path = self._directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found is None or found < end:
+                size = "no file" if found is None else f"{found} bytes"
+                raise _error(path, size, f"at least {end} bytes, as {INDEX} says")
+
+    @contextlib.contextmanager
+    def open(self, info: Any, key: str) -> Iterator[BinaryIO]:
+        """One item of the store as a file of its own; nothing is read ahead.
+
+        Args:
+            info: From the index's ``storage_data``.
+            key: The item's, for messages.
+        """
+        path = self._path(info, key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                yield inert.window(file, info.offset, info.length)
+        except CheckpointError:
+            raise
+        except Exception as e:
+            raise _unreadable(path, e) from e
+
     def read(self, info: Any, key: str) -> bytes:
         """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
         data: bytes = self._slice(info, key, bytes)
         return data
 
-    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
+    def _path(self, info: Any, key: str) -> Path:
         if getattr(info, "transform_descriptors", None):
             raise _error(
                 self._directory, f"{key} as {info.transform_descriptors}", "an item as it is"
@@ -311,6 +368,10 @@ class Store:
         path = self._directory / info.relative_path
         if path.parent != self._directory:
             raise _error(self._directory / INDEX, f"the file {info.relative_path}", "one beside it")
+        return path
+
+    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
+        path = self._path(info, key)
 
         def read(file: BinaryIO) -> Any:
             file.seek(info.offset)
@@ -327,10 +388,14 @@ def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
         with path.open("rb") as file:
             return reader(file)
     except Exception as e:  # a damaged pickle fails in any way
-        raise CheckpointError(
-            f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
-            "damaged: restore it, or load another iteration with --ckpt-step"
-        ) from e
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
+        "damaged: restore it, or load another iteration with --ckpt-step"
+    )
 
 
 def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
