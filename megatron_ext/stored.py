@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from . import inert
 from .checkpoint import SavedOptimizer, read_optimizer
@@ -42,8 +42,30 @@ _GROUPS_KEY = re.compile(
     r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
 )
 
+_GRAD_SCALER = "grad_scaler"
+
 #: Sections of the common state that have a field of their own or are large.
 _SECTIONS = ("args", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
+
+
+class GroupsKey(NamedTuple):
+    """Where one model-parallel group of a distributed optimizer saved param_groups.
+
+    ``number`` is the optimizer's in its chain, ``group`` the model-parallel group's, ``name`` the
+    key of the state dict, and ``key`` the whole key in the store.
+    """
+
+    number: int
+    group: int
+    name: str
+    key: str
+
+    @classmethod
+    def parse(cls, key: str) -> GroupsKey | None:
+        """None for the key of something else."""
+        if not (found := _GROUPS_KEY.fullmatch(key)):
+            return None
+        return cls(int(found["number"] or 0), int(found["group"]), found["name"], key)
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
             raise _error(
                 directory, f"{legacy[0]} without {LEGACY_FILE}", "the file of the first rank"
             )
-        common = _mapping(_read(files[0], inert.load_torch), files[0])
+        common = _mapping(read_file(files[0], inert.load_torch), files[0])
         states, sharding_type = _legacy_optimizers(common.get("optimizer")), None
     else:
         raise _foreign(directory, names)
@@ -188,7 +210,7 @@ def _require_torch_dist(directory: Path) -> None:
     def backend(file: BinaryIO) -> Any:
         return json.load(file)["sharded_backend"]
 
-    found = _read(directory / CONFIG, backend)
+    found = read_file(directory / CONFIG, backend)
     if found != "torch_dist":
         raise _error(
             directory,
@@ -213,7 +235,7 @@ def _distributed_optimizers(
         for number in sorted({*inline, *kept})
     }
     sharding = [s["param_state_sharding_type"] for s in states.values() if _sharded(s)]
-    optimizers = [s for s in states.values() if _has_groups(s)]
+    optimizers = [s for s in states.values() if has_groups(s)]
     return optimizers, _sharding_type(common, sharding[0] if sharding else None)
 
 
@@ -233,10 +255,11 @@ def _sharding_type(common: Mapping[str, Any], recorded: str | None) -> str | Non
 def _legacy_optimizers(section: Any) -> list[Mapping[str, Any]]:
     """A chain of several is a list (ChainedOptimizer.state_dict, core/optimizer/optimizer.py)."""
     states = section if isinstance(section, list) else [section]
-    return [s for s in states if isinstance(s, Mapping) and _has_groups(s)]
+    return [s for s in states if isinstance(s, Mapping) and has_groups(s)]
 
 
-def _has_groups(state: Mapping[str, Any]) -> bool:
+def has_groups(state: Mapping[str, Any]) -> bool:
+    """Whether there are param_groups in the state dict of one Megatron optimizer."""
     nested = (state.get("optimizer"), state.get("optimizer_state_dict"))
     return any("param_groups" in _as_mapping(s) for s in (state, *nested))
 
@@ -272,7 +295,7 @@ class Store:
         path = self._directory / INDEX
         if not path.is_file():
             raise _error(self._directory, f"{CONFIG} without {INDEX}", "both")
-        index = _read(path, inert.load)
+        index = read_file(path, inert.load)
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise _error(path, f"{type(index).__name__}", "torch's Metadata")
@@ -287,27 +310,32 @@ class Store:
         """What is the same on all ranks (load_common_state_dict, serialization.py)."""
         path = self._directory / COMMON
         if path.is_file():
-            return _read(path, inert.load_torch)
+            return read_file(path, inert.load_torch)
         if COMMON_KEY not in self.index.state_dict_metadata:
             raise _error(
                 self._directory,
                 f"neither {COMMON} nor common_state in the store",
                 "one of them",
             )
-        return self._object(COMMON_KEY)
+        return self.object(COMMON_KEY)
+
+    def group_keys(self) -> list[GroupsKey]:
+        """The objects that hold groups of a distributed optimizer, first groups first."""
+        return [key for key in self._optimizer_keys() if key.name != _GRAD_SCALER]
 
     def groups(self) -> dict[int, dict[str, Any]]:
         """Number in the chain -> groups and grad scaler of its first model-parallel group."""
-        first: dict[tuple[int, bool], tuple[int, str, str]] = {}
-        for key in self.index.state_dict_metadata:
-            if found := _GROUPS_KEY.fullmatch(key):
-                entry = int(found["group"]), found["name"], key
-                place = int(found["number"] or 0), found["name"] == "grad_scaler"
-                first[place] = min(first.get(place, entry), entry)
+        first: dict[tuple[int, bool], GroupsKey] = {}
+        for key in self._optimizer_keys():
+            first.setdefault((key.number, key.name == _GRAD_SCALER), key)
         groups: dict[int, dict[str, Any]] = defaultdict(dict)
-        for (number, _), (_, name, key) in first.items():
-            groups[number][name] = self._object(key)
+        for key in first.values():
+            groups[key.number][key.name] = self.object(key.key)
         return dict(groups)
+
+    def _optimizer_keys(self) -> list[GroupsKey]:
+        found = filter(None, map(GroupsKey.parse, self.index.state_dict_metadata))
+        return sorted(found, key=lambda k: (k.number, k.group, k.name))
 
     @functools.cached_property
     def _objects(self) -> dict[str, Any]:
@@ -316,12 +344,12 @@ class Store:
         storage = self.index.storage_data
         return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
 
-    def _object(self, key: str) -> Any:
-        """One ShardedObject: ``torch.save([object])`` at a place in a file."""
+    def object(self, key: str, reader: Callable[[BinaryIO], Any] = inert.load_torch) -> Any:
+        """One ShardedObject of those above: ``torch.save([object])`` at a place in a file."""
         info = self._objects.get(key)
         if info is None:
             raise _error(self._directory / INDEX, f"no place for {key}", "one")
-        (found,) = self._slice(info, key, lambda data: inert.load_torch(io.BytesIO(data)))
+        (found,) = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
         return found
 
     def require_files(self) -> None:
@@ -380,13 +408,24 @@ class Store:
                 raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
             return reader(data)
 
-        return _read(path, read)
+        return read_file(path, read)
 
 
-def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+    """What `reader` makes of a file of a checkpoint.
+
+    Args:
+        path: The file.
+        reader: Is given the open file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or the reader's own.
+    """
     try:
         with path.open("rb") as file:
             return reader(file)
+    except CheckpointError:
+        raise
     except Exception as e:  # a damaged pickle fails in any way
         raise _unreadable(path, e) from e
 
