@@ -85,7 +85,7 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
             the phase.
     """
     _, section = optimizer_section(state_dict)
-    groups = tuple(_canonical(group) for group in section["param_groups"])
+    groups = tuple(canonical(group) for group in section["param_groups"])
     if not groups:
         raise CheckpointError(
             "the checkpoint's optimizer has no param_groups: nothing can be resumed from it. "
@@ -161,12 +161,19 @@ def does_not_fit(lines: Sequence[str]) -> CheckpointError:
     )
 
 
-def _canonical(group: Mapping[str, Any]) -> dict[str, Any]:
+def canonical(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with NeMo's aliases resolved."""
     out = dict(group)
     for key in _NEMO_KEYS:
         if key not in out and _NEMO_PREFIX + key in out:
             out[key] = out.pop(_NEMO_PREFIX + key)
     return out
+
+
+def saved_key(group: Mapping[str, Any], key: str) -> str:
+    """The name that a key of a canonical group has in the saved one."""
+    alias = _NEMO_PREFIX + key
+    return alias if key in _NEMO_KEYS and key not in group and alias in group else key
 
 
 def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> int | None:

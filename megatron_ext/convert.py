@@ -13,11 +13,9 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import pickle
 import pickletools
 import shutil
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -30,6 +28,7 @@ import torch
 from . import inert
 from .checkpoint import FLATTENED
 from .errors import CheckpointError
+from .new_directory import new_directory, require_new
 from .stored import COMMON, INDEX, TRACKER, Store, StoredCheckpoint, open_checkpoint
 
 _TARGET = "fully_reshardable"
@@ -75,21 +74,15 @@ def convert(source: str | Path, target: str | Path, iteration: int | None = None
     target = Path(target)
     stored = open_checkpoint(source, iteration)
     _require_convertible(stored)
-    _require_new(target, stored)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        bare = stored.directory == stored.root
+    require_new(target, stored)
+    bare = stored.directory == stored.root
+    with new_directory(target) as partial:
         directory = partial if bare else partial / stored.directory.name
         directory.mkdir(exist_ok=True)
         done = _write(stored, directory)
         if not bare:
             (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
         _check(stored, open_checkpoint(partial))
-        os.chmod(partial, 0o777 & ~_umask())
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     written = target if bare else target / stored.directory.name
     return Converted(written, stored.iteration, *done)
 
@@ -106,15 +99,6 @@ def _require_convertible(stored: StoredCheckpoint) -> None:
             f"{stored.directory}: expected {COMMON}, found none. megatron-core up to 0.15, which "
             f"writes {FLATTENED}, has it: is the checkpoint complete?"
         )
-
-
-def _require_new(target: Path, stored: StoredCheckpoint) -> None:
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target} exists: choose a new directory")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent} does not exist: make it, or choose another target")
-    if target.parent.resolve().is_relative_to(stored.directory.resolve()):
-        raise CheckpointError(f"{target} lies in the checkpoint itself: choose another target")
 
 
 def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int]:
@@ -324,9 +308,3 @@ def _check(stored: StoredCheckpoint, made: StoredCheckpoint) -> None:
             f"the copy of {stored.directory} does not read as the original: a fault of "
             "megatron_ext. Nothing was left behind; please report it"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import gc
 import io
+import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -88,6 +91,24 @@ class _Index(Inert):
     __hash__ = object.__hash__
 
 
+class TensorPlace(NamedTuple):
+    """Where a tensor's elements are in a ``torch.save`` file.
+
+    Args:
+        dtype: Of an element.
+        shape: In elements.
+        stride: In elements.
+        start: Byte in the file at which the first element begins.
+        end: Byte at which the storage ends.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    end: int
+
+
 class _Storage(NamedTuple):
     """A tensor's storage in a ``torch.save`` file."""
 
@@ -104,7 +125,20 @@ def load(file: BinaryIO) -> Any:
     Raises:
         Exception: Whatever a damaged pickle makes of itself.
     """
-    return _Unpickler(file).load()
+    with _without_collection():
+        return _Unpickler(file).load()
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Of an index's millions of objects none is garbage, and looking takes most of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def load_torch(file: BinaryIO) -> Any:
@@ -112,11 +146,11 @@ def load_torch(file: BinaryIO) -> Any:
 
     Args:
         file: In the zip format or the one before it (torch 1.5 and earlier); seekable. Of a
-            tensor's elements none are read, but for those with 0 dimensions.
+            tensor's elements none are read, but for those of one element.
 
     Returns:
         The object. A tensor is an `Inert` of the class ``torch.Tensor`` with ``shape`` and
-        ``dtype``.
+        ``dtype``, and ``value`` where it has one element.
 
     Raises:
         Exception: Whatever a damaged file makes of itself.
@@ -124,6 +158,81 @@ def load_torch(file: BinaryIO) -> Any:
     start = file.read(len(_ZIP))
     file.seek(0)
     return _load_zip(file) if start == _ZIP else _load_sequence(file)
+
+
+def find_tensor(file: BinaryIO) -> TensorPlace:
+    """Where the elements of the one tensor are that ``torch.save`` wrote, without reading them.
+
+    Args:
+        file: In the zip format, not compressed, as torch writes it.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
+        if "byteorder" in entries and archive.read(entries["byteorder"]) == b"big":
+            raise pickle.UnpicklingError("a big-endian tensor")
+        found = _TensorFinder(io.BytesIO(archive.read(entries["data.pkl"]))).load()
+    if not isinstance(found, _Found):
+        raise pickle.UnpicklingError(f"a tensor was expected, found {type(found).__name__}")
+    record = entries[f"data/{found.storage}"]
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError("a compressed tensor")
+    # The local header is 30 bytes, then a name and padding of the lengths at its end.
+    file.seek(record.header_offset + 26)
+    begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    start = begin + found.offset * found.dtype.itemsize
+    return TensorPlace(found.dtype, found.shape, found.stride, start, begin + record.file_size)
+
+
+class _Found(NamedTuple):
+    """A tensor as its pickle says: the storage's key and the offset there, in elements."""
+
+    storage: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def window(file: BinaryIO, offset: int, length: int) -> BinaryIO:
+    """A part of a file as a file.
+
+    Args:
+        file: Seekable; nothing else may use it meanwhile.
+        offset: Where the part begins, in bytes.
+        length: Of the part, in bytes.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Window(file, offset, length), 1 << 16))
+
+
+class _Window(io.RawIOBase):
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._offset + self._at)
+        done: int = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
+        self._at += done
+        return done
 
 
 def _load_zip(file: BinaryIO) -> Any:
@@ -231,12 +340,37 @@ class _Unpickler(pickle.Unpickler):
         return self._one(storage.key, dtype, offset, size)
 
     def _one(self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...]) -> Any:
-        if len(size) or self._element is None:
-            made = _Tensor()
-            made.__setstate__({"shape": tuple(size), "dtype": dtype})
-            return made
-        data = self._element(key, offset * dtype.itemsize, dtype.itemsize)
-        return torch.frombuffer(bytearray(data), dtype=dtype, count=1).item()
+        value = None
+        if self._element is not None and math.prod(size) == 1:
+            data = self._element(key, offset * dtype.itemsize, dtype.itemsize)
+            value = torch.frombuffer(bytearray(data), dtype=dtype, count=1).item()
+            if not len(size):
+                return value
+        made = _Tensor()
+        made.__setstate__({"shape": tuple(size), "dtype": dtype})
+        if value is not None:
+            made.__setstate__({"value": value})
+        return made
+
+
+class _TensorFinder(_Unpickler):
+    """Keeps what says where a tensor's elements are."""
+
+    def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> Any:
+        return _Found(storage.key, offset, storage.dtype, tuple(size), tuple(rest[0]))
+
+    def _tensor_v3(
+        self,
+        storage: _Storage,
+        offset: int,
+        size: tuple[int, ...],
+        stride: Any,
+        requires_grad: bool,
+        hooks: Any,
+        dtype: torch.dtype,
+        *rest: Any,
+    ) -> Any:
+        return _Found(storage.key, offset, dtype, tuple(size), tuple(stride))
 
 
 class _Tensor(Inert):

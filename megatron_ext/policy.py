@@ -69,7 +69,7 @@ class GroupRule:
 
     def __post_init__(self) -> None:
         """Normalise, and refuse what can never be carried out."""
-        object.__setattr__(self, "match", _attributes(self.match, "group rule"))
+        object.__setattr__(self, "match", attributes(self.match, "group rule"))
         if not self.match:
             raise PolicyError("group rule: expected at least one attribute to match, found none")
         for name in ("keep", "take"):
@@ -89,7 +89,7 @@ class GroupRule:
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether a current param_group has all attributes."""
-        return all(_equal(group.get(k), v) for k, v in self.match)
+        return has_attributes(group, self.match)
 
     def __str__(self) -> str:
         """The attributes, as they are written in a flag."""
@@ -122,7 +122,7 @@ class Match:
         """Check the pattern and the rows."""
         if not isinstance(self.name, str) or not self.name:
             raise PolicyError(f"match: expected a parameter name or glob, found {self.name!r}")
-        object.__setattr__(self, "group", _attributes(self.group, f"rule {self.name}"))
+        object.__setattr__(self, "group", attributes(self.group, f"rule {self.name}"))
         try:
             self._pattern()
         except re.error as e:
@@ -139,7 +139,7 @@ class Match:
         """Whether a parameter is meant, whichever rows."""
         return (
             (self.ndim is None or self.ndim == ndim)
-            and all(_equal(group.get(k), v) for k, v in self.group)
+            and has_attributes(group, self.group)
             and self._pattern().fullmatch(name) is not None
         )
 
@@ -441,7 +441,19 @@ def _keys(found: Any, where: str, what: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
+def attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
+    """Attributes of param_groups, as `has_attributes` takes them.
+
+    Args:
+        found: A mapping or pairs; text stands for the value that it is in a flag.
+        where: What they are part of, for errors.
+
+    Returns:
+        Key and value, in the order of the keys.
+
+    Raises:
+        PolicyError: They are no pairs of a key and a plain value, or a key is there twice.
+    """
     items = found.items() if isinstance(found, Mapping) else found
     out: dict[str, Scalar] = {}
     for item in items:
@@ -454,6 +466,11 @@ def _attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
             raise PolicyError(f"{where}: {key!r} is given twice; expected one value")
         out[key] = scalar(value) if isinstance(value, str) else value
     return tuple(sorted(out.items()))
+
+
+def has_attributes(group: Mapping[str, Any], wanted: Sequence[tuple[str, Scalar]]) -> bool:
+    """Whether a param_group has all these attributes."""
+    return all(_equal(group.get(key), value) for key, value in wanted)
 
 
 def _rows(found: Any, name: str) -> tuple[int | None, int | None]:

@@ -8,14 +8,16 @@ core/dist_checkpointing/serialization.py, 0.19.2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from . import inert
 from .checkpoint import SavedOptimizer, read_optimizer
@@ -37,8 +39,33 @@ LEGACY_FILE = "model_optim_rng.pt"
 #: number (core/optimizer/optimizer.py:1569).
 _GROUPS_KEY = re.compile(
     r"(?:chained_(?P<number>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
-    r"(?P<name>optimizer(?:_state_dict)?)/shard_0_1"
+    r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
 )
+
+_GRAD_SCALER = "grad_scaler"
+
+#: Sections of the common state that have a field of their own or are large.
+_SECTIONS = ("args", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
+
+
+class GroupsKey(NamedTuple):
+    """Where one model-parallel group of a distributed optimizer saved param_groups.
+
+    ``number`` is the optimizer's in its chain, ``group`` the model-parallel group's, ``name`` the
+    key of the state dict, and ``key`` the whole key in the store.
+    """
+
+    number: int
+    group: int
+    name: str
+    key: str
+
+    @classmethod
+    def parse(cls, key: str) -> GroupsKey | None:
+        """None for the key of something else."""
+        if not (found := _GROUPS_KEY.fullmatch(key)):
+            return None
+        return cls(int(found["number"] or 0), int(found["group"]), found["name"], key)
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,9 @@ class StoredCheckpoint:
             None for legacy ``torch``, without optimizer state and for other optimizers.
         optimizers: One for each Megatron optimizer of the chain; empty without optimizer state.
         scheduler: The state of OptimizerParamScheduler, or None.
+        grad_scalers: For each of `optimizers` the state of its grad scaler, or None.
+        other: What else is saved once for all ranks: iteration, checkpoint_version,
+            content_metadata and so on; no weights.
     """
 
     root: Path
@@ -68,7 +98,14 @@ class StoredCheckpoint:
     sharding_type: str | None
     optimizers: tuple[SavedOptimizer, ...]
     scheduler: Mapping[str, Any] | None
+    grad_scalers: tuple[Mapping[str, Any] | None, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
     _store: Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def store(self) -> Store | None:
+        """Index and files of a torch_dist checkpoint; legacy has none."""
+        return self._store
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
@@ -106,7 +143,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
             raise _error(
                 directory, f"{legacy[0]} without {LEGACY_FILE}", "the file of the first rank"
             )
-        common = _mapping(_read(files[0], inert.load_torch), files[0])
+        common = _mapping(read_file(files[0], inert.load_torch), files[0])
         states, sharding_type = _legacy_optimizers(common.get("optimizer")), None
     else:
         raise _foreign(directory, names)
@@ -129,6 +166,8 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
         scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
+        grad_scalers=tuple(_as_mapping(s.get("grad_scaler")) or None for s in states),
+        other={k: v for k, v in common.items() if k not in _SECTIONS and not k.startswith("model")},
         _store=store,
     )
 
@@ -171,7 +210,7 @@ def _require_torch_dist(directory: Path) -> None:
     def backend(file: BinaryIO) -> Any:
         return json.load(file)["sharded_backend"]
 
-    found = _read(directory / CONFIG, backend)
+    found = read_file(directory / CONFIG, backend)
     if found != "torch_dist":
         raise _error(
             directory,
@@ -196,7 +235,7 @@ def _distributed_optimizers(
         for number in sorted({*inline, *kept})
     }
     sharding = [s["param_state_sharding_type"] for s in states.values() if _sharded(s)]
-    optimizers = [s for s in states.values() if _has_groups(s)]
+    optimizers = [s for s in states.values() if has_groups(s)]
     return optimizers, _sharding_type(common, sharding[0] if sharding else None)
 
 
@@ -216,10 +255,11 @@ def _sharding_type(common: Mapping[str, Any], recorded: str | None) -> str | Non
 def _legacy_optimizers(section: Any) -> list[Mapping[str, Any]]:
     """A chain of several is a list (ChainedOptimizer.state_dict, core/optimizer/optimizer.py)."""
     states = section if isinstance(section, list) else [section]
-    return [s for s in states if isinstance(s, Mapping) and _has_groups(s)]
+    return [s for s in states if isinstance(s, Mapping) and has_groups(s)]
 
 
-def _has_groups(state: Mapping[str, Any]) -> bool:
+def has_groups(state: Mapping[str, Any]) -> bool:
+    """Whether there are param_groups in the state dict of one Megatron optimizer."""
     nested = (state.get("optimizer"), state.get("optimizer_state_dict"))
     return any("param_groups" in _as_mapping(s) for s in (state, *nested))
 
@@ -244,13 +284,18 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    @property
+    def directory(self) -> Path:
+        """The iteration's own."""
+        return self._directory
+
     @functools.cached_property
     def index(self) -> Any:
         """The Metadata of torch, as an `inert.Inert`."""
         path = self._directory / INDEX
         if not path.is_file():
             raise _error(self._directory, f"{CONFIG} without {INDEX}", "both")
-        index = _read(path, inert.load)
+        index = read_file(path, inert.load)
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise _error(path, f"{type(index).__name__}", "torch's Metadata")
@@ -265,45 +310,85 @@ class Store:
         """What is the same on all ranks (load_common_state_dict, serialization.py)."""
         path = self._directory / COMMON
         if path.is_file():
-            return _read(path, inert.load_torch)
+            return read_file(path, inert.load_torch)
         if COMMON_KEY not in self.index.state_dict_metadata:
             raise _error(
                 self._directory,
                 f"neither {COMMON} nor common_state in the store",
                 "one of them",
             )
-        return self._object(COMMON_KEY)
+        return self.object(COMMON_KEY)
+
+    def group_keys(self) -> list[GroupsKey]:
+        """The objects that hold groups of a distributed optimizer, first groups first."""
+        return [key for key in self._optimizer_keys() if key.name != _GRAD_SCALER]
 
     def groups(self) -> dict[int, dict[str, Any]]:
-        """Number in the chain -> what its first model-parallel group saved of the groups."""
-        first: dict[int, tuple[int, str, str]] = {}
-        for key in self.index.state_dict_metadata:
-            if found := _GROUPS_KEY.fullmatch(key):
-                entry = int(found["group"]), found["name"], key
-                number = int(found["number"] or 0)
-                first[number] = min(first.get(number, entry), entry)
-        return {number: {name: self._object(key)} for number, (_, name, key) in first.items()}
+        """Number in the chain -> groups and grad scaler of its first model-parallel group."""
+        first: dict[tuple[int, bool], GroupsKey] = {}
+        for key in self._optimizer_keys():
+            first.setdefault((key.number, key.name == _GRAD_SCALER), key)
+        groups: dict[int, dict[str, Any]] = defaultdict(dict)
+        for key in first.values():
+            groups[key.number][key.name] = self.object(key.key)
+        return dict(groups)
+
+    def _optimizer_keys(self) -> list[GroupsKey]:
+        found = filter(None, map(GroupsKey.parse, self.index.state_dict_metadata))
+        return sorted(found, key=lambda k: (k.number, k.group, k.name))
 
     @functools.cached_property
     def _objects(self) -> dict[str, Any]:
-        wanted = (COMMON_KEY, "optimizer/shard_0_1", "optimizer_state_dict/shard_0_1")
+        names = ("optimizer", "optimizer_state_dict", "grad_scaler")
+        wanted = (COMMON_KEY, *(f"{name}/shard_0_1" for name in names))
         storage = self.index.storage_data
         return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
 
-    def _object(self, key: str) -> Any:
-        """One ShardedObject: ``torch.save([object])`` at a place in a file."""
+    def object(self, key: str, reader: Callable[[BinaryIO], Any] = inert.load_torch) -> Any:
+        """One ShardedObject of those above: ``torch.save([object])`` at a place in a file."""
         info = self._objects.get(key)
         if info is None:
             raise _error(self._directory / INDEX, f"no place for {key}", "one")
-        (found,) = self._slice(info, key, lambda data: inert.load_torch(io.BytesIO(data)))
+        (found,) = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
         return found
+
+    def require_files(self) -> None:
+        """That every file is there and long enough, from the index and the directory."""
+        ends: dict[str, int] = {}
+        for info in self.index.storage_data.values():
+            end = info.offset + info.length
+            if end > ends.get(info.relative_path, 0):
+                ends[info.relative_path] = end
+        for name, end in sorted(ends.items()):
+            path = self._directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found is None or found < end:
+                size = "no file" if found is None else f"{found} bytes"
+                raise _error(path, size, f"at least {end} bytes, as {INDEX} says")
+
+    @contextlib.contextmanager
+    def open(self, info: Any, key: str) -> Iterator[BinaryIO]:
+        """One item of the store as a file of its own; nothing is read ahead.
+
+        Args:
+            info: From the index's ``storage_data``.
+            key: The item's, for messages.
+        """
+        path = self._path(info, key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                yield inert.window(file, info.offset, info.length)
+        except CheckpointError:
+            raise
+        except Exception as e:
+            raise _unreadable(path, e) from e
 
     def read(self, info: Any, key: str) -> bytes:
         """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
         data: bytes = self._slice(info, key, bytes)
         return data
 
-    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
+    def _path(self, info: Any, key: str) -> Path:
         if getattr(info, "transform_descriptors", None):
             raise _error(
                 self._directory, f"{key} as {info.transform_descriptors}", "an item as it is"
@@ -311,6 +396,10 @@ class Store:
         path = self._directory / info.relative_path
         if path.parent != self._directory:
             raise _error(self._directory / INDEX, f"the file {info.relative_path}", "one beside it")
+        return path
+
+    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
+        path = self._path(info, key)
 
         def read(file: BinaryIO) -> Any:
             file.seek(info.offset)
@@ -319,18 +408,33 @@ class Store:
                 raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
             return reader(data)
 
-        return _read(path, read)
+        return read_file(path, read)
 
 
-def _read(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+    """What `reader` makes of a file of a checkpoint.
+
+    Args:
+        path: The file.
+        reader: Is given the open file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or the reader's own.
+    """
     try:
         with path.open("rb") as file:
             return reader(file)
+    except CheckpointError:
+        raise
     except Exception as e:  # a damaged pickle fails in any way
-        raise CheckpointError(
-            f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
-            "damaged: restore it, or load another iteration with --ckpt-step"
-        ) from e
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
+        "damaged: restore it, or load another iteration with --ckpt-step"
+    )
 
 
 def _mapping(value: Any, path: Path) -> Mapping[str, Any]:

@@ -17,13 +17,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    from . import convert, env
+    from . import convert, diff, edit, env, inspect
 
     parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     env.add_to(commands)
     convert.add_to(commands)
+    inspect.add_to(commands)
+    diff.add_to(commands)
+    edit.add_to(commands)
     options = parser.parse_args(argv)
     status: int = options.run(options)
     return status

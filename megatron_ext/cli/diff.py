@@ -1,0 +1,95 @@
+"""``python -m megatron_ext diff``: how two checkpoints differ."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import output
+
+if TYPE_CHECKING:
+    from ..inspection import Change
+    from ..moment_scan import TensorDistance
+    from ..stored import StoredCheckpoint
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to an argparse subparsers object."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "diff",
+        help="how two checkpoints differ: groups, step, scheduler, arguments, layout, moments",
+        description="How two checkpoints differ. Groups are paired as a resume pairs them. Exit "
+        "status: 0 where nothing differs, 1 where something does, 2 where one cannot be read.",
+    )
+    parser.add_argument("a", help="the directory given to --load, or one iteration's own")
+    parser.add_argument("b", help="the other")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--moments",
+        action="store_true",
+        help="read exp_avg, exp_avg_sq and the master weights (torch_dist): how far those of the "
+        "same key and shape are apart",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare; see the description for the exit status."""
+    return output.guarded(lambda: _diff(options))
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from ..inspection import compare, inspect_checkpoint, plain
+    from ..stored import open_checkpoint
+
+    a, b = open_checkpoint(options.a), open_checkpoint(options.b)
+    changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
+    distances = _distances(a, b) if options.moments else None
+    if options.json:
+        content: dict[str, Any] = {"a": a.directory, "b": b.directory}
+        content["differences"] = [
+            {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in changes
+        ]
+        if distances is not None:
+            content["distances"] = [dataclasses.asdict(d) for d in distances]
+        output.print_json(plain(content))
+    else:
+        _print(a, b, changes, distances)
+    return int(bool(changes) or any(d.different for d in distances or ()))
+
+
+def _distances(a: StoredCheckpoint, b: StoredCheckpoint) -> list[TensorDistance]:
+    from ..moment_scan import common_keys, distances, total_bytes
+
+    total = total_bytes(a, common_keys(a, b))
+    with output.progress_bar(total, "moments") as progress:
+        return distances(a, b, progress)
+
+
+def _print(
+    a: StoredCheckpoint,
+    b: StoredCheckpoint,
+    changes: Sequence[Change],
+    distances: Sequence[TensorDistance] | None,
+) -> None:
+    to = output.console()
+    to.print(output.cell(f"a: {a.directory}"))
+    to.print(output.cell(f"b: {b.directory}"))
+    rows = [(c.section, c.name, _side(c, "a"), _side(c, "b")) for c in changes]
+    output.print_table(to, "differences", ("", "", "a", "b"), rows)
+    if not changes:
+        to.print("no differences" if distances is None else "no differences beside the moments")
+    if distances is not None:
+        columns = ["optimizer", "state", "name", "elements", "distance", "relative", "different"]
+        rows_of_moments = [dataclasses.astuple(d) for d in distances]
+        output.print_table(to, "distance of the moments", columns, rows_of_moments)
+        if not distances:
+            to.print("no moments of the same key and shape")
+
+
+def _side(change: Change, side: str) -> str:
+    if change.only not in (None, side):
+        return "-"
+    return str(getattr(change, side))

@@ -1,0 +1,95 @@
+"""``python -m megatron_ext edit``: a copy of a checkpoint with other hyperparameters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MegatronExtError
+
+if TYPE_CHECKING:
+    from ..edit import Change, Edited
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to an argparse subparsers object."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "edit",
+        help="write a copy of a checkpoint with other hyperparameters, for stock Megatron",
+        description="Write a copy of a checkpoint whose param_groups and scheduler have other "
+        "values, so that Megatron without this package resumes from it with other arguments. "
+        "Tensors are hard links to the source's files: do not write into either in place.",
+    )
+    parser.add_argument("source", help="the directory given to --save; it is not changed")
+    parser.add_argument("--out", required=True, help="a new directory, for --load")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="KEY=VALUE",
+        help="a key of the param_groups or of the scheduler, as max_lr=1e-4 or betas=0.9,0.95",
+    )
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ATTR=VALUE",
+        help="only the param_groups with all these attributes, as is_expert_parallel=true",
+    )
+    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="run whatever code the checkpoint's pickles hold; only for one that you trust",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Edit; exit status 2 where that cannot be done."""
+    from ..edit import edit, parse_settings
+
+    try:
+        done = edit(
+            options.source,
+            options.out,
+            parse_settings(options.set),
+            parse_settings(options.group, "--group"),  # type: ignore[arg-type]
+            options.iteration,
+            options.allow_pickle,
+        )
+    except (MegatronExtError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(json.dumps(_as_json(done), indent=2) if options.json else "\n".join(_lines(done)))
+    return 0
+
+
+def _as_json(done: Edited) -> dict[str, Any]:
+    changes = [
+        {**dataclasses.asdict(c), "in": "scheduler" if c.in_scheduler else "group"}
+        for c in done.changes
+    ]
+    return {**dataclasses.asdict(done), "directory": str(done.directory), "changes": changes}
+
+
+def _lines(done: Edited) -> list[str]:
+    """What was changed in groups and in the scheduler, equal changes once."""
+
+    def said(change: Change) -> tuple[bool, str]:
+        return change.in_scheduler, f"{change.key} {change.old!r} -> {change.new!r}"
+
+    lines = [f"{done.directory}: iteration {done.iteration}"]
+    for (in_scheduler, text), count in Counter(map(said, done.changes)).items():
+        lines.append(f"  scheduler: {text}" if in_scheduler else f"  groups: {text} ({count})")
+    if not any(c.in_scheduler for c in done.changes):
+        lines.append("  scheduler: nothing changed")
+    files = f"{done.linked} linked, {done.copied} copied, {len(done.written)} written"
+    return [*lines, f"  files: {files}"]

@@ -1,0 +1,121 @@
+"""``python -m megatron_ext inspect``: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from . import output
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection, OptimizerState
+    from ..moment_scan import TensorStatistics
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to an argparse subparsers object."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds: groups, step, scheduler, layout, moments",
+        description="What a checkpoint holds, without running its pickles and, but for --moments, "
+        "without reading a tensor. Exit status: 0, 1 where --moments finds NaN or infinite values, "
+        "2 where the checkpoint cannot be read.",
+    )
+    parser.add_argument("checkpoint", help="the directory given to --load, or one iteration's own")
+    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--moments",
+        action="store_true",
+        help="read exp_avg, exp_avg_sq and the master weights (torch_dist): norm, largest value "
+        "and non-finite elements of each",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Inspect; see the description for the exit status."""
+    return output.guarded(lambda: _inspect(options))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ..inspection import inspect_checkpoint
+    from ..moment_scan import scan, total_bytes
+    from ..stored import open_checkpoint
+
+    stored = open_checkpoint(options.checkpoint, options.iteration)
+    found = inspect_checkpoint(stored)
+    statistics = None
+    if options.moments:
+        with output.progress_bar(total_bytes(stored), "moments") as progress:
+            statistics = scan(stored, progress)
+    if options.json:
+        output.print_json(document(found, statistics))
+    else:
+        _print(found, statistics)
+    return int(any(s.nonfinite for s in statistics or ()))
+
+
+def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> dict[str, Any]:
+    """The JSON document.
+
+    Args:
+        found: What a checkpoint says of itself.
+        statistics: Of its moments; None where they were not read.
+    """
+    from ..inspection import plain
+
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    fields["optimizers"] = [_optimizer(o) for o in found.optimizers]
+    fields["moments"] = [dataclasses.asdict(m) for m in found.moments]
+    if statistics is not None:
+        fields["statistics"] = [dataclasses.asdict(s) for s in statistics]
+    plain_fields: dict[str, Any] = plain(fields)
+    return plain_fields
+
+
+def _optimizer(optimizer: OptimizerState) -> dict[str, Any]:
+    return {
+        "step": optimizer.step,
+        "mark": optimizer.mark and dataclasses.asdict(optimizer.mark),
+        "grad_scaler": optimizer.grad_scaler,
+        "groups": optimizer.groups,
+    }
+
+
+def _print(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> None:
+    to = output.console()
+    output.print_table(to, "checkpoint", ("", ""), _summary(found))
+    for number, optimizer in enumerate(found.optimizers):
+        keys = dict.fromkeys(k for g in optimizer.groups for k in g)
+        columns = ["param_groups", *map(str, range(len(optimizer.groups)))]
+        rows = [[k, *(str(g[k]) if k in g else "-" for g in optimizer.groups)] for k in keys]
+        title = f"optimizer {number}: step {optimizer.step}"
+        output.print_table(to, title, columns, rows)
+        if optimizer.mark is not None:
+            to.print(output.cell(f"{optimizer.mark.told()} (offset {optimizer.mark.offset})"))
+        output.print_table(to, "grad_scaler", ("", ""), (optimizer.grad_scaler or {}).items())
+    output.print_table(to, "scheduler", ("", ""), (found.scheduler or {}).items())
+    columns = ["optimizer", "state", "dtype", "by", "tensors", "chunks", "elements", "bytes"]
+    rows = [list(dataclasses.astuple(m)) for m in found.moments]
+    output.print_table(to, "moments", columns, rows)
+    columns = ["optimizer", "state", "name", "elements", "norm", "largest", "non-finite"]
+    rows = [list(dataclasses.astuple(s)) for s in statistics or ()]
+    output.print_table(to, "statistics of the moments", columns, rows)
+    for note in found.notes:
+        to.print(output.cell(note))
+
+
+def _summary(found: Inspection) -> Iterable[tuple[str, Any]]:
+    yield "directory", found.directory
+    yield "format", found.format
+    yield "iteration", "release" if found.release else found.iteration
+    yield "megatron-core", found.megatron_core or f"not recorded ({found.written_by})"
+    sizes = " ".join(f"{k}={v}" for k, v in found.layout.items())
+    yield "layout", sizes or "not recorded"
+    yield "sharding type", found.sharding_type or "none"
+    yield "scheduler num_steps", "none" if found.num_steps is None else found.num_steps
+    yield from found.counters.items()
+    yield "saved arguments", len(found.args)
