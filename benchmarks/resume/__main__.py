@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel.environment import busy_elsewhere, environment, slug
+from benchmarks.kernel.environment import environment, slug
 
 from . import report, scale
 from .cases import DEFAULT, FULL, QUICK, Case
@@ -39,10 +39,10 @@ def main() -> int:
     how.add_argument("--full", action="store_const", dest="cases", const=FULL, help="all sizes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
-    content = measure(options.cases or DEFAULT)
-    name = content["facts"].get("GPU", content["facts"]["CPU"])
-    stem = f"{content['facts']['date']}-resume-{content['device']}-{slug(name)}"
-    files = report.write(options.out, stem, content)
+    for content in measure(options.cases or DEFAULT):  # written after each, to be there if stopped
+        name = content["facts"].get("GPU", content["facts"]["CPU"])
+        stem = f"{content['facts']['date']}-resume-{content['device']}-{slug(name)}"
+        files = report.write(options.out, stem, content)
     print("\n".join(f"written: {f}" for f in files))
     found = [
         v
@@ -54,16 +54,21 @@ def main() -> int:
     return int(bool(content["failed"]) or any(v.verdict == "missed" for v in found))
 
 
-def measure(cases: Sequence[Case]) -> dict[str, Any]:
-    """Run the series one after the other."""
+def measure(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Run the series one after the other; after each, the results so far."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    elsewhere = busy_elsewhere()
     facts = {
         "date": datetime.date.today().isoformat(),
         "megatron-core": version("megatron-core"),
         **environment(device),
     }
-    content: dict[str, Any] = {"device": device, "facts": facts, "series": [], "failed": []}
+    content: dict[str, Any] = {
+        "device": device,
+        "facts": facts,
+        "scale": scale.simulate(),
+        "series": [],
+        "failed": [],
+    }
     with tempfile.TemporaryDirectory() as directory:
         for number, case in enumerate(cases):
             print(f"{number + 1} of {len(cases)}: {case}", flush=True)
@@ -72,12 +77,10 @@ def measure(cases: Sequence[Case]) -> dict[str, Any]:
             except RuntimeError as e:
                 print(e, flush=True)
                 content["failed"].append(str(case))
-    content["scale"] = scale.simulate()
-    now = busy_elsewhere()
-    busy = (now[0] - elsewhere[0]) / max(now[1] - elsewhere[1], 1e-9)
-    # torchrun's ranks are other processes too, so that this only bounds what disturbed.
-    facts["CPUs busy meanwhile, ranks included"] = f"{busy:.0%}"
-    return content
+            if content["series"]:
+                yield content
+    if not content["series"]:
+        raise SystemExit("no series could be measured: see above")
 
 
 def _series(case: Case, output: Path) -> dict[str, Any]:
