@@ -19,6 +19,7 @@ from .moment_plan import Key, Parameter, overwritten
 from .parameters import held_by, located
 from .resume import Resume
 from .steps import is_adam, is_hybrid
+from .vocabulary import walk
 
 #: Attribute of a marked entry; an entry that Megatron copies for other ranks does not carry it.
 _TAG = "megatron_ext_overwritten"
@@ -128,11 +129,10 @@ def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
             takes for another rank's (core/dist_checkpointing/strategies/torch.py, placement of
             shards in sharded_tensor_to_torch_sharded_tensor, 0.19.2).
     """
-    found = [(path, e) for path, e in _walk(state_dict, ()) if hasattr(e, _TAG)]
+    entries = list(walk(state_dict))
+    found = [(path, e) for path, e in entries if hasattr(e, _TAG)]
     if whole:
-        asked = {
-            e.key for _, e in _walk(state_dict, ()) if hasattr(e, "key") and not hasattr(e, _TAG)
-        }
+        asked = {e.key for _, e in entries if hasattr(e, "key") and not hasattr(e, _TAG)}
         found = [(path, e) for path, e in found if e.key not in asked]
     for path, _ in found:
         container = state_dict
@@ -140,17 +140,6 @@ def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
             container = container[step]
         del container[path[-1]]
     return LeftOut(found)
-
-
-def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _walk(inner, (*path, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _walk(inner, (*path, index))
-    else:
-        yield path, value
 
 
 def _groups(optimizer: Any) -> dict[int, Mapping[str, Any]]:

@@ -116,7 +116,7 @@ def look(
     """
     entries = [
         (path, entry)
-        for path, entry in _walk(state_dict, ())
+        for path, entry in walk(state_dict)
         if isinstance(entry, sharded_tensor)
         and getattr(entry, "allow_shape_mismatch", False)
         and isinstance(entry.data, torch.Tensor)
@@ -219,12 +219,13 @@ def _compare(entry: Any, saved: tuple[int, ...] | None) -> RowChange | None:
     return RowChange(entry.key, saved[axis], now[axis], first_new)
 
 
-def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every entry of a sharded state dict, with the steps that lead to it."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _walk(inner, (*path, key))
+            yield from walk(inner, (*path, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _walk(inner, (*path, index))
+            yield from walk(inner, (*path, index))
     else:
         yield path, value
