@@ -324,7 +324,7 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, str(key))
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> Any:
-        return self._one(storage.key, storage.dtype, offset, size)
+        return self._one(storage.key, storage.dtype, offset, size, *rest[:1])
 
     def _tensor_v3(
         self,
@@ -337,9 +337,11 @@ class _Unpickler(pickle.Unpickler):
         dtype: torch.dtype,
         *rest: Any,
     ) -> Any:
-        return self._one(storage.key, dtype, offset, size)
+        return self._one(storage.key, dtype, offset, size, stride)
 
-    def _one(self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...]) -> Any:
+    def _one(
+        self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None
+    ) -> Any:
         value = None
         if self._element is not None and math.prod(size) == 1:
             data = self._element(key, offset * dtype.itemsize, dtype.itemsize)
@@ -356,21 +358,10 @@ class _Unpickler(pickle.Unpickler):
 class _TensorFinder(_Unpickler):
     """Keeps what says where a tensor's elements are."""
 
-    def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> Any:
-        return _Found(storage.key, offset, storage.dtype, tuple(size), tuple(rest[0]))
-
-    def _tensor_v3(
-        self,
-        storage: _Storage,
-        offset: int,
-        size: tuple[int, ...],
-        stride: Any,
-        requires_grad: bool,
-        hooks: Any,
-        dtype: torch.dtype,
-        *rest: Any,
+    def _one(
+        self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None
     ) -> Any:
-        return _Found(storage.key, offset, dtype, tuple(size), tuple(stride))
+        return _Found(key, offset, dtype, tuple(size), tuple(stride))
 
 
 class _Tensor(Inert):
