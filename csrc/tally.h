@@ -22,6 +22,11 @@ struct Tally {
 // Columns of the op's result (megatron_ext/_ops/segments.py, STATISTICS_COLUMNS).
 inline constexpr int kColumns = 5;
 
+// A NaN that stays a NaN is no change.
+MEGATRON_EXT_INLINE bool is_changed(float before, float after) {
+  return !(before == after || (before != before && after != after));
+}
+
 template <Statistics S>
 MEGATRON_EXT_INLINE void count(Tally& t, float before, float after) {
   if constexpr (S != Statistics::none) {
@@ -32,7 +37,7 @@ MEGATRON_EXT_INLINE void count(Tally& t, float before, float after) {
   }
   if constexpr (S == Statistics::before_and_after) {
     t.before += static_cast<double>(before) * static_cast<double>(before);
-    t.changed += (before == after || (before != before && after != after)) ? 0u : 1u;
+    t.changed += is_changed(before, after) ? 1u : 0u;
   }
 }
 
