@@ -67,6 +67,9 @@ def test_what_is_overwritten_is_not_read(
     found = ext.run("tests.support.reading:resumed", world, policy=text, **call)[0]
     all_bytes = weights + master + 8
     assert found["payload"] * all_bytes == stock["payload"] * (all_bytes - 4 * len(unread))
+    assert found["metadata"] == 1
+    if layout not in NOT_BY_STOCK:
+        assert stock["metadata"] > 1
     (report,) = found["report"]["optimizers"]
     elements = sum(t["param"].size for t in stock["state"].values())
     for key in ("exp_avg", "exp_avg_sq"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +32,67 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         if not state.built:
             return original(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        call = bound.arguments
-        # Loading takes the sharded entries out of the dict: look before.
-        requested = _optimizer_entries(call["sharded_state_dict"])
-        # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
-        dcp = importlib.import_module("torch.distributed.checkpoint.api")
-        resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
-        if not requested:
-            say(resized.lines())  # no optimizer is loaded that would report them
-            resized.forget()
-        left_out = _leave_out(call)
-        try:
-            result = original(*bound.args, **bound.kwargs)
-            # With some values of `strict` also which keys did not fit.
-            loaded = result[0] if isinstance(result, tuple) else result
-            left_out.put_back(loaded)
-            resized.put_back(loaded)
-            return result
-        except (Exception, dcp.CheckpointException) as e:
-            resized.forget()
-            stored = _stored_entries(call["checkpoint_dir"])
-            lines = checkpoint.misfits(requested, stored)
-            if not lines:
-                raise
-            if not any(_OPTIMIZER_PREFIX in key for key in stored):
-                raise no_optimizer_state(call["checkpoint_dir"]) from e
-            raise checkpoint.does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
+        with _metadata_read_once():
+            return _load(original, signature.bind(*args, **kwargs))
 
     return load
+
+
+def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    call = bound.arguments
+    # Loading takes the sharded entries out of the dict: look before.
+    requested = _optimizer_entries(call["sharded_state_dict"])
+    # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
+    dcp = importlib.import_module("torch.distributed.checkpoint.api")
+    resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+    if not requested:
+        say(resized.lines())  # no optimizer is loaded that would report them
+        resized.forget()
+    left_out = _leave_out(call)
+    try:
+        result = original(*bound.args, **bound.kwargs)
+        # With some values of `strict` also which keys did not fit.
+        loaded = result[0] if isinstance(result, tuple) else result
+        left_out.put_back(loaded)
+        resized.put_back(loaded)
+        return result
+    except (Exception, dcp.CheckpointException) as e:
+        resized.forget()
+        stored = _stored_entries(call["checkpoint_dir"])
+        lines = checkpoint.misfits(requested, stored)
+        if not lines:
+            raise
+        if not any(_OPTIMIZER_PREFIX in key for key in stored):
+            raise no_optimizer_state(call["checkpoint_dir"]) from e
+        raise checkpoint.does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
+
+
+@contextlib.contextmanager
+def _metadata_read_once() -> Iterator[None]:
+    """Within, torch's reader unpickles each ``.metadata`` once.
+
+    Stock does so twice a load on every rank (strategies/torch.py:976 and :1028, 0.19.2), and what
+    it holds grows with the tensors and ranks of the whole job. To share what was read is what
+    Megatron's own CachedMetadataFileSystemReader does.
+    """
+    reader = importlib.import_module("torch.distributed.checkpoint.filesystem").FileSystemReader
+    original, known = reader.read_metadata, {}
+
+    @functools.wraps(original)
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        path = str(self.path)
+        if path not in known:
+            known[path] = original(self)
+        known[path].storage_meta.load_id = self.load_id
+        return known[path]
+
+    reader.read_metadata = read_metadata
+    try:
+        yield
+    finally:
+        reader.read_metadata = original
 
 
 def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:

@@ -23,10 +23,12 @@ class Reads:
     Args:
         payload: Elements times bytes an element, of tensors.
         stored: What the checkpoint's files spend on them.
+        metadata: How often ``.metadata`` was unpickled.
     """
 
     payload: int = 0
     stored: int = 0
+    metadata: int = 0
 
 
 @contextlib.contextmanager
@@ -36,6 +38,11 @@ def counted() -> Iterator[Reads]:
     from torch.distributed.checkpoint.planner import LoadItemType
 
     reads, original = Reads(), FileSystemReader.read_data
+    read_metadata = FileSystemReader.read_metadata
+
+    def unpickled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reads.metadata += 1
+        return read_metadata(self, *args, **kwargs)
 
     def read_data(self: Any, plan: Any, planner: Any) -> Any:
         for item in plan.items:
@@ -46,10 +53,12 @@ def counted() -> Iterator[Reads]:
         return original(self, plan, planner)
 
     FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = unpickled  # type: ignore[method-assign]
     try:
         yield reads
     finally:
         FileSystemReader.read_data = original  # type: ignore[method-assign]
+        FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -90,6 +99,7 @@ def resumed(
         "state": loaded,
         "payload": payload,
         "stored": stored,
+        "metadata": reads.metadata,
         "report": None if report is None else report.to_json(),
         "lines": [] if report is None else report.lines(),
     }
