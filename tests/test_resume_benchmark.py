@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.resume import cases, model, readme, report, summary
-from benchmarks.resume.cases import KEEP, RESCALE, RESET, RESET_V, STOCK, VARIANTS, Case
+from benchmarks.resume.cases import KEEP, RESET, RESET_V, STOCK, VARIANTS, Case
 from benchmarks.resume.scale import Moe, simulate
 
 CASE = Case("dp_reshardable", 10, 1, 20)
@@ -34,19 +35,21 @@ def sample(variant: str, repeat: int, slower: float = 1.0, left: int = 14) -> di
         "device_peak": {},
         "payload": left * PARAMETERS,
         "stored": left * PARAMETERS + 100,
-        "collectives": {"read": {"all_gather_object": [1, 50]}},
     }
 
 
 def result(**slower: float) -> dict[str, Any]:
     left = {RESET: 6, RESET_V: 10, "reset, cold": 6}
+    samples = [
+        sample(v.name, r, slower.get(v.name, 1.0), left.get(v.name, 14))
+        for r in range(1, 21)
+        for v in VARIANTS
+    ]
     return {
         "parameters": PARAMETERS,
-        "samples": [
-            sample(v.name, r, slower.get(v.name, 1.0), left.get(v.name, 14))
-            for r in range(1, 21)
-            for v in VARIANTS
-        ],
+        "samples": samples,
+        "memory": copy.deepcopy(samples),
+        "collectives": {v.name: {"read": {"all_gather_object": [1, 50]}} for v in VARIANTS},
         "step": {v.name: {"function": "step", "collectives": {}} for v in VARIANTS},
     }
 
@@ -82,7 +85,8 @@ def test_the_load_has_to_be_as_fast_as_stocks(slower: float, verdict: str) -> No
 
 def test_too_few_repeats_are_no_measurement() -> None:
     series = result()
-    series["samples"] = [s for s in series["samples"] if s["repeat"] < 20]
+    for which in ("samples", "memory"):
+        series[which] = [s for s in series[which] if s["repeat"] < 20]
     assert found(series, "keep / stock, load").verdict == "not run (19 repeats, not 20)"
     assert "not run" in found(series, "keep / stock, peak memory of the load").verdict
 
@@ -90,7 +94,7 @@ def test_too_few_repeats_are_no_measurement() -> None:
 def test_memory_above_stocks_misses() -> None:
     series = result()
     assert found(series, "keep / stock, peak memory of the load").verdict == "met"
-    for s in series["samples"]:
+    for s in series["memory"]:
         if s["variant"] == KEEP:
             s["peak"]["load_state_dict"] = 2001
     assert found(series, "keep / stock, peak memory of the load").verdict == "missed"
@@ -121,12 +125,12 @@ def test_the_model_finds_the_constants_it_was_made_with() -> None:
         one["parameters"] = million * 10**6
         for s in one["samples"]:
             s["stored"] = (6 if s["variant"] == RESET else 14) * one["parameters"]
-            moved = 16 * one["parameters"] if s["variant"] == RESCALE else 0
+            moved = model.PASSES.get(s["variant"], 0) * one["parameters"]
             s["seconds"] = {"read": 0.25 + s["stored"] / 2e9, "load_state_dict": moved / 5e9}
         series.append((replace(CASE, size=million), one))
     fit = model.fit(series)
-    assert (fit.fixed, fit.read, fit.transform) == pytest.approx((0.25, 2e9, 5e9))
-    assert len(fit.residuals) == 9
+    assert (fit.fixed, fit.read, fit.moved) == pytest.approx((0.25, 2e9, 5e9))
+    assert len(fit.residuals) == 12
     assert all(m == pytest.approx(p) for _, m, p in fit.residuals)
 
 

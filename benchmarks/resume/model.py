@@ -2,9 +2,9 @@ r"""A model of what a resume takes, fitted to what was measured, and what it pre
 
 .. math:: t = c + R / B_r + T / B_t
 
-R: bytes that a rank reads; T: bytes of exp_avg and exp_avg_sq that the fused op reads and writes;
-c: what does not grow with the size. On one machine the three constants are fitted; for many GPUs
-the bandwidths are assumptions that stand beside the prediction.
+R: bytes that a rank reads; T: bytes of exp_avg and exp_avg_sq that its passes over them read and
+write; c: what does not grow with the size. On one machine the three constants are fitted; for many
+GPUs the bandwidths are assumptions that stand beside the prediction.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from .cases import RESCALE, RESET, STOCK, Case
+from .cases import KEEP, RESCALE, RESET, STOCK, Case
 from .summary import LOAD, median
 
 #: Bytes that a rescale of both fp32 moments moves for one parameter: two are read and written.
 TRANSFORM_BYTES = 16
+#: Bytes moved for one parameter by all passes after the read: both moments are looked at once, then
+#: rescaled; or filled with zeros, looked at, and reset.
+PASSES = {STOCK: 0, KEEP: 8, RESCALE: 8 + TRANSFORM_BYTES, RESET: 8 + 8 + 8}
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Fit:
     Args:
         fixed: c, seconds.
         read: B_r, bytes a second.
-        transform: B_t, bytes a second.
+        moved: B_t, bytes a second.
         residuals: For each measured point its name, seconds measured and by the model.
     """
 
     fixed: float
     read: float
-    transform: float
+    moved: float
     residuals: tuple[tuple[str, float, float], ...]
 
 
@@ -43,10 +46,10 @@ def fit(series: Sequence[tuple[Case, Mapping[str, Any]]]) -> Fit:
     """Fit to the series of one format on one rank; relative errors count the same at every size."""
     names, rows, seconds = [], [], []
     for case, result in series:
-        for variant in (STOCK, RESET, RESCALE):
+        for variant, passes in PASSES.items():
             samples = result["samples"]
             read = median(samples, variant, lambda s: s["stored"])
-            moved = TRANSFORM_BYTES * result["parameters"] if variant == RESCALE else 0.0
+            moved = passes * result["parameters"]
             names.append(f"{case}, {variant}")
             rows.append([1.0, read, float(moved)])
             seconds.append(

@@ -44,7 +44,8 @@ class Sample:
         device_peak: The same of device memory; empty without a GPU.
         payload: Bytes of the tensors that were read: elements times bytes an element.
         stored: What the files spend on them.
-        collectives: Name -> how often, and bytes this rank puts in, by part.
+        collectives: Name -> how often, and bytes this rank puts in, by part; where `count` is set.
+        count: Whether collectives are counted.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Sample:
     payload: int = 0
     stored: int = 0
     collectives: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    count: bool = False
     _base: tuple[int, int] = (0, 0)
 
     def begin(self) -> None:
@@ -69,7 +71,7 @@ class Sample:
         _reset_peak()
         if dist.is_initialized():
             dist.barrier()
-        with _counting(counts):
+        with _counting(counts) if self.count else contextlib.nullcontext():
             _synchronize()
             begin = time.perf_counter()
             yield

@@ -6,11 +6,12 @@ Started by torchrun; rank 0 writes the samples.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,30 @@ import torch.distributed as dist
 
 from megatron_ext import cpu
 
-from .cases import FEW, SIZES, VARIANTS, Case, Variant
+from .cases import FEW, KEEP, SIZES, STOCK, VARIANTS, Case, Variant
 from .probes import Sample, drop_from_cache, reads, timed
 
 _SEQUENCE, _VOCAB = 16, 512
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALL = frozenset(v.name for v in VARIANTS if v.often)
+_FOR_MEMORY = frozenset({STOCK, KEEP})
 
 
-def main(case: Case, output: Path) -> None:
+def main(case: Case, what: str, output: Path) -> None:
     """Measure a series and write what was found."""
     cpu.install()
     dist.init_process_group("nccl" if torch.cuda.is_available() and not cpu.active() else "gloo")
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_world_size()))
     with _directory() as directory:
         series = Series(case, directory)
-        samples = series.run()
+        samples = series.run(_ALL if what == "times" else _FOR_MEMORY)
     if dist.get_rank() == 0:
-        content = {"parameters": series.parameters, "samples": samples, "step": series.structure}
+        content = {
+            "parameters": series.parameters,
+            "samples": samples,
+            "step": series.structure,
+            "collectives": series.collectives,
+        }
         output.write_text(json.dumps(content))
     dist.destroy_process_group()
 
@@ -49,6 +57,7 @@ class Series:
         self.model = _model(case)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.structure: dict[str, Any] = {}
+        self.collectives: dict[str, Any] = {}
         optimizer = self._optimizer(VARIANTS[0])
         _step(self.model, optimizer)
         _step(self.model, optimizer)
@@ -58,14 +67,17 @@ class Series:
             {k: v.clone() for k, v in tensors.items()} for tensors in _state(optimizer).values()
         ]
 
-    def run(self) -> list[dict[str, Any]]:
-        """All variants in turn, in another order each time; the first turn is not counted."""
+    def run(self, often: Container[str]) -> list[dict[str, Any]]:
+        """All variants in turn, in another order each time, some in the first turns only.
+
+        The first turn warms up, and counts the collectives: to count takes time.
+        """
         samples = []
         order = random.Random(0)
         for repeat in range(self.case.repeats + 1):
-            due = [v for v in VARIANTS if v.often or repeat <= FEW]
+            due = [v for v in VARIANTS if v.name in often or repeat <= FEW]
             for variant in order.sample(due, len(due)):
-                sample = self._resume(variant)
+                sample = self._resume(variant, count=not repeat)
                 everyone: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(everyone, sample.plain())
                 if repeat:
@@ -74,10 +86,10 @@ class Series:
                     )
         return samples
 
-    def _resume(self, variant: Variant) -> Sample:
+    def _resume(self, variant: Variant, *, count: bool) -> Sample:
         if variant.cold and dist.get_rank() == 0:
             drop_from_cache(self.directory)
-        sample = Sample()
+        sample = Sample(count=count)
         dist.barrier()
         sample.begin()
         with sample.part("build"):
@@ -91,19 +103,24 @@ class Series:
             if self.case.format == "torch":
                 self._load_legacy(optimizer, sample)
             else:
-                self._load(optimizer, sample)
+                self._load(optimizer, sample, stock=variant.policy is None)
         self._check(optimizer, variant)
         with sample.part("first step"):
             _step(self.model, optimizer)
-        self.structure[variant.name] = {
-            "function": f"{type(_only(optimizer)).step.__qualname__}",
-            "collectives": sample.collectives["first step"],
-        }
+        if count:
+            self.collectives[variant.name] = sample.collectives
+            self.structure[variant.name] = {
+                "function": f"{type(_only(optimizer)).step.__qualname__}",
+                "collectives": sample.collectives["first step"],
+            }
         return sample
 
-    def _load(self, optimizer: Any, sample: Sample) -> None:
+    def _load(self, optimizer: Any, sample: Sample, *, stock: bool) -> None:
         from megatron.core import dist_checkpointing
 
+        load = dist_checkpointing.load
+        if stock:  # without what this package has put around it
+            load = inspect.unwrap(load)
         metadata = _metadata(self.case)
         with sample.part("sharded_state_dict"):
             request = {"model": _bare(self.model).sharded_state_dict(metadata=dict(metadata))}
@@ -111,9 +128,7 @@ class Series:
                 {"model": request["model"]}, is_loading=True, metadata=metadata
             )
         with sample.part("read"):
-            state = dist_checkpointing.load(
-                request, str(self.directory / "dist"), *_strategy(self.case)
-            )
+            state = load(request, str(self.directory / "dist"), *_strategy(self.case))
         del request
         with sample.part("load_state_dict"):
             _bare(self.model).load_state_dict(state["model"])
@@ -295,7 +310,6 @@ def _over_ranks(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "device_peak": most("device_peak"),
         "payload": sum(s["payload"] for s in samples),
         "stored": sum(s["stored"] for s in samples),
-        "collectives": samples[0]["collectives"],
     }
 
 
@@ -311,4 +325,4 @@ def _directory() -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    main(Case(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+    main(Case(**json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3]))

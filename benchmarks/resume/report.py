@@ -86,7 +86,8 @@ def _table(case: Case, result: Mapping[str, Any]) -> Iterator[str]:
         "",
         f"{parameters:,} parameters, {case.repeats} repeats. Medians, with half the distance "
         "between the quartiles. Peak: largest memory of the load above what was held before "
-        "the optimizer was built. Collectives of the load: calls, and bytes that a rank puts in.",
+        "the optimizer was built, in runs of their own in which malloc keeps no freed memory. "
+        "Collectives of the load: calls, and bytes that a rank puts in.",
         "",
         "| resume | "
         + " | ".join(f"{p}, ms" for p in _PARTS)
@@ -100,12 +101,12 @@ def _table(case: Case, result: Mapping[str, Any]) -> Iterator[str]:
         transform = [s["seconds"].get("transform", 0.0) for s in mine]
         cells.append(_spread(transform) if any(transform) else "-")
         cells.append(_spread(list(map(load_seconds, mine))))
-        cells.append(f"{median(samples, variant.name, load_peak) / parameters:.2f}")
+        cells.append(f"{median(result['memory'], variant.name, load_peak) / parameters:.2f}")
         cells += [
             f"{median(samples, variant.name, lambda s, k=k: s[k]) / parameters:.2f}"
             for k in ("payload", "stored")
         ]
-        cells.append(_collectives(mine[0]["collectives"]))
+        cells.append(_collectives(result["collectives"][variant.name]))
         yield f"| {variant.name} | " + " | ".join(cells) + " |"
 
 
@@ -168,14 +169,16 @@ def _model(content: Mapping[str, Any]) -> list[str]:
         "",
         "## A model of resume time",
         "",
-        "t = c + R / B_r + T / B_t, with R the bytes a rank",
+        "t = c + R / B_r + T / B_t, with R the bytes a rank reads from its files, which are in the "
+        "page cache, and T those that its passes over the moments move in memory: none in stock; "
+        "reading them once, for NaN and the norms; reading and writing them for a rescale; writing "
+        "them twice, zeros and the fill, for a reset.",
     ]
-    out[-1] += " reads and T those that the moment transform reads and writes."
     if found is not None:
         out += [
             "",
             f"Fitted to this run: c = {found.fixed * 1e3:.0f} ms, B_r = {found.read / 1e9:.2f} "
-            f"GB/s, B_t = {found.transform / 1e9:.2f} GB/s.",
+            f"GB/s, B_t = {found.moved / 1e9:.2f} GB/s.",
             "",
             "| point | measured, ms | model, ms | error |",
             "|---|---|---|---|",

@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import KEEP, RESCALE, RESET, RESET_COLD, RESET_V, STOCK, STOCK_COLD, Case
+from .cases import (
+    KEEP,
+    KEEP_COLD,
+    RESCALE,
+    RESET,
+    RESET_COLD,
+    RESET_V,
+    STOCK,
+    STOCK_COLD,
+    Case,
+)
 
 #: What a load consists of; ``transform`` is a part of ``load_state_dict``.
 LOAD = ("sharded_state_dict", "read", "load_state_dict")
@@ -92,12 +102,14 @@ def verdicts(case: Case, result: Mapping[str, Any], device: str) -> Iterator[Ver
     samples, stock_bytes = result["samples"], case.bytes_per_parameter
     at_most = 1.02 if device == "cuda" else 1.10
     yield _time(case, samples, "keep / stock, load", KEEP, STOCK, 1.01)
-    yield _peak(case, samples)
+    yield _peak(case, result["memory"])
     yield _time(case, samples, "rescale / keep, load", RESCALE, KEEP, at_most)
     for name, left in ((RESET, stock_bytes - 8), (RESET_V, stock_bytes - 4)):
         yield _payload(case, samples, name, left)
     if case.format != "torch":
         yield _stored(case, result)
+    cold = ratio(samples, KEEP_COLD, STOCK_COLD, load_seconds)
+    yield Verdict(f"{case}: keep / stock, load from a cold cache", str(cold), "", "-")
     cold = ratio(samples, RESET_COLD, STOCK_COLD, load_seconds)
     yield Verdict(f"{case}: reset / stock, load from a cold cache", str(cold), "aim 0.6", "-")
     step = ratio(samples, KEEP, STOCK, lambda s: s["seconds"]["first step"])
