@@ -90,19 +90,19 @@ class Sample:
 
 @contextlib.contextmanager
 def reads(sample: Sample) -> Iterator[None]:
-    """Count what torch's reader of distributed checkpoints, and torch.load, are asked for."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    """Count what a load asks of a distributed checkpoint's files, and of torch.load."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.planner import LoadItemType
 
-    read_data, load = FileSystemReader.read_data, torch.load
+    finish_plan, load = DefaultLoadPlanner.finish_plan, torch.load
 
-    def counting(self: Any, plan: Any, planner: Any) -> Any:
+    def counting(self: Any, plan: Any) -> Any:
         for item in plan.items:
             if item.type == LoadItemType.TENSOR:
-                entry = planner.metadata.state_dict_metadata[item.storage_index.fqn]
+                entry = self.metadata.state_dict_metadata[item.storage_index.fqn]
                 sample.payload += math.prod(item.lengths) * entry.properties.dtype.itemsize
-                sample.stored += self.storage_data[item.storage_index].length
-        return read_data(self, plan, planner)
+                sample.stored += self.metadata.storage_data[item.storage_index].length
+        return finish_plan(self, plan)
 
     @functools.wraps(load)
     def loading(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,12 +112,12 @@ def reads(sample: Sample) -> Iterator[None]:
             sample.payload += _tensor_bytes(loaded)
         return loaded
 
-    FileSystemReader.read_data = counting  # type: ignore[method-assign]
+    DefaultLoadPlanner.finish_plan = counting  # type: ignore[method-assign]
     torch.load = loading
     try:
         yield
     finally:
-        FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+        DefaultLoadPlanner.finish_plan = finish_plan  # type: ignore[method-assign]
         torch.load = load
 
 

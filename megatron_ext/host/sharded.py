@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .. import agree, checkpoint, selective_read, vocabulary
+from .. import agree, checkpoint, direct_read, selective_read, vocabulary
 from ..errors import CheckpointError, MegatronExtError
 from ..log import say
 from ..phase import Mark, decide
@@ -32,7 +32,7 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         if not state.built:
             return original(*args, **kwargs)
-        with _metadata_read_once():
+        with _metadata_read_once(), direct_read.active():
             return _load(original, signature.bind(*args, **kwargs))
 
     return load

@@ -33,31 +33,32 @@ class Reads:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Reads]:
-    """Count what torch's reader is asked for (torch/distributed/checkpoint/filesystem.py)."""
+    """Count what a load asks of the files (torch/distributed/checkpoint/default_planner.py)."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.planner import LoadItemType
 
-    reads, original = Reads(), FileSystemReader.read_data
+    reads, original = Reads(), DefaultLoadPlanner.finish_plan
     read_metadata = FileSystemReader.read_metadata
 
     def unpickled(self: Any, *args: Any, **kwargs: Any) -> Any:
         reads.metadata += 1
         return read_metadata(self, *args, **kwargs)
 
-    def read_data(self: Any, plan: Any, planner: Any) -> Any:
+    def finish_plan(self: Any, plan: Any) -> Any:
         for item in plan.items:
             if item.type == LoadItemType.TENSOR:
-                entry = planner.metadata.state_dict_metadata[item.storage_index.fqn]
+                entry = self.metadata.state_dict_metadata[item.storage_index.fqn]
                 reads.payload += math.prod(item.lengths) * entry.properties.dtype.itemsize
-                reads.stored += self.storage_data[item.storage_index].length
-        return original(self, plan, planner)
+                reads.stored += self.metadata.storage_data[item.storage_index].length
+        return original(self, plan)
 
-    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    DefaultLoadPlanner.finish_plan = finish_plan  # type: ignore[method-assign]
     FileSystemReader.read_metadata = unpickled  # type: ignore[method-assign]
     try:
         yield reads
     finally:
-        FileSystemReader.read_data = original  # type: ignore[method-assign]
+        DefaultLoadPlanner.finish_plan = original  # type: ignore[method-assign]
         FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
 
 
