@@ -76,7 +76,7 @@ def test_what_adam_makes_is_always_right(
 )
 def test_what_adam_cannot_have_made_is_named(after: tuple[float, float], said: str) -> None:
     message = wrong_moments(2, (0.9, 0.95), (10.0, 4.0), after, [1.0])
-    assert message.startswith("optimizer 2: 1 steps after the load")
+    assert message.startswith("optimizer 2: 1 step after the load")
     assert said in message
 
 
@@ -110,7 +110,7 @@ def runs(
     yield from runs_of(SCENARIOS, request, tmp_path_factory.mktemp("runs"), zygote)
 
 
-GUARDED = "megatron_ext: guard: 1 steps after the load the hyperparameters are the planned ones"
+GUARDED = "megatron_ext: guard: 1 step after the load the hyperparameters are the planned ones"
 
 
 @pytest.mark.e2e
@@ -147,7 +147,7 @@ def test_a_changed_optimizer_stops_the_run(what: str, said: str, steps: int, run
     assert refusing == ([1] if what == "exp_avg" else [0, 1])
     for rank in refusing:
         assert said in run.ranks[rank]
-        assert ("1 steps after the load" in run.ranks[rank]) == (steps == 1)
+        assert ("1 step after the load" in run.ranks[rank]) == (steps == 1)
 
 
 @pytest.mark.e2e

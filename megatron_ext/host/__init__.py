@@ -17,7 +17,7 @@ from .contract import (
     megatron_version,
 )
 from .installing import install
-from .loading import needs_optimizer
+from .loading import dropping_flag, needs_optimizer
 from .members import adam_optimizers, members_of
 from .request import (
     DEFAULT_CLASS,
@@ -41,6 +41,7 @@ __all__ = [
     "active_request",
     "adam_optimizers",
     "check_contract",
+    "dropping_flag",
     "has_training",
     "install",
     "launch_request",

@@ -150,6 +150,6 @@ def _check_moments(watch: Watch) -> None:
         if wrong:
             raise GuardError(wrong)
     say(
-        f"megatron_ext: guard: {len(watch.gradients)} steps after the load the hyperparameters are "
-        "the planned ones, and the moments what Adam makes of the loaded ones"
+        f"megatron_ext: guard: {guard.steps_after(len(watch.gradients))} the load the "
+        "hyperparameters are the planned ones, and the moments what Adam makes of the loaded ones"
     )
