@@ -32,6 +32,7 @@ def add_to(commands: Any) -> None:
         help="read exp_avg, exp_avg_sq and the master weights (torch_dist): norm, largest value "
         "and non-finite elements of each",
     )
+    output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
@@ -47,10 +48,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     stored = open_checkpoint(options.checkpoint, options.iteration)
     found = inspect_checkpoint(stored)
+    layout = output.read_layout(options)
     statistics = None
     if options.moments:
         with output.progress_bar(total_bytes(stored), "moments") as progress:
-            statistics = scan(stored, progress)
+            statistics = scan(stored, progress, layout)
     if options.json:
         output.print_json(document(found, statistics))
     else:

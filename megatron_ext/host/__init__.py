@@ -6,6 +6,7 @@ launcher's, a library call's, or ``--optimizer-class`` among Megatron's parsed a
 Megatron's own files are never edited or copied.
 """
 
+from .buckets import bucket_layout
 from .contract import (
     CONTRACT,
     CORE,
@@ -40,6 +41,7 @@ __all__ = [
     "Request",
     "active_request",
     "adam_optimizers",
+    "bucket_layout",
     "check_contract",
     "dropping_flag",
     "has_training",

@@ -154,6 +154,19 @@ CONTRACT = (
         reference="core/optimizer/distrib_optimizer.py:786; the shard of a parameter",
     ),
     HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.sharded_param_state_dp_reshardable",
+        ("model_sharded_state_dict",),
+        reference="core/optimizer/distrib_optimizer.py:1828; the keys of buckets (buckets.py)",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBucket.__init__",
+        ("offset", "numel_unpadded"),
+        reference="core/distributed/param_and_grad_buffer.py:112; where a bucket lies in its "
+        "buffer, whose param_index_map says where the parameters are (buckets.py)",
+    ),
+    HostName(
         f"{CORE}.optimizer",
         "FP32Optimizer._filter_and_reorder_param_groups",
         ("current_groups", "state_dict_groups"),

@@ -114,19 +114,27 @@ def stacked(state: State) -> dict[tuple[str, str], np.ndarray]:
 
     The names in a checkpoint are those of TransformerEngine's fused modules, without numbers.
     """
+    return {
+        (moment, stacked): np.stack([state[name][moment].astype(np.float64) for name in names])
+        for stacked, names in stacked_names(state).items()
+        for moment in state[names[0]]
+    }
+
+
+def stacked_names(state: State) -> dict[str, list[str]]:
+    """Name in a checkpoint -> the parameters that are one above the other there."""
     renamed = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         "local_experts.": "experts.",
     }
-    parts: dict[tuple[str, str], list[np.ndarray]] = {}
-    for name, values in state.items():
+    names: dict[str, list[str]] = {}
+    for name in state:
         key = ".".join(w for w in name.split(".") if not w.isdigit())
         for old, new in renamed.items():
             key = key.replace(old, new)
-        for moment, array in values.items():
-            parts.setdefault((moment, key), []).append(array.astype(np.float64))
-    return {key: np.stack(arrays) for key, arrays in parts.items()}
+        names.setdefault(key, []).append(name)
+    return names
 
 
 def poison(directory: Path, key: str, value: float, at: int = 0) -> None:
