@@ -160,6 +160,26 @@ def load_torch(file: BinaryIO) -> Any:
     return _load_zip(file) if start == _ZIP else _load_sequence(file)
 
 
+def require_torch_file(file: BinaryIO) -> None:
+    """Check that a file begins and ends as ``torch.save`` writes one; no element is read.
+
+    Args:
+        file: Seekable.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    if start != _ZIP:
+        if load(file) != torch.serialization.MAGIC_NUMBER:
+            raise pickle.UnpicklingError("not a file of torch.save")
+        return
+    with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+
+
 def find_tensor(file: BinaryIO) -> TensorPlace:
     """Where the elements of the one tensor are that ``torch.save`` wrote, without reading them.
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..moment_scan import TensorDistance
     from ..stored import StoredCheckpoint
 
+#: ``megatron_ext/schemas/diff.schema.json``.
+SCHEMA = "megatron_ext/diff/1"
+
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
@@ -51,7 +54,7 @@ def _diff(options: argparse.Namespace) -> int:
     layout = output.read_layout(options)
     distances = _distances(a, b, layout) if options.moments else None
     if options.json:
-        content: dict[str, Any] = {"a": a.directory, "b": b.directory}
+        content: dict[str, Any] = {"schema": SCHEMA, "a": a.directory, "b": b.directory}
         content["differences"] = [
             {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in changes
         ]

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..inspection import Inspection, OptimizerState
     from ..moment_scan import TensorStatistics
 
+#: ``megatron_ext/schemas/inspect.schema.json``.
+SCHEMA = "megatron_ext/inspect/1"
+
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
@@ -69,7 +72,8 @@ def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -
     """
     from ..inspection import plain
 
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    fields: dict[str, Any] = {"schema": SCHEMA}
+    fields |= {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     fields["optimizers"] = [_optimizer(o) for o in found.optimizers]
     fields["moments"] = [dataclasses.asdict(m) for m in found.moments]
     if statistics is not None:

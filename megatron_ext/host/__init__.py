@@ -14,7 +14,10 @@ from .contract import (
     TRAINING,
     HostName,
     check_contract,
+    contract_problems,
     has_training,
+    in_tested_range,
+    inner_adam,
     megatron_version,
 )
 from .installing import install
@@ -43,8 +46,11 @@ __all__ = [
     "adam_optimizers",
     "bucket_layout",
     "check_contract",
+    "contract_problems",
     "dropping_flag",
     "has_training",
+    "in_tested_range",
+    "inner_adam",
     "install",
     "launch_request",
     "megatron_version",

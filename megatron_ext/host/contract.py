@@ -51,6 +51,7 @@ CONTRACT = (
         rebound=True,
         reference="core/optimizer/__init__.py:484; the only place that builds optimizers",
     ),
+    HostName(CORE, "Adam", reference="core/optimizer/__init__.py:14; which one it is (env)"),
     HostName(CORE, "DistributedOptimizer", reference="core/optimizer/__init__.py:54"),
     HostName(CORE, "Float16OptimizerWithFloat16Params", reference="core/optimizer/__init__.py:64"),
     HostName(CORE, "FP32Optimizer", reference="core/optimizer/__init__.py:65"),
@@ -263,8 +264,7 @@ def check_contract() -> None:
         HostError: A name is gone or has lost a parameter; names both versions.
     """
     found = Version(megatron_version())
-    problems = [p for name in CONTRACT if (p := _problem(name, found))]
-    if problems:
+    if problems := contract_problems():
         raise HostError(
             f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the installed "
             f"megatron-core {found} has moved what it leans on:\n"
@@ -272,6 +272,24 @@ def check_contract() -> None:
             + f"\nInstall megatron-core=={TESTED[-1]}, or run without --optimizer-class"
         )
     _warn_if_untested(found)
+
+
+def contract_problems() -> list[str]:
+    """What of `CONTRACT` the installed Megatron does not keep; imports what is named there."""
+    found = Version(megatron_version())
+    return [p for name in CONTRACT if (p := _problem(name, found))]
+
+
+def in_tested_range(version: str | Version) -> bool:
+    """Whether a megatron-core lies between the first and the last tested one."""
+    found = Version(str(version))
+    return Version(TESTED[0]) <= found and found.release[:2] <= Version(TESTED[-1]).release[:2]
+
+
+def inner_adam() -> str:
+    """The class that Megatron takes for Adam: FusedAdam, or torch's AdamW in its place."""
+    adam = importlib.import_module(CORE).Adam
+    return f"{adam.__module__}.{adam.__qualname__}"
 
 
 @functools.cache
@@ -309,8 +327,7 @@ def _problem(name: HostName, found: Version) -> str | None:
 def _warn_if_untested(found: Version) -> None:
     global _warned_version
     last = Version(TESTED[-1])
-    inside = Version(TESTED[0]) <= found and found.release[:2] <= last.release[:2]
-    if not inside and not _warned_version:
+    if not in_tested_range(found) and not _warned_version:
         _warned_version = True
         warnings.warn(
             f"megatron-core {found} is outside the range megatron_ext is tested with "
