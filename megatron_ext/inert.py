@@ -26,6 +26,10 @@ import numpy as np
 import torch
 
 _ZIP = b"PK\x03\x04"
+_PLANS = b"all_local_plans"
+#: Opcode and length (pickletools: FRAME).
+_FRAME = struct.Struct("<cQ")
+_FRAME_OPCODE = b"\x95"
 
 
 class Inert:
@@ -127,6 +131,58 @@ def load(file: BinaryIO) -> Any:
     """
     with _without_collection():
         return _Unpickler(file).load()
+
+
+def load_index(file: BinaryIO) -> Any:
+    """Unpickle torch's index of a distributed checkpoint, without the plans of all ranks.
+
+    megatron-core 0.19 keeps them at its end (``all_local_plans``, core/dist_checkpointing/
+    strategies/state_dict_saver.py:144); they say once more what the index says and would take as
+    long and as much memory as the rest.
+
+    Args:
+        file: The pickle.
+
+    Raises:
+        Exception: Whatever a damaged pickle makes of itself.
+    """
+    data = file.read()
+    with contextlib.suppress(Exception):  # the name may stand for something else
+        return load(_peekable(_without_plans(data)))
+    return load(_peekable(data))
+
+
+def _peekable(data: bytes) -> BinaryIO:
+    """As a file of which the unpickler reads more than an opcode at a time."""
+    return cast(BinaryIO, io.BufferedReader(cast(Any, io.BytesIO(data)), 1 << 20))
+
+
+def _without_plans(data: bytes) -> bytes:
+    """The pickle of an object up to its attribute ``all_local_plans``, and closed there.
+
+    As it is where there is none, or where the pickle does not end as it should: what is cut off
+    may not hide that the file is truncated.
+    """
+    at = max(data.find(opcode + _PLANS) for opcode in (b"\x8c\x0f", b"X\x0f\0\0\0"))
+    begins, end = _frames(data)
+    if at < 0 or end > len(data) or not data.endswith(b"."):
+        return data
+    # SETITEMS of the attributes so far, BUILD, STOP.
+    closing = b"ub."
+    if not begins:
+        return data[:at] + closing
+    begin = max(b for b in begins if b < at)
+    inside = data[begin + _FRAME.size : at] + closing
+    return data[:begin] + _FRAME.pack(_FRAME_OPCODE, len(inside)) + inside
+
+
+def _frames(data: bytes) -> tuple[list[int], int]:
+    """Where the frames of a pickle begin (from protocol 4 on), and where the last one ends."""
+    begins, end = [], 2
+    while data.startswith(_FRAME_OPCODE, end):
+        begins.append(end)
+        end += _FRAME.size + int(_FRAME.unpack_from(data, end)[1])
+    return begins, end
 
 
 @contextlib.contextmanager

@@ -317,7 +317,7 @@ class Store:
         path = self._directory / INDEX
         if not path.is_file():
             raise _error(self._directory, f"{CONFIG} without {INDEX}", "both")
-        index = read_file(path, inert.load)
+        index = read_file(path, inert.load_index)
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise _error(path, f"{type(index).__name__}", "torch's Metadata")
