@@ -141,20 +141,17 @@ def load_index(file: BinaryIO) -> Any:
     long and as much memory as the rest.
 
     Args:
-        file: The pickle.
+        file: The pickle; seekable.
 
     Raises:
         Exception: Whatever a damaged pickle makes of itself.
     """
-    data = file.read()
     with contextlib.suppress(Exception):  # the name may stand for something else
-        return load(_peekable(_without_plans(data)))
-    return load(_peekable(data))
-
-
-def _peekable(data: bytes) -> BinaryIO:
-    """As a file of which the unpickler reads more than an opcode at a time."""
-    return cast(BinaryIO, io.BufferedReader(cast(Any, io.BytesIO(data)), 1 << 20))
+        # The unpickler reads more than an opcode at a time where it can peek.
+        data = io.BytesIO(_without_plans(file.read()))
+        return load(cast(BinaryIO, io.BufferedReader(cast(Any, data), 1 << 20)))
+    file.seek(0)
+    return load(file)
 
 
 def _without_plans(data: bytes) -> bytes:
