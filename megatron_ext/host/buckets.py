@@ -25,7 +25,8 @@ def bucket_layout(members: Sequence[Any]) -> BucketLayout | None:
     Raises:
         MegatronExtError: A model does not say where its parameters lie; on every rank.
     """
-    mine, error = [], None
+    mine: list[Bucket] = []
+    error: MegatronExtError | None = None
     try:
         for number, member in enumerate(members):
             # core/optimizer/optimizer.py:1541, 0.19.2
