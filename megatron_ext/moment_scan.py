@@ -283,9 +283,7 @@ def _targets(
     return targets
 
 
-def _require_fit(
-    stored: StoredCheckpoint, keys: dict[str, StateKey], layout: BucketLayout
-) -> None:
+def _require_fit(stored: StoredCheckpoint, keys: dict[str, StateKey], layout: BucketLayout) -> None:
     """Raise unless the layout has the buckets of every state of the checkpoint."""
     by_state: dict[str, dict[str, int]] = defaultdict(dict)
     for key, found in keys.items():

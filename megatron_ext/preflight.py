@@ -162,8 +162,6 @@ def refused_flags(args: Any) -> list[str]:
     ]
 
 
-
-
 def _directories(args: Any) -> Directories:
     start = getattr(args, "selective_from", None)
     where = getattr(args, "selective_where", None)

@@ -64,9 +64,7 @@ def assert_same_figures(found: Any, expected: tuple[int, float, float]) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", CELLS)
-def test_parameters_in_buckets_are_the_optimizers(
-    name: str, ext: RankPool, tmp_path: Path
-) -> None:
+def test_parameters_in_buckets_are_the_optimizers(name: str, ext: RankPool, tmp_path: Path) -> None:
     layout, world, buckets = CELLS[name]
     ((state,), *_) = ext.run(
         "tests.support.bucket_cases:saved_both_ways",
@@ -313,8 +311,10 @@ MISFITS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "other keys": (
         {"buckets__0__key": FIRST_KEY.replace("gbuf_idx_0", "gbuf_idx_3")},
-        ["gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0 is in the checkpoint only"]
-        + ["gbuf_idx_3.dtype_(torch.bfloat16, torch.float32).bucket_idx_0 is in the layout only"],
+        [
+            "gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0 is in the checkpoint",
+            "gbuf_idx_3.dtype_(torch.bfloat16, torch.float32).bucket_idx_0 is in the layout only",
+        ],
     ),
     "another chain": (
         {"buckets__0__key": f"chained_0.{FIRST_KEY}", "buckets__1__key": f"chained_0.{SECOND_KEY}"},

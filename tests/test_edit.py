@@ -108,7 +108,8 @@ def assert_resumed(found: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in OF_EVERY_VERSION else pytest.mark.latest) for n in CELLS]
+    "name",
+    [pytest.param(n, marks=[] if n in OF_EVERY_VERSION else pytest.mark.latest) for n in CELLS],
 )
 def test_stock_resumes_from_the_copy(
     name: str, stock: RankPool, checkpoints: Checkpoints, megatron: Version, tmp_path: Path

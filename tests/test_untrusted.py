@@ -1,7 +1,7 @@
 """Pickles that would run a command do not, whichever command reads the checkpoint.
 
-`inspect` and `diff` unpickle nothing: what stands for an object is inert. `edit` loads what it has to
-write again, from a stated list of classes, unless --allow-pickle is given.
+`inspect` and `diff` unpickle nothing: what stands for an object is inert. `edit` loads what it has
+to write again, from a stated list of classes, unless --allow-pickle is given.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     chosen = [
         i
         for i in request.session.items
-        if getattr(i, "originalname", "") == test_nothing_runs.__name__ and i.module is request.module
+        if getattr(i, "originalname", "") == test_nothing_runs.__name__
+        and i.module is request.module
     ]
     assert len(RAN) == len(set(RAN)) == len(chosen)
 

@@ -43,7 +43,11 @@ def targets(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         figures = (
             ("CPU seconds, with imports", once.all_seconds, MOST_SECONDS),
             ("peak memory in GB", once.peak / 1e9, MOST_BYTES / 1e9),
-            ("time at twice the size / time, without imports", twice.seconds / once.seconds, MOST_GROWTH),
+            (
+                "time at twice the size / time, without imports",
+                twice.seconds / once.seconds,
+                MOST_GROWTH,
+            ),
         )
         for what, found, most in figures:
             yield {"case": name, "figure": what, "found": found, "most": most, "met": found <= most}
@@ -63,9 +67,7 @@ def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     ]
     for t in targets(results):
         met = "met" if t["met"] else "**missed**"
-        lines.append(
-            f"| {t['figure']} | {t['case']} | {t['found']:.2f} | {t['most']:g} | {met} |"
-        )
+        lines.append(f"| {t['figure']} | {t['case']} | {t['found']:.2f} | {t['most']:g} | {met} |")
     lines += [
         "",
         "| command | sharding | plans | parameters | s | s with imports | GB | MB of .metadata |",

@@ -128,8 +128,6 @@ def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
     )
 
 
-
-
 def _loaded_iteration() -> int:
     checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
     getter = getattr(checkpointing, "get_loaded_iteration", None)
