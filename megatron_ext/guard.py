@@ -103,8 +103,8 @@ def wrong_moments(
         return ""
     return (
         f"optimizer {optimizer}: {steps_after(len(gradients))} the load Adam cannot have made "
-        f"these moments of the loaded ones (norms {before[0]:.6g}, {before[1]:.6g}) with gradients of "
-        f"norm up to {max(gradients, default=0.0):.6g}: {'; '.join(lines)}. {_CAUSE}"
+        f"these moments of the loaded ones (norms {before[0]:.6g}, {before[1]:.6g}) with gradients "
+        f"of norm up to {max(gradients, default=0.0):.6g}: {'; '.join(lines)}. {_CAUSE}"
     )
 
 
