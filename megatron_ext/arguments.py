@@ -220,7 +220,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-dry-run",
         action="store_true",
         help="Build and load everything, log the plan and what was done, and exit with 0 before "
-        "the first step; nothing is saved.",
+        "the first step; no checkpoint is saved. With --selective-report also "
+        "parameter-layout.json: which parameter lies where in the buckets of a dp_reshardable "
+        "checkpoint, for `megatron_ext inspect --moments --layout`.",
     )
     group.add_argument(
         "--no-selective-guard",

@@ -133,6 +133,7 @@ def edit(
     target = Path(target)
     stored = open_checkpoint(source, iteration)
     require_new(target, stored)
+    stored.require_files()
     places = _read_places(stored)
     changes = plan(places, settings, group)
     name = "release" if stored.release else f"iter_{stored.iteration:07d}"

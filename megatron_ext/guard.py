@@ -102,10 +102,15 @@ def wrong_moments(
     if not lines:
         return ""
     return (
-        f"optimizer {optimizer}: {len(gradients)} steps after the load Adam cannot have made these "
-        f"moments of the loaded ones (norms {before[0]:.6g}, {before[1]:.6g}) with gradients of "
-        f"norm up to {max(gradients, default=0.0):.6g}: {'; '.join(lines)}. {_CAUSE}"
+        f"optimizer {optimizer}: {steps_after(len(gradients))} the load Adam cannot have made "
+        f"these moments of the loaded ones (norms {before[0]:.6g}, {before[1]:.6g}) with gradients "
+        f"of norm up to {max(gradients, default=0.0):.6g}: {'; '.join(lines)}. {_CAUSE}"
     )
+
+
+def steps_after(count: int) -> str:
+    """How long after something, in words."""
+    return f"{count} step after" if count == 1 else f"{count} steps after"
 
 
 def _first(beta: float, norm: float, gradients: Sequence[float]) -> tuple[float, float]:

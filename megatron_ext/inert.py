@@ -26,6 +26,10 @@ import numpy as np
 import torch
 
 _ZIP = b"PK\x03\x04"
+_PLANS = b"all_local_plans"
+#: Opcode and length (pickletools: FRAME).
+_FRAME = struct.Struct("<cQ")
+_FRAME_OPCODE = b"\x95"
 
 
 class Inert:
@@ -129,6 +133,55 @@ def load(file: BinaryIO) -> Any:
         return _Unpickler(file).load()
 
 
+def load_index(file: BinaryIO) -> Any:
+    """Unpickle torch's index of a distributed checkpoint, without the plans of all ranks.
+
+    megatron-core 0.19 keeps them at its end (``all_local_plans``, core/dist_checkpointing/
+    strategies/state_dict_saver.py:144); they say once more what the index says and would take as
+    long and as much memory as the rest.
+
+    Args:
+        file: The pickle; seekable.
+
+    Raises:
+        Exception: Whatever a damaged pickle makes of itself.
+    """
+    with contextlib.suppress(Exception):  # the name may stand for something else
+        # The unpickler reads more than an opcode at a time where it can peek.
+        data = io.BytesIO(_without_plans(file.read()))
+        return load(cast(BinaryIO, io.BufferedReader(cast(Any, data), 1 << 20)))
+    file.seek(0)
+    return load(file)
+
+
+def _without_plans(data: bytes) -> bytes:
+    """The pickle of an object up to its attribute ``all_local_plans``, and closed there.
+
+    As it is where there is none, or where the pickle does not end as it should: what is cut off
+    may not hide that the file is truncated.
+    """
+    at = max(data.find(opcode + _PLANS) for opcode in (b"\x8c\x0f", b"X\x0f\0\0\0"))
+    begins, end = _frames(data)
+    if at < 0 or end > len(data) or not data.endswith(b"."):
+        return data
+    # SETITEMS of the attributes so far, BUILD, STOP.
+    closing = b"ub."
+    if not begins:
+        return data[:at] + closing
+    begin = max(b for b in begins if b < at)
+    inside = data[begin + _FRAME.size : at] + closing
+    return data[:begin] + _FRAME.pack(_FRAME_OPCODE, len(inside)) + inside
+
+
+def _frames(data: bytes) -> tuple[list[int], int]:
+    """Where the frames of a pickle begin (from protocol 4 on), and where the last one ends."""
+    begins, end = [], 2
+    while data.startswith(_FRAME_OPCODE, end):
+        begins.append(end)
+        end += _FRAME.size + int(_FRAME.unpack_from(data, end)[1])
+    return begins, end
+
+
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
     """Of an index's millions of objects none is garbage, and looking takes most of the time."""
@@ -158,6 +211,26 @@ def load_torch(file: BinaryIO) -> Any:
     start = file.read(len(_ZIP))
     file.seek(0)
     return _load_zip(file) if start == _ZIP else _load_sequence(file)
+
+
+def require_torch_file(file: BinaryIO) -> None:
+    """Check that a file begins and ends as ``torch.save`` writes one; no element is read.
+
+    Args:
+        file: Seekable.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    if start != _ZIP:
+        if load(file) != torch.serialization.MAGIC_NUMBER:
+            raise pickle.UnpicklingError("not a file of torch.save")
+        return
+    with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
 
 
 def find_tensor(file: BinaryIO) -> TensorPlace:

@@ -186,15 +186,14 @@ def inspect_checkpoint(
         All of it as plain data.
 
     Raises:
-        CheckpointError: There is none, it is of another kind, or damaged; a file of the store is
-            missing or too short.
+        CheckpointError: There is none, it is of another kind, or damaged; a file that is not read
+            is missing or too short.
     """
     if isinstance(checkpoint, StoredCheckpoint):
         stored = checkpoint
     else:
         stored = open_checkpoint(checkpoint, iteration)
-    if stored.store is not None:
-        stored.store.require_files()
+    stored.require_files()
     moments = _moments(stored)
     scheduler = stored.scheduler
     position = scheduler.get("num_steps") if isinstance(scheduler, Mapping) else None

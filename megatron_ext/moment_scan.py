@@ -7,6 +7,8 @@ An item of the store is a ``torch.save`` file of one piece of a tensor. Its pick
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from . import inert
+from .bucket_layout import BucketLayout
 from .errors import CheckpointError
 from .inspection import StateKey, parse_state_key, state_dtype
 from .stored import INDEX, Store, StoredCheckpoint
@@ -43,7 +46,8 @@ class TensorStatistics:
         optimizer: Number in the chain; None where the key does not say.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
-        elements: That were read: all that are stored but for a bucket's padding.
+        elements: That were read: all that are stored, but for a bucket's padding and, with a
+            layout, second copies.
         norm: Square root of the sum of squares of the finite elements.
         largest: Largest absolute value of the finite elements; 0 where there are none.
         nonfinite: Number of NaN and infinite elements.
@@ -84,35 +88,63 @@ class TensorDistance:
 
 @dataclass(frozen=True)
 class _Piece:
+    """What is stored as one item, or a part of it.
+
+    Args:
+        key: The tensor's in the store.
+        offset: Where the item begins in the tensor.
+        shape: Of the item.
+        info: Its place in a file.
+        part: First element and one past the last, counted in the item, which has one dimension
+            then; None: all of it.
+    """
+
     key: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     info: Any
+    part: tuple[int, int] | None = None
+
+    @property
+    def low(self) -> tuple[int, ...]:
+        """First corner in the item."""
+        return (0,) * len(self.shape) if self.part is None else (self.part[0],)
+
+    @property
+    def high(self) -> tuple[int, ...]:
+        """The opposite corner, one past the last."""
+        return self.shape if self.part is None else (self.part[1],)
 
 
-def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[TensorStatistics]:
+def scan(
+    stored: StoredCheckpoint,
+    progress: Progress | None = None,
+    layout: BucketLayout | None = None,
+) -> list[TensorStatistics]:
     """Norm, largest value and non-finite elements of every moment and master weight.
 
     Args:
         stored: A torch_dist checkpoint.
         progress: Is told of bytes that were read; `total_bytes` says how many there will be.
+        layout: Which parameters lie where in buckets; without it a bucket is one tensor.
 
     Returns:
-        One for each tensor, in the order of the index.
+        One for each tensor, in the order of the index or of the layout.
 
     Raises:
-        CheckpointError: It is of the legacy format, has no such tensors, or is damaged.
+        CheckpointError: It is of the legacy format, has no such tensors, is damaged, or the layout
+            is another model's.
     """
     store, keys = _require_moments(stored)
-    pieces = _pieces(store, keys)
-    sums = {key: [0, 0.0, 0.0, 0] for key in keys}
+    targets = _targets(stored, store, keys, layout)
+    sums = {found: [0, 0.0, 0.0, 0] for found in targets}
     # Files from beginning to end.
     ordered = sorted(
-        (p for of_key in pieces.values() for p in of_key),
-        key=lambda p: (p.info.relative_path, p.info.offset),
+        ((found, piece) for found, pieces in targets.items() for piece in pieces),
+        key=lambda t: (t[1].info.relative_path, t[1].info.offset, t[1].low),
     )
-    for piece in ordered:
-        total = sums[piece.key]
+    for target, piece in ordered:
+        total = sums[target]
         for values in _slabs(store, piece, progress):
             finite = torch.isfinite(values)
             bad = values.numel() - int(finite.sum())
@@ -132,14 +164,15 @@ def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[Ten
             largest,
             int(bad),
         )
-        for found, (elements, squares, largest, bad) in (
-            (keys[key], values) for key, values in sums.items()
-        )
+        for found, (elements, squares, largest, bad) in sums.items()
     ]
 
 
 def distances(
-    a: StoredCheckpoint, b: StoredCheckpoint, progress: Progress | None = None
+    a: StoredCheckpoint,
+    b: StoredCheckpoint,
+    progress: Progress | None = None,
+    layout: BucketLayout | None = None,
 ) -> list[TensorDistance]:
     """How far every moment and master weight of two checkpoints is apart.
 
@@ -149,19 +182,24 @@ def distances(
         a: The first.
         b: The second.
         progress: Is told of bytes of the first that were compared.
+        layout: Of the buckets of both; without it a bucket is one tensor.
 
     Returns:
         One for each tensor that both have with the same shape.
 
     Raises:
-        CheckpointError: One is of the legacy format, has no such tensors, or is damaged.
+        CheckpointError: One is of the legacy format, has no such tensors, is damaged, or the
+            layout is another model's.
     """
-    (store_a, _), (store_b, _) = _require_moments(a), _require_moments(b)
-    keys = common_keys(a, b)
-    pieces_a, pieces_b = _pieces(store_a, keys), _pieces(store_b, keys)
+    (store_a, keys_a), (store_b, keys_b) = _require_moments(a), _require_moments(b)
+    if layout is None:
+        keys_a = keys_b = common_keys(a, b)
+    targets_a = _targets(a, store_a, keys_a, layout)
+    targets_b = _targets(b, store_b, keys_b, layout)
     return [
-        _distance(found, _slab_pairs(store_a, pieces_a[key], store_b, pieces_b[key], progress))
-        for key, found in keys.items()
+        _distance(found, _slab_pairs(store_a, pieces, store_b, targets_b[found], progress))
+        for found, pieces in targets_a.items()
+        if found in targets_b
     ]
 
 
@@ -217,6 +255,83 @@ def _require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKe
     return stored.store, keys
 
 
+def _targets(
+    stored: StoredCheckpoint, store: Store, keys: dict[str, StateKey], layout: BucketLayout | None
+) -> dict[StateKey, list[_Piece]]:
+    """What is looked at as one tensor, and its pieces."""
+    pieces = _pieces(store, keys)
+    if layout is None:
+        return {
+            found: _without_padding(pieces[key]) if found.bucket else pieces[key]
+            for key, found in keys.items()
+        }
+    _require_fit(stored, keys, layout)
+    targets = {found: pieces[key] for key, found in keys.items() if not found.bucket}
+    for state in dict.fromkeys(found.state for found in keys.values() if found.bucket):
+        sorted_pieces = {
+            key: sorted(pieces[key], key=lambda p: p.offset)
+            for key, found in keys.items()
+            if found.bucket and found.state == state
+        }
+        for name, parts in layout.unsharded():
+            number = keys[f"{parts[0][0]}.{state}"].optimizer
+            targets[StateKey(number, state, name, False)] = [
+                piece
+                for key, begin, end in parts
+                for piece in _range(store, f"{key}.{state}", sorted_pieces, begin, end)
+            ]
+    return targets
+
+
+def _require_fit(stored: StoredCheckpoint, keys: dict[str, StateKey], layout: BucketLayout) -> None:
+    """Raise unless the layout has the buckets of every state of the checkpoint."""
+    by_state: dict[str, dict[str, int]] = defaultdict(dict)
+    for key, found in keys.items():
+        if found.bucket:
+            by_state[found.state][key.removesuffix(f".{found.state}")] = math.prod(
+                stored.tensors[key] or ()
+            )
+    if not by_state:
+        raise CheckpointError(
+            f"--layout with {stored.directory}: expected dp_reshardable, whose moments are in "
+            f"buckets, found {stored.sharding_type}, which names the parameters itself. Leave "
+            "--layout out"
+        )
+    for state, elements in by_state.items():
+        if different := layout.misfits(elements):
+            raise CheckpointError(
+                f"--layout with {stored.directory}: expected the layout of the run that wrote "
+                f"it, found another one: of {state}, {different}. Write it with "
+                "--selective-dry-run --selective-report DIR and that run's model and parallel "
+                "sizes"
+            )
+
+
+def _range(
+    store: Store, key: str, pieces_of: dict[str, list[_Piece]], begin: int, end: int
+) -> Iterator[_Piece]:
+    """The parts of a bucket's pieces, in order, between two of its elements."""
+    pieces = pieces_of[key]
+    first = bisect.bisect_right(pieces, begin, key=lambda p: p.offset[0]) - 1
+    at = begin
+    for number in range(max(first, 0), len(pieces)):
+        piece = pieces[number]
+        (offset,), (size,) = piece.offset, piece.shape
+        if offset >= end:
+            break
+        low, high = max(begin, offset), min(end, offset + size)
+        if low != at:
+            break
+        if high > low:
+            yield dataclasses.replace(piece, part=(low - offset, high - offset))
+        at = high
+    if at != end:
+        raise CheckpointError(
+            f"{store.directory / INDEX}: expected pieces of {key} without a gap, found "
+            f"none for element {at}. The index is damaged: restore it or load another iteration"
+        )
+
+
 def _pieces(store: Store, keys: dict[str, StateKey]) -> dict[str, list[_Piece]]:
     """The pieces of the tensors, each with its place in a file."""
     places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
@@ -236,8 +351,6 @@ def _pieces(store: Store, keys: dict[str, StateKey]) -> dict[str, list[_Piece]]:
                     "iteration"
                 )
             pieces[key].append(_Piece(key, offset, tuple(chunk.sizes), places[key][offset]))
-        if keys[key].bucket:
-            pieces[key] = _without_padding(pieces[key])
     return pieces
 
 
@@ -287,7 +400,7 @@ def _slabs(store: Store, piece: _Piece, progress: Progress | None) -> Iterator[t
         return
     with store.open(piece.info, piece.key) as file:
         place = _place(file, piece)
-        for low, high in _boxes(place, (0,) * len(piece.shape), piece.shape):
+        for low, high in _boxes(place, piece.low, piece.high):
             values = _read_box(file, place, low, high)
             yield values.to(torch.float64).reshape(-1)
             if progress is not None:
@@ -361,10 +474,10 @@ def _slab_pairs(
     progress: Progress | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A tensor of two checkpoints part by part, however each is cut."""
-    by_cut = {(p.offset, p.shape): p for p in pieces_b}
+    by_cut = {(p.key, p.offset, p.shape, p.part): p for p in pieces_b}
     for a in pieces_a:
-        alike = by_cut.get((a.offset, a.shape))
-        for b in pieces_b if alike is None else (alike,):
+        alike = by_cut.get((a.key, a.offset, a.shape, a.part))
+        for b in [p for p in pieces_b if p.key == a.key] if alike is None else (alike,):
             yield from _common_slabs(store_a, a, store_b, b, progress)
 
 
@@ -372,10 +485,8 @@ def _common_slabs(
     store_a: Store, a: _Piece, store_b: Store, b: _Piece, progress: Progress | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What two pieces of a tensor have in common, in float64 and flat."""
-    low = tuple(map(max, a.offset, b.offset))
-    high = tuple(
-        min(i + n, j + m) for i, n, j, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
-    )
+    low = tuple(map(max, _plus(a.offset, a.low), _plus(b.offset, b.low)))
+    high = tuple(map(min, _plus(a.offset, a.high), _plus(b.offset, b.high)))
     if any(begin >= end for begin, end in zip(low, high, strict=True)):
         return
     with store_a.open(a.info, a.key) as file_a, store_b.open(b.info, b.key) as file_b:

@@ -391,10 +391,11 @@ class ResumePolicy:
 
     @property
     def needs_optimizer(self) -> bool:
-        """Whether it asks for anything that there is only with the checkpoint's optimizer."""
+        """Whether it asks for anything that comes only with the checkpoint's optimizer."""
         from_checkpoint = self.keep_hyperparameters or self.hyperparameters == "checkpoint"
         kept = any(rule.keep for rule in self.groups)
-        return bool(self.operations or from_checkpoint or kept)
+        goes_on = self.schedule_position == "continue"
+        return bool(self.operations or from_checkpoint or kept or goes_on)
 
     def without_operations(self) -> ResumePolicy:
         """What is left of it to do where its operations have been done: the hyperparameters."""

@@ -78,7 +78,7 @@ def _checkpoint_findings(
     args: Any, policy: ResumePolicy, chosen: Directories, *, known: bool
 ) -> Iterator[MegatronExtError]:
     """What is wrong with the checkpoint, for this run; without `known` whatever its policy."""
-    if dropping_flag(args) or is_remote(args.load):
+    if host.dropping_flag(args) or is_remote(args.load):
         return  # nothing is taken from it, or only Megatron can open it
     stored = None
     if chosen.load is not None:
@@ -114,7 +114,7 @@ def _non_persistent(args: Any, load: Path) -> Path | None:
 
 
 def _directory_conflicts(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
-    dropped = dropping_flag(args)
+    dropped = host.dropping_flag(args)
     if dropped and chosen.start is not None and not policy.needs_optimizer:
         yield (
             f"{dropped} with --selective-from {chosen.start}: a phase starts with the checkpoint's "
@@ -162,16 +162,6 @@ def refused_flags(args: Any) -> list[str]:
     ]
 
 
-def dropping_flag(args: Any) -> str | None:
-    """The flag with which stock drops the optimizer's state, if one is given."""
-    for name in ("no_load_optim", "finetune", "skip_train"):
-        # With an RL step --skip-train builds and loads an optimizer all the same.
-        rl = name == "skip_train" and getattr(args, "perform_rl_step", False)
-        if getattr(args, name, False) and not rl:
-            return f"--{name.replace('_', '-')}"
-    return None
-
-
 def _directories(args: Any) -> Directories:
     start = getattr(args, "selective_from", None)
     where = getattr(args, "selective_where", None)
@@ -192,7 +182,7 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
         if asked
     ]
     both = " and ".join(resets)
-    dropped = dropping_flag(args)
+    dropped = host.dropping_flag(args)
     if dropped and policy.needs_optimizer:
         yield str(host.needs_optimizer(dropped, policy))
     if not resets:

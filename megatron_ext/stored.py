@@ -33,6 +33,8 @@ INDEX = ".metadata"
 COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 LEGACY_FILE = "model_optim_rng.pt"
+#: What a distributed optimizer writes beside it (training/checkpointing.py:326).
+LEGACY_OPTIMIZER = "distrib_optim.pt"
 
 #: An object of a distributed optimizer, which saves groups for each model-parallel group by itself
 #: unless it is fully reshardable (core/optimizer/distrib_optimizer.py:1535), in a chain with its
@@ -111,6 +113,26 @@ class StoredCheckpoint:
     def tensors(self) -> Mapping[str, tuple[int, ...] | None]:
         """Checkpoint key -> global shape in elements, None for an object; legacy has none."""
         return {} if self._store is None else self._store.shapes()
+
+    def require_files(self) -> None:
+        """Check that the files which nothing is read of are there and whole, by size and end.
+
+        Raises:
+            CheckpointError: One is missing, truncated or of another kind; named.
+        """
+        if self._store is not None:
+            self._store.require_files()
+            return
+        ranks = sorted(self.directory.glob("mp_rank_*"))
+        names = [LEGACY_FILE]
+        distributed = self.args.get("use_distributed_optimizer")
+        if distributed is None:
+            distributed = any((rank / LEGACY_OPTIMIZER).exists() for rank in ranks)
+        if distributed and self.optimizers:
+            names.append(LEGACY_OPTIMIZER)
+        for rank in ranks:
+            for name in names:
+                read_file(rank / name, inert.require_torch_file)
 
 
 def holds_checkpoint(root: str | Path) -> bool:
@@ -295,7 +317,7 @@ class Store:
         path = self._directory / INDEX
         if not path.is_file():
             raise _error(self._directory, f"{CONFIG} without {INDEX}", "both")
-        index = read_file(path, inert.load)
+        index = read_file(path, inert.load_index)
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise _error(path, f"{type(index).__name__}", "torch's Metadata")

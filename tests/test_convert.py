@@ -136,13 +136,13 @@ def test_the_command_says_what_it_wrote(
         32,
         16,
     )
-    assert cli.main(["convert", directory, str(tmp_path / "new")]) == 1
+    assert cli.main(["convert", directory, str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'new'} exists: choose a new directory\n"
     iteration = ["--iteration", str(STEPS), "--json"]
     source = str(Path(directory).parent)
     assert cli.main(["convert", source, str(tmp_path / "newer"), *iteration]) == 0
     assert '"reshaped": 51' in capsys.readouterr().out
-    assert cli.main(["convert", source, str(tmp_path / "no"), "--iteration", "99"]) == 1
+    assert cli.main(["convert", source, str(tmp_path / "no"), "--iteration", "99"]) == 2
     assert "iter_0000099 does not exist" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "newer"]
 

@@ -7,9 +7,11 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,10 @@ from tests.support.pool import RankPool
 BF16 = Layout()
 FULL = replace(BF16, format="fully_reshardable")
 
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads(files("megatron_ext").joinpath("schemas/diff.schema.json").read_text())
+)
+
 
 def diff(
     capsys: pytest.CaptureFixture[str], *words: Any
@@ -37,13 +43,13 @@ def diff(
     """Exit status, differences by section and name, and the document of ``diff --json``."""
     status = main(["diff", *map(str, words), "--json"])
     found = json.loads(capsys.readouterr().out)
+    SCHEMA.validate(found)
     changes = {(c["section"], c["name"]): (c["a"], c["b"]) for c in found["differences"]}
     assert len(changes) == len(found["differences"])
     return status, changes, found
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("format", ["dp_reshardable", "fully_reshardable", "torch"])
 def test_a_checkpoint_does_not_differ_from_its_copy(
     format: str, checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -60,7 +66,6 @@ def test_a_checkpoint_does_not_differ_from_its_copy(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_another_phase_differs_in_its_hyperparameters(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:

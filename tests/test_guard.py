@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.cli import main
 from megatron_ext.guard import GroupValues, wrong_hyperparameters, wrong_moments
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
@@ -76,7 +78,7 @@ def test_what_adam_makes_is_always_right(
 )
 def test_what_adam_cannot_have_made_is_named(after: tuple[float, float], said: str) -> None:
     message = wrong_moments(2, (0.9, 0.95), (10.0, 4.0), after, [1.0])
-    assert message.startswith("optimizer 2: 1 steps after the load")
+    assert message.startswith("optimizer 2: 1 step after the load")
     assert said in message
 
 
@@ -92,7 +94,12 @@ SCENARIOS = {
     "phase 1": Scenario(PHASE_1, saves=True, world=2),
     "plain": Scenario(PHASE_2, "phase 1", world=2),
     "reset": Scenario(f"{PHASE_2} --selective-preset reset", "phase 1", world=2),
-    "dry run": Scenario(f"{PHASE_2} --selective-dry-run", "phase 1", world=2, saves=True),
+    "dry run": Scenario(
+        f"{PHASE_2} --selective-dry-run --selective-report {{report}}",
+        "phase 1",
+        world=2,
+        saves=True,
+    ),
     **{
         what: Scenario(PHASE_2, "phase 1", world=2, script=SCRIPT, tamper=what, fails=True)
         for what in ("lr", "betas", "exp_avg", "exp_avg_sq")
@@ -110,7 +117,7 @@ def runs(
     yield from runs_of(SCENARIOS, request, tmp_path_factory.mktemp("runs"), zygote)
 
 
-GUARDED = "megatron_ext: guard: 1 steps after the load the hyperparameters are the planned ones"
+GUARDED = "megatron_ext: guard: 1 step after the load the hyperparameters are the planned ones"
 
 
 @pytest.mark.e2e
@@ -147,7 +154,7 @@ def test_a_changed_optimizer_stops_the_run(what: str, said: str, steps: int, run
     assert refusing == ([1] if what == "exp_avg" else [0, 1])
     for rank in refusing:
         assert said in run.ranks[rank]
-        assert ("1 steps after the load" in run.ranks[rank]) == (steps == 1)
+        assert ("1 step after the load" in run.ranks[rank]) == (steps == 1)
 
 
 @pytest.mark.e2e
@@ -171,3 +178,25 @@ def test_a_dry_run_ends_before_the_first_step(runs: Runs) -> None:
     assert ">   max_lr: using argument value 3e-05 (checkpoint 0.0003" in run.ranks[0]
     assert " > first resumed step, optimizer 0 group 0: learning rate" in run.ranks[0]
     assert not runs.checkpoint("dry run").exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.matrix
+@needs_training
+@pytest.mark.reads("dry run")
+def test_a_dry_run_says_where_the_parameters_lie(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ok(runs["dry run"])
+    file = runs.checkpoint("dry run").parent / "report" / "parameter-layout.json"
+    assert f"megatron_ext: layout of the parameters in buckets written to {file}" in run.ranks[0]
+    phase_1 = str(runs.checkpoint("phase 1"))
+    assert main(["inspect", phase_1, "--moments", "--layout", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sharding_type"] == "dp_reshardable"
+    sizes = {s["name"]: s["elements"] for s in found["statistics"] if s["state"] == "exp_avg"}
+    # 2 layers, hidden 32, ffn 64, 128 tokens, 16 positions.
+    assert sizes["embedding.word_embeddings.weight"] == 128 * 32
+    assert sizes["decoder.layers.1.mlp.linear_fc1.weight"] == 64 * 32
+    assert len(found["statistics"]) == 3 * len(sizes)
+    assert not any("bucket" in name for name in sizes)

@@ -15,6 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_ext import inert
 
@@ -169,3 +177,62 @@ def test_a_torchscript_archive_is_refused_and_not_run() -> None:
 def test_what_torch_did_not_save_raises(data: bytes) -> None:
     with pytest.raises(Exception, match=r"."):
         inert.load_torch(io.BytesIO(data))
+
+
+def index_with(plans: Any, size: int = 3000, **attributes: Any) -> Metadata:
+    """torch's index of some tensors; with `plans` as megatron-core 0.19 keeps them."""
+    entries, places = {}, {}
+    for number in range(size):
+        key = f"tensor {number}"
+        chunk = ChunkStorageMetadata(torch.Size((0,)), torch.Size((number,)))
+        properties = TensorProperties(dtype=torch.float32)
+        entries[key] = TensorStorageMetadata(properties, torch.Size((number,)), [chunk])
+        places[MetadataIndex(key, chunk.offsets)] = _StorageInfo("__0_0.distcp", number, 1)
+    index = Metadata(entries, storage_data=places)
+    index.version = "1.0.0"
+    for name, value in attributes.items():
+        setattr(index, name, value)
+    if plans is not None:
+        index.all_local_plans = plans  # type: ignore[attr-defined]
+    return index
+
+
+def described(index: Any) -> Any:
+    """Of an index what is looked at; indices of places are equal by themselves only."""
+    places = {(i.fqn, tuple(i.offset)): p for i, p in index.storage_data.items()}
+    return index.state_dict_metadata, places, index.version
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("size", [1, 3000])
+def test_the_plans_in_an_index_are_left_out(protocol: int, size: int) -> None:
+    plans = [{"items": [f"item {n}" for n in range(size)]}]
+    data = pickle.dumps(index_with(plans, size, mcore_data={"a": {"b": 1}}), protocol)
+    whole, found = inert.load(io.BytesIO(data)), inert.load_index(io.BytesIO(data))
+    assert whole.all_local_plans == plans
+    assert not hasattr(found, "all_local_plans")
+    assert described(found) == described(whole)
+    assert found.mcore_data == {"a": {"b": 1}}
+    assert len(found.state_dict_metadata) == size
+    # An older index has none.
+    data = pickle.dumps(index_with(None, size), protocol)
+    assert described(inert.load_index(io.BytesIO(data))) == described(whole)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_name_may_be_that_of_something_else(protocol: int) -> None:
+    index = index_with([1, 2])
+    index.state_dict_metadata["all_local_plans"] = index.state_dict_metadata["tensor 7"]
+    data = pickle.dumps(index, protocol)
+    found = inert.load_index(io.BytesIO(data))
+    assert "all_local_plans" in found.state_dict_metadata
+    assert described(found) == described(inert.load(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("lost", [1, 2, 100, 20_000, 100_000])
+def test_a_truncated_index_is_none_wherever_it_ends(protocol: int, lost: int) -> None:
+    data = pickle.dumps(index_with([f"item {n}" for n in range(10_000)]), protocol)
+    assert lost < len(data)
+    with pytest.raises(Exception, match=r"truncated|Ran out of input|exhausted"):
+        inert.load_index(io.BytesIO(data[:-lost]))

@@ -27,6 +27,7 @@ PURE = (
     "presets",
     "policy",
     "layout",
+    "bucket_layout",
     "checkpoint",
     "phase",
     "counters",

@@ -480,6 +480,7 @@ def test_operations_are_what_must_not_be_done_twice(case: str) -> None:
         ({"groups": (GroupRule(EXPERTS, ("eps",)),)}, True),
         ({"step": 0}, True),
         ({"reset_iteration": True, "schedule_position": "continue"}, True),
+        ({"schedule_position": "continue"}, True),
         ({"grad_scaler": "reset"}, True),
         ({"preset": Preset("relora", (0.5,))}, True),
     ],

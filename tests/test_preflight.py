@@ -402,6 +402,18 @@ FAULTS = {
         *("--finetune with iteration reset", "keep the optimizer", "Leave one"),
         finetune=True,
     ),
+    "finetune and the schedule": fault(
+        HostError,
+        "--load {one} --selective-schedule continue",
+        *("--finetune with schedule continue: this needs", "--reset-iteration", "Leave one"),
+        finetune=True,
+    ),
+    "no-load-optim and the schedule": fault(
+        HostError,
+        "--load {one} --selective-schedule continue",
+        *("--no-load-optim with schedule continue", "the scheduler is loaded with it", "Leave one"),
+        no_load_optim=True,
+    ),
     "finetune and kept keys": fault(
         HostError,
         "--load {one} --selective-keep-hyperparameters eps",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
 from typing import Any
 
-from ..errors import MegatronExtError
+from . import output
 
 
 def add_to(commands: Any) -> None:
@@ -28,16 +26,16 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert; exit status 1 where that cannot be done."""
+    """Convert; exit status 2 where that cannot be done."""
+    return output.guarded(lambda: _convert(options))
+
+
+def _convert(options: argparse.Namespace) -> int:
     from ..convert import convert
 
-    try:
-        done = convert(options.source, options.target, options.iteration)
-    except (MegatronExtError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    done = convert(options.source, options.target, options.iteration)
     if options.json:
-        print(json.dumps({**dataclasses.asdict(done), "directory": str(done.directory)}, indent=2))
+        output.print_json({**dataclasses.asdict(done), "directory": str(done.directory)})
         return 0
     print(
         f"{done.directory}: {done.reshaped} optimizer tensors put together, {done.copied} tensors "

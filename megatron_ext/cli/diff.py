@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
+    from ..bucket_layout import BucketLayout
     from ..inspection import Change
     from ..moment_scan import TensorDistance
     from ..stored import StoredCheckpoint
+
+#: ``megatron_ext/schemas/diff.schema.json``.
+SCHEMA = "megatron_ext/diff/1"
 
 
 def add_to(commands: Any) -> None:
@@ -32,6 +36,7 @@ def add_to(commands: Any) -> None:
         help="read exp_avg, exp_avg_sq and the master weights (torch_dist): how far those of the "
         "same key and shape are apart",
     )
+    output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,9 +51,10 @@ def _diff(options: argparse.Namespace) -> int:
 
     a, b = open_checkpoint(options.a), open_checkpoint(options.b)
     changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
-    distances = _distances(a, b) if options.moments else None
+    layout = output.read_layout(options)
+    distances = _distances(a, b, layout) if options.moments else None
     if options.json:
-        content: dict[str, Any] = {"a": a.directory, "b": b.directory}
+        content: dict[str, Any] = {"schema": SCHEMA, "a": a.directory, "b": b.directory}
         content["differences"] = [
             {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in changes
         ]
@@ -60,12 +66,14 @@ def _diff(options: argparse.Namespace) -> int:
     return int(bool(changes) or any(d.different for d in distances or ()))
 
 
-def _distances(a: StoredCheckpoint, b: StoredCheckpoint) -> list[TensorDistance]:
+def _distances(
+    a: StoredCheckpoint, b: StoredCheckpoint, layout: BucketLayout | None
+) -> list[TensorDistance]:
     from ..moment_scan import common_keys, distances, total_bytes
 
     total = total_bytes(a, common_keys(a, b))
     with output.progress_bar(total, "moments") as progress:
-        return distances(a, b, progress)
+        return distances(a, b, progress, layout)
 
 
 def _print(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MegatronExtError
+from . import output
 
 if TYPE_CHECKING:
     from ..edit import Change, Edited
@@ -54,21 +52,26 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Edit; exit status 2 where that cannot be done."""
-    from ..edit import edit, parse_settings
+    return output.guarded(lambda: _edit(options))
 
-    try:
-        done = edit(
-            options.source,
-            options.out,
-            parse_settings(options.set),
-            parse_settings(options.group, "--group"),  # type: ignore[arg-type]
-            options.iteration,
-            options.allow_pickle,
-        )
-    except (MegatronExtError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print(json.dumps(_as_json(done), indent=2) if options.json else "\n".join(_lines(done)))
+
+def _edit(options: argparse.Namespace) -> int:
+    from ..edit import edit, parse_settings
+    from ..inspection import plain
+
+    done = edit(
+        options.source,
+        options.out,
+        parse_settings(options.set),
+        parse_settings(options.group, "--group"),  # type: ignore[arg-type]
+        options.iteration,
+        options.allow_pickle,
+    )
+    if options.json:
+        output.print_json(plain(_as_json(done)))
+    else:
+        for line in _lines(done):
+            print(output.printable(line))
     return 0
 
 

@@ -1,52 +1,66 @@
-"""``python -m megatron_ext env``: versions, and which kernel serves which device, and why."""
+"""``python -m megatron_ext env``: what is installed, what is active, and why not."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from ..errors import MegatronExtError
 from ..version import __version__
+from . import output
+
+SCHEMA = "megatron_ext/env/1"
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
+#: Where Megatron looks for a fused Adam, in this order (core/optimizer/__init__.py, 0.19.2).
+_FUSED = {
+    "transformer-engine": "transformer_engine.pytorch.optimizers",
+    "apex": "apex.optimizers",
+}
 
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "env", help="versions, and which kernel serves which device", description=__doc__
+        "env",
+        help="what is installed, what is active, and why not",
+        description="Versions, kernels, and whether the installed Megatron has what this package "
+        "leans on. Exit status: 0, 1 where something is not as it should be (a megatron-core "
+        "outside of the tested range, a kernel that is missing for a device that is there), 2 "
+        "where MEGATRON_EXT_KERNEL cannot be obeyed or Megatron lacks what is needed.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the environment; exit status 1 where ``MEGATRON_EXT_KERNEL`` cannot be obeyed."""
-    try:
-        found = environment()
-    except MegatronExtError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    """Print the environment; see the description for the exit status."""
+    return output.guarded(lambda: _env(options))
+
+
+def _env(options: argparse.Namespace) -> int:
+    found = environment()
     if options.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for name, version in found["versions"].items():
-        print(f"{name:20} {version or 'not installed'}")
-    print(f"{'CUDA devices':20} {', '.join(found['cuda_devices']) or 'none'}")
-    print(f"{'MEGATRON_EXT_KERNEL':20} {found['MEGATRON_EXT_KERNEL']}")
-    for device, kernel in found["kernels"].items():
-        print(f"{device + ' kernel':20} {kernel['active']}: {kernel['reason']}")
-    return 0
+        output.print_json(found)
+    else:
+        to = output.console()
+        output.print_table(to, "environment", ("", ""), _rows(found))
+        for text in found["findings"]:
+            to.print(output.cell(f"not as it should be: {text}"))
+    status: int = found["status"]
+    return status
 
 
 def environment() -> dict[str, Any]:
-    """The same as plain data.
+    """The same as plain data; imports torch and Megatron.
 
     Raises:
         HostError: ``MEGATRON_EXT_KERNEL`` cannot be obeyed.
@@ -57,20 +71,126 @@ def environment() -> dict[str, Any]:
     from .._ops.native import ENVIRONMENT
 
     kernels = {device: _ops.kernel(device) for device in _ops.DEVICES}
-    devices = range(torch.cuda.device_count())
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    asked = os.environ.get(ENVIRONMENT, "auto")
+    megatron = _megatron()
+    findings = list(_megatron_findings(megatron))
+    for device, kernel in kernels.items():
+        if not kernel.native and asked == "auto" and (device == "cpu" or devices):
+            findings.append(f"no compiled {device} kernel: {kernel.reason}")
+    inner = _inner_optimizer(broken=megatron["version"] is None)
+    findings += inner["not_importable"].values()
+    broken = megatron["version"] is None or bool(megatron["contract"])
     return {
+        "schema": SCHEMA,
+        "status": 2 if broken else int(bool(findings)),
+        "findings": findings,
         "versions": {
             "megatron_ext": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
         },
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in devices],
-        ENVIRONMENT: os.environ.get(ENVIRONMENT, "auto"),
+        "megatron": megatron,
+        "inner_optimizer": inner,
+        "cuda_devices": devices,
+        ENVIRONMENT: asked,
         "kernels": {
             device: {"active": "native" if k.native else "reference", "reason": k.reason}
             for device, k in kernels.items()
         },
     }
+
+
+def _megatron() -> dict[str, Any]:
+    """What this package has to do with; ``contract`` lists what is missing."""
+    from .. import host
+
+    found: dict[str, Any] = {
+        "version": None,
+        "tested_versions": list(host.TESTED),
+        "tested": False,
+        "in_tested_range": False,
+        "training": False,
+        "contract": [],
+    }
+    with _quiet():
+        try:
+            version = host.megatron_version()
+            found |= {
+                "version": version,
+                "tested": version in host.TESTED,
+                "in_tested_range": host.in_tested_range(version),
+                "training": host.has_training(),
+                "contract": host.contract_problems(),
+            }
+        except Exception as e:  # an installation may be broken in any way
+            found["contract"] = [f"megatron.core cannot be imported: {type(e).__name__}: {e}"]
+    return found
+
+
+def _megatron_findings(megatron: dict[str, Any]) -> Iterator[str]:
+    yield from megatron["contract"]
+    if megatron["version"] is not None and not megatron["in_tested_range"]:
+        first, *_, last = megatron["tested_versions"]
+        yield (
+            f"megatron-core {megatron['version']} is outside the range this package is tested "
+            f"with, {first} to {last}"
+        )
+
+
+def _inner_optimizer(broken: bool) -> dict[str, Any]:
+    """The Adam inside Megatron's optimizers, and why it is not a fused one."""
+    from .. import host
+
+    with _quiet():
+        problems = {
+            name: f"{name} is installed and cannot be imported: {problem}"
+            for name, module in _FUSED.items()
+            if _is_there(module) and (problem := _import_problem(module))
+        }
+        name = None if broken else host.inner_adam()
+    if name is None or not name.startswith("torch."):
+        reason = ""
+    else:
+        reason = "; ".join(problems.values()) or "neither transformer-engine nor apex is installed"
+    return {"class": name, "reason": reason, "not_importable": problems}
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def _import_problem(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as e:  # without a driver a library of CUDA may fail in any way
+        return f"{type(e).__name__}: {e}"
+    return ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Megatron says while it is imported away from what is printed."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    megatron, inner = found["megatron"], found["inner_optimizer"]
+    for name, version in found["versions"].items():
+        yield name, version or "not installed"
+    tested = "tested" if megatron["tested"] else "not itself tested"
+    yield "megatron-core is", f"{tested} ({', '.join(megatron['tested_versions'])})"
+    yield "megatron.training", "there" if megatron["training"] else "not in this installation"
+    missing = len(megatron["contract"])
+    yield "what Megatron has to have", f"{missing} missing" if missing else "all there"
+    reason = f": {inner['reason']}" if inner["reason"] else ""
+    yield "inner optimizer", f"{inner['class'] or 'unknown'}{reason}"
+    yield "CUDA devices", ", ".join(found["cuda_devices"]) or "none"
+    yield "MEGATRON_EXT_KERNEL", found["MEGATRON_EXT_KERNEL"]
+    for device, kernel in found["kernels"].items():
+        yield f"{device} kernel", f"{kernel['active']}: {kernel['reason']}"
 
 
 def _version(distribution: str) -> str | None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..inspection import Inspection, OptimizerState
     from ..moment_scan import TensorStatistics
 
+#: ``megatron_ext/schemas/inspect.schema.json``.
+SCHEMA = "megatron_ext/inspect/1"
+
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
@@ -32,6 +35,7 @@ def add_to(commands: Any) -> None:
         help="read exp_avg, exp_avg_sq and the master weights (torch_dist): norm, largest value "
         "and non-finite elements of each",
     )
+    output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
@@ -47,10 +51,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     stored = open_checkpoint(options.checkpoint, options.iteration)
     found = inspect_checkpoint(stored)
+    layout = output.read_layout(options)
     statistics = None
     if options.moments:
         with output.progress_bar(total_bytes(stored), "moments") as progress:
-            statistics = scan(stored, progress)
+            statistics = scan(stored, progress, layout)
     if options.json:
         output.print_json(document(found, statistics))
     else:
@@ -67,7 +72,8 @@ def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -
     """
     from ..inspection import plain
 
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    fields: dict[str, Any] = {"schema": SCHEMA}
+    fields |= {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     fields["optimizers"] = [_optimizer(o) for o in found.optimizers]
     fields["moments"] = [dataclasses.asdict(m) for m in found.moments]
     if statistics is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MegatronExtError
+from ..errors import MegatronExtError, PolicyError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
+
+    from ..bucket_layout import BucketLayout
 
 #: Columns where stdout is no terminal: a line in a log is not to be broken.
 _WIDE = 200
@@ -116,3 +119,37 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None] | None
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def add_layout_to(parser: argparse.ArgumentParser) -> None:
+    """Add ``--layout``, which goes with ``--moments``.
+
+    Args:
+        parser: Of a command.
+    """
+    parser.add_argument(
+        "--layout",
+        metavar="FILE",
+        help="with --moments, of dp_reshardable checkpoints: the parameter-layout.json of a run "
+        "with --selective-dry-run --selective-report, for a line for each parameter in place of "
+        "each bucket",
+    )
+
+
+def read_layout(options: argparse.Namespace) -> BucketLayout | None:
+    """What ``--layout`` names; None where it is not given.
+
+    Args:
+        options: With ``layout`` and ``moments``.
+
+    Raises:
+        PolicyError: Moments are not asked for.
+        CheckpointError: The file is none.
+    """
+    if options.layout is None:
+        return None
+    if not options.moments:
+        raise PolicyError("--layout without --moments: it says where moments are. Add --moments")
+    from ..bucket_layout import BucketLayout
+
+    return BucketLayout.read(options.layout)

@@ -6,6 +6,7 @@ launcher's, a library call's, or ``--optimizer-class`` among Megatron's parsed a
 Megatron's own files are never edited or copied.
 """
 
+from .buckets import bucket_layout
 from .contract import (
     CONTRACT,
     CORE,
@@ -13,11 +14,14 @@ from .contract import (
     TRAINING,
     HostName,
     check_contract,
+    contract_problems,
     has_training,
+    in_tested_range,
+    inner_adam,
     megatron_version,
 )
 from .installing import install
-from .loading import needs_optimizer
+from .loading import dropping_flag, needs_optimizer
 from .members import adam_optimizers, members_of
 from .request import (
     DEFAULT_CLASS,
@@ -40,8 +44,13 @@ __all__ = [
     "Request",
     "active_request",
     "adam_optimizers",
+    "bucket_layout",
     "check_contract",
+    "contract_problems",
+    "dropping_flag",
     "has_training",
+    "in_tested_range",
+    "inner_adam",
     "install",
     "launch_request",
     "megatron_version",

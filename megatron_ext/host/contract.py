@@ -51,6 +51,7 @@ CONTRACT = (
         rebound=True,
         reference="core/optimizer/__init__.py:484; the only place that builds optimizers",
     ),
+    HostName(CORE, "Adam", reference="core/optimizer/__init__.py:14; which one it is (env)"),
     HostName(CORE, "DistributedOptimizer", reference="core/optimizer/__init__.py:54"),
     HostName(CORE, "Float16OptimizerWithFloat16Params", reference="core/optimizer/__init__.py:64"),
     HostName(CORE, "FP32Optimizer", reference="core/optimizer/__init__.py:65"),
@@ -154,6 +155,19 @@ CONTRACT = (
         reference="core/optimizer/distrib_optimizer.py:786; the shard of a parameter",
     ),
     HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.sharded_param_state_dp_reshardable",
+        ("model_sharded_state_dict",),
+        reference="core/optimizer/distrib_optimizer.py:1828; the keys of buckets (buckets.py)",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBucket.__init__",
+        ("offset", "numel_unpadded"),
+        reference="core/distributed/param_and_grad_buffer.py:112; where a bucket lies in its "
+        "buffer, whose param_index_map says where the parameters are (buckets.py)",
+    ),
+    HostName(
         f"{CORE}.optimizer",
         "FP32Optimizer._filter_and_reorder_param_groups",
         ("current_groups", "state_dict_groups"),
@@ -250,8 +264,7 @@ def check_contract() -> None:
         HostError: A name is gone or has lost a parameter; names both versions.
     """
     found = Version(megatron_version())
-    problems = [p for name in CONTRACT if (p := _problem(name, found))]
-    if problems:
+    if problems := contract_problems():
         raise HostError(
             f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the installed "
             f"megatron-core {found} has moved what it leans on:\n"
@@ -259,6 +272,24 @@ def check_contract() -> None:
             + f"\nInstall megatron-core=={TESTED[-1]}, or run without --optimizer-class"
         )
     _warn_if_untested(found)
+
+
+def contract_problems() -> list[str]:
+    """What of `CONTRACT` the installed Megatron does not keep; imports what is named there."""
+    found = Version(megatron_version())
+    return [p for name in CONTRACT if (p := _problem(name, found))]
+
+
+def in_tested_range(version: str | Version) -> bool:
+    """Whether a megatron-core lies between the first and the last tested one."""
+    found = Version(str(version))
+    return Version(TESTED[0]) <= found and found.release[:2] <= Version(TESTED[-1]).release[:2]
+
+
+def inner_adam() -> str:
+    """The class that Megatron takes for Adam: FusedAdam, or torch's AdamW in its place."""
+    adam = importlib.import_module(CORE).Adam
+    return f"{adam.__module__}.{adam.__qualname__}"
 
 
 @functools.cache
@@ -296,8 +327,7 @@ def _problem(name: HostName, found: Version) -> str | None:
 def _warn_if_untested(found: Version) -> None:
     global _warned_version
     last = Version(TESTED[-1])
-    inside = Version(TESTED[0]) <= found and found.release[:2] <= last.release[:2]
-    if not inside and not _warned_version:
+    if not in_tested_range(found) and not _warned_version:
         _warned_version = True
         warnings.warn(
             f"megatron-core {found} is outside the range megatron_ext is tested with "

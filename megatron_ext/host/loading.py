@@ -33,7 +33,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                 require_built()
             return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         megatron_args = global_args()
-        dropped = _why_moments_are_dropped(megatron_args)
+        dropped = dropping_flag(megatron_args)
         resume = members[0].resume
         resume.begin_load()
         if dropped and resume.policy.needs_optimizer:
@@ -95,26 +95,37 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_checkpoint_args
 
 
+def dropping_flag(args: Any) -> str | None:
+    """The flag with which stock drops the optimizer's state, if one is given.
+
+    Args:
+        args: Megatron's.
+    """
+    for name in ("no_load_optim", "finetune", "skip_train"):
+        # With an RL step --skip-train builds and loads an optimizer all the same.
+        rl = name == "skip_train" and getattr(args, "perform_rl_step", False)
+        if getattr(args, name, False) and not rl:
+            return f"--{name.replace('_', '-')}"
+    return None
+
+
 def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
     """The error for a policy without the optimizer it needs."""
-    asked = ", ".join(policy.operations) or "hyperparameters from the checkpoint"
+    goes_on = policy.schedule_position == "continue"
+    operations = [*policy.operations, *(["schedule continue"] if goes_on else [])]
+    asked = ", ".join(operations) or "hyperparameters from the checkpoint"
     instead = (
         "--reset-iteration and --reset-dataloader do what it does to the counters, and keep the "
         "optimizer"
         if flag == "--finetune"
+        else "the scheduler is loaded with it"
+        if goes_on
         else "there would be no moments to do this to"
     )
     return HostError(
         f"{flag} with {asked}: this needs the checkpoint's optimizer, which {flag} drops; "
         f"{instead}. Leave one of the two out"
     )
-
-
-def _why_moments_are_dropped(args: Any) -> str | None:
-    for flag in ("no_load_optim", "finetune"):
-        if getattr(args, flag, False):
-            return f"--{flag.replace('_', '-')}"
-    return None
 
 
 def _loaded_iteration() -> int:
@@ -188,7 +199,7 @@ def _refuse_resized_legacy(saved: Any, args: Any) -> None:
         CheckpointError: Its optimizer file has the buffers of the old size.
     """
     before, now = (getattr(a, "padded_vocab_size", None) for a in (saved, args))
-    if before is None or now is None or before == now or _why_moments_are_dropped(args):
+    if before is None or now is None or before == now or dropping_flag(args):
         return
     checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
     if _legacy_iteration(checkpointing, args, args.load) is not None:

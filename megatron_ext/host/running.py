@@ -16,11 +16,12 @@ from typing import Any
 import torch.distributed as dist
 
 from .. import guard
-from ..errors import GuardError
+from ..errors import GuardError, MegatronExtError
 from ..log import say
 from ..moments import survey
 from ..steps import is_adam, is_hybrid
-from .request import active_request, global_args, state
+from .buckets import bucket_layout
+from .request import Request, active_request, global_args, state
 
 
 @dataclass
@@ -46,6 +47,7 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         request = active_request()
         if request is not None and request.dry_run:
+            _write_layout(request)
             say("megatron_ext: --selective-dry-run: everything is built and loaded, no step made")
             if dist.is_initialized():
                 dist.barrier()
@@ -91,6 +93,22 @@ def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return log
+
+
+def _write_layout(request: Request) -> None:
+    """Write which parameter lies where in the buckets, where a report is asked for; collective."""
+    if request.report_dir is None or state.resumed is None:
+        return
+    try:
+        layout = bucket_layout(state.resumed.members)
+    except MegatronExtError as e:
+        say(f"megatron_ext: the layout of the parameters is not written: {e}")
+        return
+    if layout is None:
+        say("megatron_ext: no optimizer is distributed: there is no layout of buckets to write")
+    elif not dist.is_initialized() or dist.get_rank() == 0:
+        path = layout.write(request.report_dir)
+        say(f"megatron_ext: layout of the parameters in buckets written to {path}")
 
 
 def _guarded(request: Any) -> bool:
@@ -150,6 +168,6 @@ def _check_moments(watch: Watch) -> None:
         if wrong:
             raise GuardError(wrong)
     say(
-        f"megatron_ext: guard: {len(watch.gradients)} steps after the load the hyperparameters are "
-        "the planned ones, and the moments what Adam makes of the loaded ones"
+        f"megatron_ext: guard: {guard.steps_after(len(watch.gradients))} the load the "
+        "hyperparameters are the planned ones, and the moments what Adam makes of the loaded ones"
     )

@@ -110,6 +110,8 @@ def checkpoint(
     if format == "torch":
         (directory / "mp_rank_00").mkdir(parents=True)
         torch.save(state, directory / "mp_rank_00" / "model_optim_rng.pt")
+        if args and optimizer and state["args"].use_distributed_optimizer:
+            torch.save({"buckets": {}}, directory / "mp_rank_00" / "distrib_optim.pt")
     else:
         directory.mkdir(parents=True)
         if optimizer:

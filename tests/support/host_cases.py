@@ -84,3 +84,18 @@ def stock_after_install() -> dict[str, Any]:
         "global": core.DistributedOptimizer.__module__,
         "members": len(host.members_of(run.optimizer)),
     }
+
+
+def environment(moved: list[tuple[str, str, tuple[str, ...]]]) -> dict[str, Any]:
+    """What the command env finds where upstream has moved these names, without the CPU's GPU."""
+    import torch
+
+    from megatron_ext.cli import env
+
+    before, count = names.CONTRACT, torch.cuda.device_count
+    names.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in moved))
+    torch.cuda.device_count = lambda: 0
+    try:
+        return env.environment()
+    finally:
+        names.CONTRACT, torch.cuda.device_count = before, count

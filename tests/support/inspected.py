@@ -76,57 +76,32 @@ def finish(directory: Path, index: Metadata, common: Mapping[str, Any] | None = 
     torch.save({**state, **(common or {})}, directory / "common.pt")
 
 
-def mixture_of_experts(directory: Path, layers: int, experts: int, parts: int = 4) -> int:
-    """The index of a fully_reshardable MoE, every expert's weights by themselves, and no element.
-
-    Returns the number of parameters.
-    """
-    directory.mkdir(parents=True)
-    entries, places, count = {}, {}, 0
-    shapes = {"linear_fc1": (4352, 8192), "linear_fc2": (8192, 2176)}
-    names = [
-        (f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.{name}.weight", shape)
-        for layer in range(layers)
-        for expert in range(experts)
-        for name, shape in shapes.items()
-    ]
-    for name, (rows, columns) in names:
-        count += rows * columns
-        for state in ("param", "exp_avg", "exp_avg_sq"):
-            key, size = f"optimizer.state.{state}.{name}", torch.Size((rows // parts, columns))
-            chunks = []
-            for part in range(parts):
-                offset = torch.Size((part * size[0], 0))
-                chunks.append(ChunkStorageMetadata(offset, size))
-                file = f"__{len(places) % 64}_0.distcp"
-                places[MetadataIndex(key, offset, part)] = _StorageInfo(file, 0, 0)
-            entries[key] = TensorStorageMetadata(
-                TensorProperties(dtype=torch.float32), torch.Size((rows, columns)), chunks
-            )
-    for number in range(64):
-        (directory / f"__{number}_0.distcp").touch()
-    finish(directory, Metadata(entries, storage_data=places))
-    return count
-
-
 def stacked(state: State) -> dict[tuple[str, str], np.ndarray]:
     """(state key, name in a checkpoint) -> values, layers and experts one above the other.
 
     The names in a checkpoint are those of TransformerEngine's fused modules, without numbers.
     """
+    return {
+        (moment, stacked): np.stack([state[name][moment].astype(np.float64) for name in names])
+        for stacked, names in stacked_names(state).items()
+        for moment in state[names[0]]
+    }
+
+
+def stacked_names(state: State) -> dict[str, list[str]]:
+    """Name in a checkpoint -> the parameters that are one above the other there."""
     renamed = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         "local_experts.": "experts.",
     }
-    parts: dict[tuple[str, str], list[np.ndarray]] = {}
-    for name, values in state.items():
+    names: dict[str, list[str]] = {}
+    for name in state:
         key = ".".join(w for w in name.split(".") if not w.isdigit())
         for old, new in renamed.items():
             key = key.replace(old, new)
-        for moment, array in values.items():
-            parts.setdefault((moment, key), []).append(array.astype(np.float64))
-    return {key: np.stack(arrays) for key, arrays in parts.items()}
+        names.setdefault(key, []).append(name)
+    return names
 
 
 def poison(directory: Path, key: str, value: float, at: int = 0) -> None:

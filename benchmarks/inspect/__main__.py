@@ -1,0 +1,67 @@
+"""Read the metadata of checkpoints of a trillion parameters and of two; minutes on one CPU core.
+
+Every run is a process of its own, and what it says is held against the closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.kernel.environment import busy_elsewhere, environment, slug
+
+from . import report
+from .measure import Case, Result, measure
+from .synthetic import Moe, Sharding, counts, write
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+#: Name -> its command line for a checkpoint, and what its document has to say.
+COMMANDS: dict[str, Callable[[Path], list[str]]] = {
+    "inspect": lambda directory: ["inspect", str(directory), "--json"],
+}
+SHARDINGS: tuple[Sharding, ...] = ("fully_reshardable", "dp_reshardable")
+
+
+def main() -> int:
+    """Run all cases and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inspect", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="of each run")
+    parser.add_argument("--layers", type=int, default=64, help="of the smaller model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    options = parser.parse_args()
+    moe = Moe(layers=options.layers)
+    facts = {"date": datetime.date.today().isoformat(), **environment("cpu")}
+    before = busy_elsewhere()
+    results: list[Result] = []
+    for sharding in SHARDINGS:
+        for with_plans in (True, False):
+            for model in (moe, moe.twice()):
+                with tempfile.TemporaryDirectory() as parent:
+                    directory = Path(parent) / "checkpoint"
+                    write(directory, model, sharding, with_plans)
+                    for name, command in COMMANDS.items():
+                        case = Case(name, sharding, with_plans, model.elements)
+                        words = command(directory)
+                        size = (directory / ".metadata").stat().st_size
+                        found = measure(case, words, options.repeats, size)
+                        found.require(counts(model, sharding))
+                        results.append(found)
+                        print(found.line(), flush=True)
+    busy = [b - a for a, b in zip(before, busy_elsewhere(), strict=True)]
+    facts["CPU time of other processes"] = f"{busy[0] / busy[1]:.0%}" if busy[1] else "unknown"
+    facts["model"] = str(moe)
+    stem = f"{facts['date']}-inspect-cpu-{slug(str(facts['CPU']))}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = report.write(options.out, stem, facts, results)
+    print("\n".join(f"written: {f}" for f in files))
+    print(files[1].read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
