@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import PlanError
+from ..policy import ResumePolicy
+from .scheduling import SCHEDULER_VALUES
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,75 @@ def scheduled(
             "constant, and known styles"
         ) from e
     return out
+
+
+def values_of(args: Any) -> ScheduleValues:
+    """What Megatron builds its scheduler with (`get_optimizer_param_scheduler`).
+
+    As training/training.py:1906 does after `validate_args` (training/arguments.py:1353, 0.19.2).
+
+    Args:
+        args: Megatron's arguments; ``lr``, ``global_batch_size`` and one of ``train_iters``
+            and ``train_samples`` are set.
+
+    Raises:
+        PlanError: One of these is not set.
+    """
+    unit, size = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
+    length = getattr(args, f"train_{unit}")
+    if not length or not size or args.lr is None:
+        raise PlanError(
+            "learning rate, length of the run or global batch size are not known: neither the "
+            "arguments nor the checkpoint's have them. Give --lr, --train-iters (or "
+            "--train-samples) and --global-batch-size"
+        )
+
+    def steps(name: str) -> int | None:
+        found = getattr(args, f"{name}_{unit}", None)
+        return None if found is None else found * size
+
+    decay = steps("lr_decay") or length * size
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    constant = args.weight_decay_incr_style == "constant"
+    start, end = args.start_weight_decay, args.end_weight_decay
+    return ScheduleValues(
+        max_lr=float(args.lr),
+        min_lr=args.min_lr,
+        lr_decay_steps=decay,
+        lr_warmup_steps=fraction * decay if fraction is not None else steps("lr_warmup") or 0,
+        lr_decay_style=args.lr_decay_style,
+        init_lr=args.lr_warmup_init,
+        start_wd=args.weight_decay if constant or start is None else start,
+        end_wd=args.weight_decay if constant or end is None else end,
+        wd_incr_steps=length * size,
+        wd_incr_style=args.weight_decay_incr_style,
+        wsd_decay_steps=steps("lr_wsd_decay"),
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+
+
+def with_saved(
+    values: ScheduleValues, state: Mapping[str, Any], names: Iterable[str] = SCHEDULER_VALUES
+) -> ScheduleValues:
+    """Values with some of a checkpoint's scheduler state in their place.
+
+    Args:
+        values: The arguments'.
+        state: `OptimizerParamScheduler.state_dict`; the names that it does not have stay.
+        names: Which values are taken from it.
+    """
+    return replace(values, **{name: state[name] for name in names if name in state})
+
+
+def resumed(
+    policy: ResumePolicy, values: ScheduleValues, state: Mapping[str, Any]
+) -> ScheduleValues:
+    """What the scheduler has after a load by this package, as `scheduling.load_scheduler` does.
+
+    Args:
+        policy: What is asked.
+        values: The arguments'.
+        state: The checkpoint's scheduler state.
+    """
+    everything = SCHEDULER_VALUES if policy.schedule == "checkpoint" else ()
+    return with_saved(values, state, (*everything, *policy.kept_scheduler_attributes))
