@@ -84,3 +84,10 @@ def stock_after_install() -> dict[str, Any]:
         "global": core.DistributedOptimizer.__module__,
         "members": len(host.members_of(run.optimizer)),
     }
+
+
+def identifier_keys() -> tuple[str, ...]:
+    """By what this Megatron pairs param_groups."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    return tuple(param_group_identifier_keys)
