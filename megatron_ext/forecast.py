@@ -19,50 +19,34 @@ from .arguments import request_from_args
 from .counters import Counters, begin, last_iteration
 from .current_groups import current_groups
 from .curves import Curve, Span, phase_curves
-from .errors import MegatronExtError, PlanError
+from .errors import CheckpointError, MegatronExtError
 from .host.schedule import ScheduleValues, resumed, values_of, with_saved
 from .host.scheduling import SCHEDULER_VALUES
 from .host.stock import Case, Stock, stock
-from .moment_plan import Parameter, ParameterPlan, plan_moments, unmatched
-from .operations import write
+from .moment_plan import ParameterPlan
+from .moments_forecast import RuleForecast, forecast_moments, rules_of
 from .phase import Mark, Phase, decide
 from .plan import Circumstances, ResumePlan, plan_resume
-from .planned_arguments import CommandLine, PlannedArguments, Place, complete, locate, parse
+from .planned_arguments import (
+    CommandLine,
+    Place,
+    PlannedArguments,
+    complete,
+    locate,
+    parse,
+    state_of,
+)
 from .policy import ResumePolicy
 from .preflight import dropping_flag, findings, identity_of, padded_rows
 from .resized import ResizedParameter, resized_by, warnings_of
 from .stored import StoredCheckpoint, open_checkpoint
-from .stored_parameters import Stored, in_groups, parameters_of
 
 T = TypeVar("T")
 
 #: What the two phases are called.
 LABELS = ("checkpoint's run", "resumed run")
-#: Names of parameters that are shown for a rule.
-_EXAMPLES = 5
 
 Outcome = Literal["transition", "continued", "resume", "drops", "refused"]
-
-
-@dataclass(frozen=True)
-class RuleForecast:
-    """What one rule is for.
-
-    Args:
-        rule: Its match, or the preset for what no rule names.
-        exp_avg: What is done to exp_avg.
-        exp_avg_sq: What is done to exp_avg_sq.
-        parameters: Number of unsharded parameters of which it is for some rows.
-        elements: Number of elements, unsharded.
-        examples: Some of them, with the rows where it is not for all.
-    """
-
-    rule: str
-    exp_avg: str
-    exp_avg_sq: str
-    parameters: int
-    elements: int
-    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -176,7 +160,14 @@ def forecast(
     stored = open_checkpoint(place.directories.load or Path(checkpoint), place.iteration)
     if stored.store is not None:
         stored.store.require_files()
-    return _Forecaster(stored, line, place).run()
+    try:
+        return _Forecaster(stored, line, place).run()
+    except (TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(
+            f"{stored.directory}: expected arguments, param_groups and a scheduler as Megatron saves "
+            f"them, found a value of another kind: {type(e).__name__}: {e}. The checkpoint was "
+            "edited or is damaged; load another one"
+        ) from e
 
 
 class _Forecaster:
@@ -260,13 +251,12 @@ class _Forecaster:
 
     def _look_at_the_length(self) -> None:
         last = getattr(self.now, "train_iters", None)
-        restarts = getattr(self.now, "reset_iteration", False)
-        if self._assumed("--train-iters") and last and last <= self.stored.iteration:
-            if not restarts:
-                self.notes.append(
-                    f"--train-iters {last} is the checkpoint's and ends at its iteration "
-                    f"{self.stored.iteration}: give the last iteration of the resumed run"
-                )
+        begins = 0 if getattr(self.now, "reset_iteration", False) else self.stored.iteration
+        if self._assumed("--train-iters") and last and last <= begins:
+            self.notes.append(
+                f"--train-iters {last} is the checkpoint's and ends at its iteration {begins}: "
+                "give the last iteration of the resumed run"
+            )
 
     def _look_at_the_directories(self) -> None:
         arguments = self.arguments
@@ -299,9 +289,8 @@ class _Forecaster:
         return self._tried(decided)
 
     def _saved_counters(self) -> Counters:
-        args, state = self.stored.args, self.stored.scheduler or {}
+        args, position = self.stored.args, state_of(self.stored).get("num_steps")
         names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-        position = state.get("num_steps")
         return Counters(
             self.stored.iteration,
             **{name: int(args.get(name) or 0) for name in names},
@@ -365,7 +354,7 @@ class _Forecaster:
                 resized_by(d) for d in decided or () if d.parameter.saved_rows is not None
             )
             self.warnings += warnings_of(plan, resized)
-            rules = None if decided is None else _rules(phase.policy, decided)
+            rules = None if decided is None else rules_of(phase.policy, decided)
             out.append(OptimizerForecast(plan, rules, resized))
         return tuple(out)
 
@@ -374,74 +363,27 @@ class _Forecaster:
         policy: ResumePolicy,
         plans: Sequence[ResumePlan | None],
         groups: Sequence[Sequence[Mapping[str, Any]]],
-    ) -> list[tuple[ParameterPlan, ...] | None]:
+    ) -> tuple[tuple[ParameterPlan, ...] | None, ...]:
         """For each optimizer what is done to its parameters; None where that is not known."""
         rows = padded_rows(self.stored.args, self.now)
-        if rows is not None and rows[0] == rows[1]:
-            rows = None
-        changes = policy.changes_moments or bool(policy.rules)
-        if not (changes or policy.groups or rows):
-            return [()] * len(plans)
-        found = parameters_of(self.stored)
-        if found.by is None:
-            self.notes.append(
-                "a checkpoint of the format torch does not name its parameters, so that which rule "
-                "is for which of them cannot be told offline: a run with --selective-dry-run shows "
-                "it before its first step"
-            )
-            return [None] * len(plans)
-        if changes:
-            self.notes.append(_told_by(found))
-        decoupled = getattr(self.before, "decoupled_lr", None) is not None
-        by_optimizer = in_groups(found.parameters, groups, rows, decoupled)
-        self._look_for_idle_rules(policy, by_optimizer, groups)
-        out: list[tuple[ParameterPlan, ...] | None] = []
-        for plan, of_one, current, saved in zip(
-            plans, by_optimizer, groups, self.stored.optimizers, strict=True
-        ):
-            wanted = of_one if changes else [p for p in of_one if p.saved_rows is not None]
-            if plan is None or not any("betas" in g for g in current):
-                out.append(())
-                continue
-            decided = self._tried(
-                lambda p=plan, w=wanted, s=saved, c=current: plan_moments(  # type: ignore[misc]
-                    p, w, s.groups, c
-                )
-            )
-            out.append(decided)
-        return out
-
-    def _look_for_idle_rules(
-        self,
-        policy: ResumePolicy,
-        parameters: Sequence[Sequence[Parameter]],
-        groups: Sequence[Sequence[Mapping[str, Any]]],
-    ) -> None:
-        used = {
-            number
-            for number, rule in enumerate(policy.rules)
-            if any(
-                rule.match.fits(p.name, len(p.shape), current[p.group])
-                for of_one, current in zip(parameters, groups, strict=True)
-                for p in of_one
-            )
-        }
-        used_groups = {
-            number
-            for number, rule in enumerate(policy.groups)
-            if any(rule.fits(g) for current in groups for g in current)
-        }
-        names = [p.name for of_one in parameters for p in of_one]
-        idle = unmatched(policy, used, used_groups, sorted({*names[:1], *names[-1:]}))
-        if idle and policy.strict:
-            self._refuse(PlanError(f"{idle}. Mend the rule, or pass --no-selective-strict"))
-        elif idle:
-            self.warnings.append(idle)
+        found = forecast_moments(
+            self.stored,
+            policy,
+            plans,
+            groups,
+            None if rows is not None and rows[0] == rows[1] else rows,
+            decoupled=getattr(self.before, "decoupled_lr", None) is not None,
+        )
+        for error in found.errors:
+            self._refuse(error)
+        self.warnings += found.warnings
+        self.notes += found.notes
+        return found.decided
 
     def _scheduler(
         self, policy: ResumePolicy | None, values: ScheduleValues | None, dropped: str | None
     ) -> tuple[dict[str, ScheduledValue], ScheduleValues | None]:
-        state = self.stored.scheduler or {}
+        state = state_of(self.stored)
         if policy is None or values is None:
             return {}, None
         if dropped:
@@ -465,12 +407,14 @@ class _Forecaster:
         groups: Sequence[Sequence[Mapping[str, Any]]],
         counters: tuple[Counters, Counters] | None,
     ) -> tuple[Curve, ...]:
-        stored, state = self.stored, self.stored.scheduler or {}
+        stored, state = self.stored, state_of(self.stored)
         out: tuple[Curve, ...] = ()
         old = self._tried(lambda: values_of(self.before), [])
         saved = self._saved_counters()
         if old is not None and saved.num_steps is not None and stored.optimizers:
-            span = _past(saved, self.before)
+            if _ramps(self.before) or _ramps(self.now):
+            self.notes.append("the batch size ramps up: iterations of the curves are approximate")
+        span = _past(saved, self.before)
             before = with_saved(old, state)
             past = [o.groups for o in stored.optimizers]
             out = self._tried(
@@ -479,10 +423,7 @@ class _Forecaster:
         if values is None or counters is None:
             return out
         after = counters[1]
-        offset = 0
-        if optimizers and (phase := optimizers[0].plan.phase) is not None and phase.mark is not None:
-            offset = phase.mark.offset
-        span = _future(after, self.now, values, offset)
+        span = _future(after, self.now, values, _offset(optimizers))
         future = [[g.values for g in o.plan.groups] for o in optimizers] or groups
         found = self._tried(lambda: phase_curves(LABELS[1], 2, values, future, span))
         return (*out, *(found or ()))
@@ -502,7 +443,7 @@ class _Forecaster:
             current=groups,
             distributed=_is_distributed(stored),
             values=values,
-            state=stored.scheduler or {},
+            state=state_of(stored),
             whole_parameters=stored.sharding_type == "fully_reshardable",
             fp32=None if None in kinds else not any(kinds),
             override=bool(getattr(now, "override_opt_param_scheduler", False)),
@@ -527,51 +468,22 @@ def _is_distributed(stored: StoredCheckpoint) -> bool:
     return named or stored.sharding_type is not None or by_files
 
 
-def _told_by(found: Stored) -> str:
-    count = len(found.parameters)
-    if found.by == "optimizer":
-        return f"rules: {count} parameters by the names of their moments in the checkpoint"
-    return (
-        f"rules: the moments are stored by buckets, so that the {count} parameters are named by "
-        "the model's tensors; a tensor that is not trained counts with them"
-    )
+def _offset(optimizers: Sequence[OptimizerForecast]) -> int:
+    """Data position minus what the iterations have counted, in samples."""
+    phase = optimizers[0].plan.phase if optimizers else None
+    return 0 if phase is None or phase.mark is None else phase.mark.offset
 
 
-def _rules(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[RuleForecast, ...]:
-    """What was decided, by rule; the preset last."""
-    if not (policy.changes_moments or policy.rules):
-        return ()
-    effect = policy.preset.effect
-    told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
-    told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
-    parameters, elements = [0] * len(told), [0] * len(told)
-    examples: list[list[str]] = [[] for _ in told]
-    for one in decided:
-        by_rule: dict[int, list[tuple[int, int]]] = {}
-        for rows in one.rows:
-            number = len(told) - 1 if rows.rule is None else rows.rule
-            by_rule.setdefault(number, []).append((rows.first, rows.last))
-        for number, spans in by_rule.items():
-            count = sum(last - first for first, last in spans)
-            parameters[number] += 1
-            elements[number] += count * one.parameter.row_elements
-            if len(examples[number]) < _EXAMPLES:
-                shown = "" if count == one.parameter.rows else ", ".join(f"{a}:{b}" for a, b in spans)
-                examples[number].append(one.parameter.name + (f"[{shown}]" if shown else ""))
-    return tuple(
-        RuleForecast(name, write(m), write(v), parameters[i], elements[i], tuple(examples[i]))
-        for i, (name, m, v) in enumerate(told)
-    )
+def _ramps(args: Any) -> bool:
+    names = ("rampup_batch_size", "step_batch_size_schedule")
+    return any(getattr(args, name, None) for name in names)
 
 
 def _past(saved: Counters, args: Any) -> Span:
     """The iterations of the checkpoint's run, as far as its schedule has come."""
     last, size = saved.iteration, args.global_batch_size
     position = saved.num_steps or 0
-    ramps = getattr(args, "rampup_batch_size", None) or getattr(
-        args, "step_batch_size_schedule", None
-    )
-    if ramps or not size:
+    if _ramps(args) or not size:
         return Span(0, last, 0, position)
     done = min(last, position // size)
     return Span(last - done, last, position - done * size, position)

@@ -68,7 +68,10 @@ _FLAGS: dict[str, type | None] = {
 
 #: Flags that are spelled in another way than their destination.
 _SPELLED = {
-    "override_opt_param_scheduler": ("override-opt_param-scheduler", "override-opt-param-scheduler"),
+    "override_opt_param_scheduler": (
+        "override-opt_param-scheduler",
+        "override-opt-param-scheduler",
+    ),
     "use_checkpoint_opt_param_scheduler": (
         "use-checkpoint-opt_param-scheduler",
         "use-checkpoint-opt-param-scheduler",
@@ -283,7 +286,9 @@ def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> Plann
     )
 
 
-def _read(make: Callable[[], argparse.ArgumentParser], words: Sequence[str], by: str) -> CommandLine:
+def _read(
+    make: Callable[[], argparse.ArgumentParser], words: Sequence[str], by: str
+) -> CommandLine:
     values, unknown = make().parse_known_args(list(words))
     bare = make()
     for action in bare._actions:
@@ -294,9 +299,7 @@ def _read(make: Callable[[], argparse.ArgumentParser], words: Sequence[str], by:
 
 
 def _own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_PROG, usage=_USAGE, add_help=False, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog=_PROG, usage=_USAGE, add_help=False, allow_abbrev=False)
     for name, kind in _FLAGS.items():
         flags = [f"--{flag}" for flag in _SPELLED.get(name, (name.replace("_", "-"),))]
         if kind is None:
@@ -349,7 +352,7 @@ def _saved(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
 
 def _from_state(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
     """What optimizer and scheduler say of the arguments they were built with."""
-    state = stored.scheduler or {}
+    state = state_of(stored)
     groups = [g for optimizer in stored.optimizers for g in optimizer.groups]
     group = groups[0] if groups else {}
     yield "lr", state.get("max_lr", group.get("max_lr"))
@@ -375,6 +378,11 @@ def _from_state(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
         ):
             if size and isinstance(state.get(steps), int) and state[steps] % size == 0:
                 yield name, state[steps] // size
+
+
+def state_of(stored: StoredCheckpoint) -> Mapping[str, Any]:
+    """The scheduler state of a checkpoint; empty where there is none."""
+    return stored.scheduler if isinstance(stored.scheduler, Mapping) else {}
 
 
 def _flag(name: str) -> str:

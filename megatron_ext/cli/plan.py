@@ -247,13 +247,17 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
         step += f" (checkpoint {plan.saved_step})"
     for group in plan.groups:
         where = "none" if group.saved_index is None else group.saved_index
-        title = f"optimizer {number}, {step}: param_group {group.index} (saved {where}: {group.note})"
+        title = f"optimizer {number}, {step}: param_group {group.index}"
         columns = ("key", "checkpoint", "argument", "value", "taken from", "why")
+        told = [d for d in group.decisions if d.changed or d.reason != "default"]
         rows: list[Sequence[Any]] = [
-            (f"{d.key} *" if d.changed else d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason)
-            for d in group.decisions
+            (d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason) for d in told
         ]
+        rows.append(("saved group", where, "", "", "", group.note))
         output.print_table(to, title, columns, rows)
+        same = [f"{d.key} {d.value}" for d in group.decisions if d not in told]
+        if same:
+            to.print(output.cell(f"unchanged: {', '.join(same)}"))
         if group.dropped:
             names = ", ".join(group.dropped)
             to.print(output.cell(f"only in the checkpoint, not used: {names}"))
@@ -313,7 +317,10 @@ def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
         first = {c.phase: c for c in reversed(curves)}
         shift = _shift(first)
         lines = [
-            [(i + (shift if c.phase == 2 else 0), lr) for i, lr in zip(c.iterations, c.lr, strict=True)]
+            [
+                (i + (shift if c.phase == 2 else 0), lr)
+                for i, lr in zip(c.iterations, c.lr, strict=True)
+            ]
             for c in sorted(first.values(), key=lambda c: c.phase)
         ]
         to.print("learning rate of group 0, checkpoint's run and resumed run, over iterations")

@@ -1,7 +1,7 @@
 """What unmodified Megatron does with a checkpoint and arguments, by version.
 
-Lines are of megatron-core 0.19.2. `tests/test_plan_stock.py` holds this against Megatron itself, for
-every version of the matrix.
+Lines are of megatron-core 0.19.2. `tests/test_plan_stock.py` holds this against Megatron itself,
+for every version of the matrix.
 """
 
 from __future__ import annotations
