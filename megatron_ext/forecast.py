@@ -239,12 +239,18 @@ class _Forecaster:
                 notes.append(str(e))
             return None
 
+    def _accepted(self, call: Callable[[], T]) -> T | None:
+        """What Megatron's scheduler gives; its refusal of what is refused already is a note."""
+        return self._tried(call, self.notes if self.errors else None)
+
     def _assumed(self, flag: str) -> bool:
         return any(a.flag == flag for a in self.arguments.assumed)
 
     def _as_given(self) -> argparse.Namespace:
         """The arguments without a length of the run that nobody has given."""
         given = copy.copy(self.now)
+        if self.arguments.elsewhere is not None:
+            given.save = None  # a run goes on from what is there, and does not overwrite it
         if self._assumed("--train-iters"):
             given.train_iters = None
         return given
@@ -319,7 +325,9 @@ class _Forecaster:
         self, values: ScheduleValues | None
     ) -> tuple[tuple[Mapping[str, Any], ...], ...]:
         saved = [o.groups for o in self.stored.optimizers]
-        found = self._tried(lambda: current_groups(saved, self.before, self.now, values))
+        found = self._accepted(
+            lambda: current_groups(saved, self.before, self.now, values)
+        )
         if found is None:
             found = current_groups(saved, self.before, self.now, None)
         self.notes += found.notes
@@ -425,7 +433,7 @@ class _Forecaster:
         after = counters[1]
         span = _future(after, self.now, values, _offset(optimizers))
         future = [[g.values for g in o.plan.groups] for o in optimizers] or groups
-        found = self._tried(lambda: phase_curves(LABELS[1], 2, values, future, span))
+        found = self._accepted(lambda: phase_curves(LABELS[1], 2, values, future, span))
         return (*out, *(found or ()))
 
     def _stock(

@@ -161,9 +161,8 @@ def test_the_plan_is_the_report_of_the_resume(
         assert found.by is None
     else:
         assert {p.name: p.shape for p in found.parameters} == names
-        by_optimizer = "reshardable" in layout.format and layout.format != "dp_reshardable"
-        by = "optimizer" if by_optimizer or not layout.distributed else "model"
-        assert found.by == by
+        by_bucket = layout.distributed and layout.format == "dp_reshardable"
+        assert found.by == ("model" if by_bucket else "optimizer")
 
 
 def theirs_of(rule: dict[str, Any]) -> list[str]:
