@@ -421,8 +421,10 @@ class _Forecaster:
         saved = self._saved_counters()
         if old is not None and saved.num_steps is not None and stored.optimizers:
             if _ramps(self.before) or _ramps(self.now):
-            self.notes.append("the batch size ramps up: iterations of the curves are approximate")
-        span = _past(saved, self.before)
+                self.notes.append(
+                    "the batch size ramps up: iterations of the curves are approximate"
+                )
+            span = _past(saved, self.before)
             before = with_saved(old, state)
             past = [o.groups for o in stored.optimizers]
             out = self._tried(
