@@ -57,8 +57,8 @@ def current_groups(
         changed = [_changed(dict(group), before, now, foreign) for group in groups]
         if values is not None and changed:
             # A group has them from the scheduler, which is built before the checkpoint is loaded.
-            (found,) = scheduled(values, changed, [0])
-            for group, (lr, weight_decay) in zip(changed, found, strict=True):
+            (first,) = scheduled(values, changed, [0])
+            for group, (lr, weight_decay) in zip(changed, first, strict=True):
                 group["lr"], group["weight_decay"] = lr, weight_decay
         optimizers.append(tuple(changed))
     for key, found in foreign.items():

@@ -164,8 +164,8 @@ def forecast(
         return _Forecaster(stored, line, place).run()
     except (TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(
-            f"{stored.directory}: expected arguments, param_groups and a scheduler as Megatron saves "
-            f"them, found a value of another kind: {type(e).__name__}: {e}. The checkpoint was "
+            f"{stored.directory}: expected arguments, param_groups and a scheduler as Megatron "
+            f"saves them, found a value of another kind: {type(e).__name__}: {e}. The checkpoint was "
             "edited or is damaged; load another one"
         ) from e
 
@@ -325,9 +325,7 @@ class _Forecaster:
         self, values: ScheduleValues | None
     ) -> tuple[tuple[Mapping[str, Any], ...], ...]:
         saved = [o.groups for o in self.stored.optimizers]
-        found = self._accepted(
-            lambda: current_groups(saved, self.before, self.now, values)
-        )
+        found = self._accepted(lambda: current_groups(saved, self.before, self.now, values))
         if found is None:
             found = current_groups(saved, self.before, self.now, None)
         self.notes += found.notes
@@ -427,9 +425,10 @@ class _Forecaster:
             span = _past(saved, self.before)
             before = with_saved(old, state)
             past = [o.groups for o in stored.optimizers]
-            out = self._tried(
-                lambda: phase_curves(LABELS[0], 1, before, past, span), self.notes
-            ) or ()
+            out = (
+                self._tried(lambda: phase_curves(LABELS[0], 1, before, past, span), self.notes)
+                or ()
+            )
         if values is None or counters is None:
             return out
         after = counters[1]

@@ -114,9 +114,7 @@ def forecast_moments(
     )
 
 
-def rules_of(
-    policy: ResumePolicy, decided: Sequence[ParameterPlan]
-) -> tuple[RuleForecast, ...]:
+def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[RuleForecast, ...]:
     """What was decided, by rule as the report has it; the preset last.
 
     Args:

@@ -136,8 +136,9 @@ def _place(
     fits = [(n, i, g) for n, i, g in groups if bool(g.get("is_expert_parallel")) == expert]
     tests = (
         lambda g: (g.get("wd_mult", 1.0) == 0.0) == plain,
-        lambda g: (g.get("default_config", True) is False or g.get("is_decoupled_lr", False))
-        == decoupled,
+        lambda g: (
+            (g.get("default_config", True) is False or g.get("is_decoupled_lr", False)) == decoupled
+        ),
     )
     for test in tests:
         fits = [one for one in fits if test(one[2])] or fits

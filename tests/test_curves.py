@@ -40,8 +40,9 @@ def annealed(i: int, form: Callable[[float], float]) -> float:
 #: Style -> the rate after the warm-up and before the end of the decay.
 RATES: dict[tuple[str, str], Callable[[int], float]] = {
     ("linear", ""): lambda i: MAX + (MIN - MAX) * (i - WARMUP) / (DECAY - WARMUP),
-    ("cosine", ""): lambda i: (MAX + MIN) / 2
-    + (MAX - MIN) / 2 * math.cos(math.pi * (i - WARMUP) / (DECAY - WARMUP)),
+    ("cosine", ""): lambda i: (
+        (MAX + MIN) / 2 + (MAX - MIN) / 2 * math.cos(math.pi * (i - WARMUP) / (DECAY - WARMUP))
+    ),
     ("constant", ""): lambda i: MAX,
     ("inverse-square-root", ""): lambda i: max(MIN, MAX * math.sqrt(WARMUP / i)),
     ("WSD", "linear"): lambda i: annealed(i, lambda d: 1 - d),
@@ -86,7 +87,7 @@ def test_weight_decay_grows(style: str, form: Callable[[float], float]) -> None:
 
 
 def test_groups_have_their_own_bounds_and_are_left_alone() -> None:
-    groups = [{"max_lr": MAX, "min_lr": MIN}, {"max_lr": 2e-3, "min_lr": 0.0, "start_wd": 0.0}]
+    groups = [{"max_lr": MAX, "min_lr": MIN}, {"max_lr": 2e-3, "min_lr": 0.0}]
     before = [dict(g) for g in groups]
     curves = phase_curves("a", 2, VALUES, [groups[:1], groups[1:]], SPAN)
     assert groups == before
@@ -198,7 +199,9 @@ def test_files_are_written_as_their_suffix_says(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "png"])
 def test_another_suffix_names_the_flag(name: str, tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"--plot .*: expected a file that ends in \.png or \.svg"):
+    with pytest.raises(
+        PolicyError, match=r"--plot .*: expected a file that ends in \.png or \.svg"
+    ):
         plots.save(plots.curves_figure(two_phases()), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 #: Bit of each dot of a braille character, by column and row (Unicode, U+2800).
@@ -45,7 +46,7 @@ def plot(lines: Sequence[Points], width: int = 64, height: int = 8) -> list[str]
 
 def _at(line: Points, x: float) -> float | None:
     """A line's height, between two points straight; None where it has none."""
-    for (x0, y0), (x1, y1) in zip(line, line[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return line[0][1] if len(line) == 1 and line[0][0] == x else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,10 @@ def _plan(options: argparse.Namespace) -> int:
         require_format(options.plot)
     from ..forecast import forecast
 
-    found = forecast(options.checkpoint, words, options.iteration)
+    with warnings.catch_warnings():
+        # Of what is not installed, which a plan does not need.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        found = forecast(options.checkpoint, words, options.iteration)
     if options.json:
         output.print_json(document(found))
     else:
@@ -206,8 +210,8 @@ def _print(found: Forecast) -> None:
         _print_stock(to, found.stock)
     for warning in found.all_warnings:
         to.print(output.cell(f"WARNING: {warning}"))
-    rows = [(a.flag, a.value, a.source) for a in found.arguments.assumed]
-    output.print_table(to, "assumed", ("argument", "value", "from"), rows)
+    assumed = [(a.flag, a.value, a.source) for a in found.arguments.assumed]
+    output.print_table(to, "assumed", ("argument", "value", "from"), assumed)
     if found.optimizers:
         to.print(
             "assumed: the current param_groups are the checkpoint's, with the arguments' values; a "
