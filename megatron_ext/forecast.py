@@ -165,8 +165,8 @@ def forecast(
     except (TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(
             f"{stored.directory}: expected arguments, param_groups and a scheduler as Megatron "
-            f"saves them, found a value of another kind: {type(e).__name__}: {e}. The checkpoint was "
-            "edited or is damaged; load another one"
+            f"saves them, found a value of another kind: {type(e).__name__}: {e}. The "
+            "checkpoint was edited or is damaged; load another one"
         ) from e
 
 

@@ -33,54 +33,62 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     """Learning rate above weight decay, over iterations; the old phase dashed, the new one solid.
 
     Args:
-        curves: Of one phase or two. Groups with the same points are drawn once. Where the new
-            phase counts its iterations from another number, it is drawn where the old one ends.
+        curves: Of one phase or two. Groups with the same values are drawn as one line. Where the
+            new phase counts its iterations from another number, it is drawn where the old one ends.
 
     Returns:
         A figure for `save` or `svg`, 900 pixels wide at the resolution of `save`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    lines = _distinct(curves)
-    ends = [c.iterations[-1] for _, c in lines if c.phase == 1]
-    starts = [c.iterations[0] for _, c in lines if c.phase == 2]
+    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    ends = [c.iterations[-1] for c in curves if c.phase == 1]
+    starts = [c.iterations[0] for c in curves if c.phase == 2]
     shift = max(ends) - min(starts) if ends and starts else 0
+    for axes, values, name in (
+        (above, "lr", "learning rate"),
+        (below, "weight_decay", "weight decay"),
+    ):
+        _draw(axes, curves, values, shift)
+        axes.set_ylabel(name)
+        if starts:
+            axes.axvline(min(starts) + shift, color="black", linewidth=1, linestyle=":")
+    below.set_xlabel("iteration" if not shift else "iteration, of both phases together")
+    if starts:
+        above.annotate(
+            f"new phase, from iteration {min(starts)}",
+            (min(starts) + shift, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            verticalalignment="top",
+            fontsize=9,
+        )
+    return figure
+
+
+def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
+    """One quantity of all curves, each line with what it stands for above the axes."""
+    from matplotlib.ticker import FuncFormatter
+
     colours: dict[tuple[int, int], str] = {}
-    for number, (name, curve) in enumerate(lines):
+    for number, (name, curve) in enumerate(_distinct(curves, values)):
         key = curve.optimizer, curve.group
         colour = colours.setdefault(key, _COLOURS[len(colours) % len(_COLOURS)])
         style = {**_LINES[curve.phase != 1], "color": colour}
         x = [i + (shift if curve.phase == 2 else 0) for i in curve.iterations]
-        label = name if number < _LEGEND else "_" + name
-        above.plot(x, curve.lr, label=plain_text(label), **style)
-        below.plot(x, curve.weight_decay, **style)
-    above.set_ylabel("learning rate")
-    below.set_ylabel("weight decay")
-    below.set_xlabel("iteration" if not shift else "iteration, of both phases together")
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.01)
-        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useOffset=False)
-        if starts:
-            axes.axvline(min(starts) + shift, color="black", linewidth=1, linestyle=":")
-    if starts:
-        above.annotate(
-            f"new phase, from iteration {min(starts)}",
-            (min(starts) + shift, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    if lines:
-        figure.legend(
-            *above.get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False
-        )
-    return figure
+        label = plain_text(name) if number < _LEGEND else "_"
+        axes.plot(x, getattr(curve, values), label=label, **style)
+    top = max((max(getattr(c, values)) for c in curves), default=0.0) or 1.0
+    axes.set_ylim(-0.04 * top, 1.12 * top)
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.25)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if axes.get_legend_handles_labels()[1]:
+        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+        axes.legend(**place, ncols=2, fontsize=9, frameon=False, handlelength=3)
 
 
 def save(figure: Figure, path: str | Path, flag: str = "--plot") -> None:
@@ -146,17 +154,21 @@ def plain_text(text: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _distinct(curves: Sequence[Curve]) -> list[tuple[str, Curve]]:
-    """Each curve once, with what it stands for."""
-    chained = any(c.optimizer for c in curves)
+def _distinct(curves: Sequence[Curve], values: str) -> list[tuple[str, Curve]]:
+    """Each line once, with what it stands for."""
     same: dict[tuple[Any, ...], list[Curve]] = {}
     for curve in curves:
-        points = curve.iterations, curve.lr, curve.weight_decay
+        points = curve.iterations, getattr(curve, values)
         same.setdefault((curve.phase, curve.label, *points), []).append(curve)
-    return [(_name(group, chained), group[0]) for group in same.values()]
+    return [(_name(alike, curves), alike[0]) for alike in same.values()]
 
 
-def _name(curves: Sequence[Curve], chained: bool) -> str:
-    named = [f"{c.optimizer}.{c.group}" if chained else str(c.group) for c in curves]
+def _name(alike: Sequence[Curve], curves: Sequence[Curve]) -> str:
+    one = alike[0]
+    phase = [c for c in curves if (c.phase, c.label) == (one.phase, one.label)]
+    if len(alike) == len(phase):
+        return f"{one.label}: all groups"
+    chained = any(c.optimizer for c in phase)
+    named = [f"{c.optimizer}.{c.group}" if chained else str(c.group) for c in alike]
     shown = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
-    return f"{curves[0].label}: group{'s' if len(named) > 1 else ''} {shown}"
+    return f"{one.label}: group{'s' if len(named) > 1 else ''} {shown}"

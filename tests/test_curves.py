@@ -154,23 +154,38 @@ def two_phases(label: str = "resumed run") -> list[Curve]:
 
 def test_the_phases_differ_in_more_than_colour_and_meet() -> None:
     above, below = plots.curves_figure(two_phases()).axes
-    drawn = [line for line in above.lines if len(line.get_xdata()) > 2]
-    assert [line.get_linestyle() for line in drawn] == ["--", "--", "-", "-"]
-    assert drawn[0].get_linewidth() < drawn[2].get_linewidth()
-    assert drawn[0].get_color() == drawn[2].get_color() != drawn[1].get_color()
+    drawn = [[line for line in axes.lines if len(line.get_xdata()) > 2] for axes in (above, below)]
+    # Both groups have one learning rate, and a weight decay each.
+    assert [[line.get_linestyle() for line in lines] for lines in drawn] == [
+        ["--", "-"],
+        ["--", "--", "-", "-"],
+    ]
+    old, other, new, _ = drawn[1]
+    assert old.get_linewidth() < new.get_linewidth()
+    assert old.get_color() == new.get_color() != other.get_color()
     # Its iterations count from 0 again; it is drawn where the checkpoint's run ends.
-    assert [(line.get_xdata()[0], line.get_xdata()[-1]) for line in drawn[::2]] == [
+    assert [(line.get_xdata()[0], line.get_xdata()[-1]) for line in drawn[0]] == [
         (0, 60),
         (60, 120),
     ]
-    marked = [line for line in below.lines if list(line.get_xdata()) == [60, 60]]
-    assert len(marked) == 1
+    for axes in (above, below):
+        assert len([line for line in axes.lines if list(line.get_xdata()) == [60, 60]]) == 1
+    low, high = below.get_ylim()
+    assert low < 0.0 < 0.01 < high  # a weight decay of 0 is seen
 
 
-def test_equal_groups_are_drawn_once() -> None:
-    curves = phase_curves("run", 2, VALUES, [[{}, {}], [{}]], SPAN)
-    (name,) = (t.get_text() for t in plots.curves_figure(curves).legends[0].get_texts())
-    assert name == "run: groups 0.0, 0.1, 1.0"
+def names(curves: list[Curve]) -> list[list[str]]:
+    """What stands above both axes."""
+    axes = plots.curves_figure(curves).axes
+    return [[t.get_text() for t in one.get_legend().get_texts()] for one in axes]
+
+
+def test_equal_groups_are_one_line() -> None:
+    curves = phase_curves("run", 2, VALUES, [[{}, {"wd_mult": 0.0}], [{}]], SPAN)
+    assert names(list(curves)) == [["run: all groups"], ["run: groups 0.0, 1.0", "run: group 0.1"]]
+    many = phase_curves("run", 2, VALUES, [[{"max_lr": MAX * (1 + i)} for i in range(40)]], SPAN)
+    rates, decays = names(list(many))
+    assert (len(rates), rates[11], decays) == (12, "run: group 11", ["run: all groups"])
 
 
 def test_an_svg_is_the_same_each_time_and_stands_alone() -> None:
@@ -210,7 +225,7 @@ def test_another_suffix_names_the_flag(name: str, tmp_path: Path) -> None:
 def test_a_name_is_shown_as_it_is(name: str) -> None:
     """A formula, an escape or an unbalanced ``$`` would not be drawn, or raise."""
     figure = plots.curves_figure(two_phases(f"run {name}"))
-    text = figure.legends[0].get_texts()[-1]
+    text = figure.axes[1].get_legend().get_texts()[-1]
     assert text._preprocess_math(text.get_text()) == (
         f"run {name}: group 1".replace("\x1b", "\\x1b"),
         False,

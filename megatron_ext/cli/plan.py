@@ -210,8 +210,11 @@ def _print(found: Forecast) -> None:
         _print_stock(to, found.stock)
     for warning in found.all_warnings:
         to.print(output.cell(f"WARNING: {warning}"))
-    assumed = [(a.flag, a.value, a.source) for a in found.arguments.assumed]
-    output.print_table(to, "assumed", ("argument", "value", "from"), assumed)
+    for source in dict.fromkeys(a.source for a in found.arguments.assumed):
+        of_one = [a for a in found.arguments.assumed if a.source == source]
+        # What is off is off in Megatron's defaults too.
+        told = [f"{a.flag} {a.value}" for a in of_one if a.value is not False]
+        to.print(output.cell(f"assumed, {source}: {' '.join(told)}"))
     if found.optimizers:
         to.print(
             "assumed: the current param_groups are the checkpoint's, with the arguments' values; a "
@@ -253,13 +256,14 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
         where = "none" if group.saved_index is None else group.saved_index
         title = f"optimizer {number}, {step}: param_group {group.index}"
         columns = ("key", "checkpoint", "argument", "value", "taken from", "why")
-        told = [d for d in group.decisions if d.changed or d.reason != "default"]
+        decisions = [d for d in group.decisions if d.key != "lr"]  # the scheduler's, see below
+        told = [d for d in decisions if d.changed or d.reason != "default"]
         rows: list[Sequence[Any]] = [
             (d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason) for d in told
         ]
         rows.append(("saved group", where, "", "", "", group.note))
         output.print_table(to, title, columns, rows)
-        same = [f"{d.key} {d.value}" for d in group.decisions if d not in told]
+        same = [f"{d.key} {d.value}" for d in decisions if d not in told]
         if same:
             to.print(output.cell(f"unchanged: {', '.join(same)}"))
         if group.dropped:
