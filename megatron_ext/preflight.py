@@ -38,7 +38,7 @@ def check(args: Any) -> None:
     Raises:
         MegatronExtError: What was found; a single finding as it is, several as one `HostError`.
     """
-    errors = list(_findings(args))
+    errors = list(findings(args))
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -46,7 +46,14 @@ def check(args: Any) -> None:
         raise HostError(f"{len(errors)} things are wrong with this resume:\n{listing}")
 
 
-def _findings(args: Any) -> Iterator[MegatronExtError]:
+def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[MegatronExtError]:
+    """Everything that is wrong with a resume, one by one.
+
+    Args:
+        args: As for `check`.
+        stored: The checkpoint that is loaded, for a plan that has read it already; of a run with
+            this package's own class then, whose import is not tried.
+    """
     found: list[MegatronExtError] = []
 
     def attempt(call: Callable[[], Any]) -> Any:
@@ -57,7 +64,8 @@ def _findings(args: Any) -> Iterator[MegatronExtError]:
             return None
 
     request = attempt(lambda: request_from_args(args))
-    attempt(lambda: host.resolve_class(args.optimizer_class))
+    if stored is None or args.optimizer_class != host.DEFAULT_CLASS:
+        attempt(lambda: host.resolve_class(args.optimizer_class))
     # Of a policy that cannot be read these two flags can.
     policy = ResumePolicy(
         reset_iteration=bool(getattr(args, "reset_iteration", False)),
@@ -70,18 +78,23 @@ def _findings(args: Any) -> Iterator[MegatronExtError]:
     found += map(HostError, _counter_conflicts(args, policy))
     if chosen is not None:
         found += map(HostError, _directory_conflicts(args, chosen, policy))
-        found += _checkpoint_findings(args, policy, chosen, known=request is not None)
+        known = request is not None
+        found += _checkpoint_findings(args, policy, chosen, stored, known=known)
     yield from found
 
 
 def _checkpoint_findings(
-    args: Any, policy: ResumePolicy, chosen: Directories, *, known: bool
+    args: Any,
+    policy: ResumePolicy,
+    chosen: Directories,
+    stored: StoredCheckpoint | None,
+    *,
+    known: bool,
 ) -> Iterator[MegatronExtError]:
     """What is wrong with the checkpoint, for this run; without `known` whatever its policy."""
     if host.dropping_flag(args) or is_remote(args.load):
         return  # nothing is taken from it, or only Megatron can open it
-    stored = None
-    if chosen.load is not None:
+    if stored is None and chosen.load is not None:
         try:
             # Megatron takes --ckpt-step 0 for none (training/checkpointing.py:1664, 0.19.2).
             step = getattr(args, "ckpt_step", None) or None
@@ -270,7 +283,7 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         "dp_reshardable",
         "dp_zero_gather_scatter",
     )
-    rows = None if taken else _padded_rows(stored.args, args)
+    rows = None if taken else padded_rows(stored.args, args)
     if rows is not None and rows[0] != rows[1]:
         changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
     if changed and fixed:
@@ -281,7 +294,7 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         )
 
 
-def _padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
+def padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
     """Rows of the embedding in the checkpoint and now, where the arguments are enough to tell.
 
     As vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124,
@@ -304,7 +317,7 @@ def _phase(facts: _Facts) -> Phase | None:
     if not stored.optimizers:
         return None
     saved = stored.optimizers[0]
-    source = _identity(stored)
+    source = identity_of(stored)
     mark = None if saved.mark is None else Mark.parse(saved.mark)
     phase = decide(facts.policy, mark, source, facts.chosen.where)
     if facts.chosen.where == "own" and mark is not None and facts.chosen.start is not None:
@@ -313,7 +326,8 @@ def _phase(facts: _Facts) -> Phase | None:
     return phase
 
 
-def _identity(stored: StoredCheckpoint) -> str:
+def identity_of(stored: StoredCheckpoint) -> str:
+    """What tells a checkpoint with optimizer state from others (`megatron_ext.phase.identity`)."""
     saved = stored.optimizers[0]
     return identity(name_of(stored.root), stored.iteration, stored.args, saved.groups, saved.step)
 
@@ -327,7 +341,7 @@ def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
     with contextlib.suppress(CheckpointError, ValueError):
         found = newest(start, int(iteration))
     if found is not None and found.optimizers:
-        fits, there = same_checkpoint(_identity(found), mark.source), _identity(found)
+        fits, there = same_checkpoint(identity_of(found), mark.source), identity_of(found)
     else:
         fits, there = name_of(start) == name, f"no iteration {iteration} (of {name_of(start)})"
     if fits:

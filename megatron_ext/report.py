@@ -109,8 +109,8 @@ class ResumeReport:
             "megatron_ext": __version__,
             "megatron_core": self.megatron,
             "policy": _policy_json(self.optimizers),
-            "phase": _phase_json(self.phase),
-            "counters": _counters_json(self.counters),
+            "phase": phase_json(self.phase),
+            "counters": counters_json(self.counters),
             "optimizers": [_optimizer_json(r) for r in self.optimizers],
             "scheduler": self.scheduler,
         }
@@ -273,7 +273,8 @@ def _policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None
     return to_dict(plan.policy if plan.phase is None else plan.phase.asked)
 
 
-def _phase_json(phase: Phase | None) -> dict[str, Any] | None:
+def phase_json(phase: Phase | None) -> dict[str, Any] | None:
+    """A phase as the reports have it."""
     if phase is None:
         return None
     mark = phase.mark
@@ -287,7 +288,8 @@ def _phase_json(phase: Phase | None) -> dict[str, Any] | None:
     }
 
 
-def _counters_json(counters: tuple[Counters, Counters] | None) -> dict[str, Any] | None:
+def counters_json(counters: tuple[Counters, Counters] | None) -> dict[str, Any] | None:
+    """The checkpoint's counters and those the run goes on with."""
     if counters is None:
         return None
     before, after = (asdict(c) for c in counters)
@@ -307,7 +309,7 @@ def _optimizer_json(report: OptimizerReport) -> dict[str, Any]:
         "loss_scale": None
         if report.loss_scale is None
         else dict(zip(("checkpoint", "value"), report.loss_scale, strict=True)),
-        "clip_grad": None if (c := report.plan.clip_grad) is None else _decision_json(c),
+        "clip_grad": None if (c := report.plan.clip_grad) is None else decision_json(c),
         "warnings": list(warnings_of(report)),
         "loaded": {
             "tensors": dict(report.loaded.tensors),
@@ -338,11 +340,12 @@ def _group_json(group: GroupPlan, parameters: int) -> dict[str, Any]:
         "note": group.note,
         "parameters_on_rank_0": parameters,
         "dropped_keys": list(group.dropped),
-        "keys": {d.key: _decision_json(d) for d in group.decisions},
+        "keys": {d.key: decision_json(d) for d in group.decisions},
     }
 
 
-def _decision_json(d: Decision) -> dict[str, Any]:
+def decision_json(d: Decision) -> dict[str, Any]:
+    """Where one key comes from, as the reports have it."""
     return {
         "checkpoint": _json_value(d.checkpoint),
         "argument": _json_value(d.argument),

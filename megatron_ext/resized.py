@@ -8,7 +8,7 @@ from typing import Any
 
 from . import vocabulary
 from .cautions import betas_of, fresh_update
-from .moment_plan import Rows, Statistic, plan_moments
+from .moment_plan import ParameterPlan, Rows, Statistic, plan_moments
 from .parameters import held_by, shards_of
 from .plan import ResumePlan
 from .rules import Fill, Floor
@@ -77,14 +77,25 @@ def resized_of(
     if is_adam(optimizer.optimizer):
         groups = optimizer.optimizer.param_groups
         for decided in plan_moments(plan, list(parameters.values()), saved_groups, groups):
-            first = decided.parameter.saved_rows or 0
-            bare[decided.parameter.name] = sum(_bare(rows, first) for rows in decided.rows)
+            bare[decided.parameter.name] = resized_by(decided).bare
     return tuple(
         sorted(
             ResizedParameter(name, p.saved_rows or 0, p.rows, bare[name])
             for name, p in parameters.items()
         )
     )
+
+
+def resized_by(decided: ParameterPlan) -> ResizedParameter:
+    """What a plan leaves of the new rows of one parameter.
+
+    Args:
+        decided: The plan for its moments; the parameter has `saved_rows`.
+    """
+    parameter = decided.parameter
+    first = parameter.saved_rows or 0
+    bare = sum(_bare(rows, first) for rows in decided.rows)
+    return ResizedParameter(parameter.name, first, parameter.rows, bare)
 
 
 def warnings_of(plan: ResumePlan, resized: Sequence[ResizedParameter]) -> Iterator[str]:

@@ -13,6 +13,8 @@ import pytest
 from packaging.version import Version
 
 from megatron_ext import launch
+from megatron_ext.cli.plan import document
+from megatron_ext.forecast import forecast
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
 
@@ -451,6 +453,49 @@ def test_refusals_reach_every_rank(runs: Runs) -> None:
             assert error in text
             for word in words:
                 assert word in text
+
+
+#: Runs with a report, of checkpoints of all formats.
+PLANNED = (
+    "ours",
+    "reset",
+    "scheduler from checkpoint",
+    "keep max_lr",
+    "batch size",
+    "policy file",
+    "not distributed",
+    "legacy",
+    "adamw",
+    "train-samples",
+    "rampup",
+    "grown vocabulary",
+)
+
+
+@pytest.mark.reads(*PLANNED)
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_is_planned_is_what_is_done(name: str, runs: Runs) -> None:
+    """`python -m megatron_ext plan` with the command line of the run; see test_plan_command.py."""
+    report = ok(runs[name]).report
+    loads = SCENARIOS[name].loads
+    assert loads is not None
+    said = document(forecast(runs.checkpoint(loads), runs.words(name)))
+    assert said["errors"] == []
+    assert said["arguments"]["complete"]
+    assert [a["flag"] for a in said["arguments"]["assumed"]] == []
+    for key in ("policy", "phase", "counters", "scheduler"):
+        assert said[key] == report[key], key
+    for ours, theirs in zip(said["optimizers"], report["optimizers"], strict=True):
+        for key in ("step", "clip_grad", "unused_saved_groups"):
+            assert ours[key] == theirs[key]
+        for one, other in zip(ours["groups"], theirs["groups"], strict=True):
+            assert one == {k: v for k, v in other.items() if k != "parameters_on_rank_0"}
+        assert set(theirs["warnings"]) == set(said["warnings"])
+        assert len(ours["resized"]) == len(theirs["resized"])
+        if ours["rules"] is not None:
+            elements = {r["rule"]: r["elements"] for r in ours["rules"]}
+            moments = theirs["moments"] or {"rules": []}
+            assert elements == {r["rule"]: r["elements"] for r in moments["rules"]}
 
 
 BAD_STARTS = {

@@ -79,6 +79,17 @@ CONTRACT = (
         reference="core/optimizer_param_scheduler.py:341; follows the optimizer's policy",
     ),
     HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.__init__",
+        ("optimizer", "init_lr", "lr_warmup_steps", "wsd_decay_steps", "lr_wsd_decay_style"),
+        reference="core/optimizer_param_scheduler.py:110; run without an optimizer, for curves",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "param_group_identifier_keys",
+        reference="core/optimizer/optimizer.py:151; by what stock pairs groups (stock.py)",
+    ),
+    HostName(
         "megatron.core.dist_checkpointing",
         "load",
         ("sharded_state_dict", "checkpoint_dir"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import contextvars
 import importlib
@@ -148,6 +149,21 @@ def parse_arguments(argv: list[str]) -> Any:
         return module.parse_args(ignore_unknown_args=True)
     finally:
         sys.argv = before
+
+
+def megatron_parser(prog: str, usage: str) -> argparse.ArgumentParser:
+    """Megatron's own parser, without what this package adds to it in a run.
+
+    Args:
+        prog: For its messages.
+        usage: In place of its own, which names every flag.
+    """
+    add = importlib.import_module(f"{TRAINING}.arguments").add_megatron_arguments
+    add = getattr(add, "__megatron_ext_original__", add)
+    parser: argparse.ArgumentParser = add(
+        argparse.ArgumentParser(prog=prog, usage=usage, allow_abbrev=False)
+    )
+    return parser
 
 
 def global_args() -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 from .members import members_of
 
-_SCHEDULER_VALUES = (
+#: What a checkpoint has of the scheduler, beside its position.
+SCHEDULER_VALUES = (
     "max_lr",
     "min_lr",
     "lr_warmup_steps",
@@ -55,7 +56,7 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _scheduler_values(scheduler: Any) -> dict[str, Any]:
-    return {name: getattr(scheduler, name) for name in _SCHEDULER_VALUES}
+    return {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
 
 
 def scheduler_section(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.training import ROOT, SCRIPT, Training, Zygote, run
+from tests.support.training import ROOT, SCRIPT, Training, Zygote, run, words
 
 #: Mark of the tests that run a training script.
 needs_training = pytest.mark.skipif(
@@ -104,19 +104,17 @@ class Runs:
     def _depth(self, name: str) -> int:
         return 1 + max(map(self._depth, self._table[name].earlier), default=-1)
 
+    def words(self, name: str) -> list[str]:
+        """The arguments that the script of a run is given."""
+        return words(self._arguments(name), self.checkpoint(name).parent / "report")
+
     def _run(self, name: str) -> Training:
         scenario = self._table[name]
         for other in scenario.earlier:
             before = self._futures[other].result()
             meant = self._table[other].fails or self._table[other].kill_at is not None
             assert (before.returncode == 0) != meant, (other, before.log[-3000:])
-        arguments = scenario.arguments.replace("{directory}", str(self._directory))
-        for other in self._table:
-            arguments = arguments.replace(f"{{{other}}}", str(self.checkpoint(other)))
-        if scenario.loads is not None:
-            arguments += f" --load {self.checkpoint(scenario.loads)}"
-        if scenario.saves:
-            arguments += f" --save {self.checkpoint(name)}"
+        arguments = self._arguments(name)
         script = SCRIPT if scenario.script is None else ROOT / scenario.script
         directory = self.checkpoint(name).parent
         asked = {"KILL_AT_MICRO_BATCH": scenario.kill_at, "TAMPER": scenario.tamper}
@@ -130,6 +128,17 @@ class Runs:
             script=script,
             env=env,
         )
+
+    def _arguments(self, name: str) -> str:
+        scenario = self._table[name]
+        arguments = scenario.arguments.replace("{directory}", str(self._directory))
+        for other in self._table:
+            arguments = arguments.replace(f"{{{other}}}", str(self.checkpoint(other)))
+        if scenario.loads is not None:
+            arguments += f" --load {self.checkpoint(scenario.loads)}"
+        if scenario.saves:
+            arguments += f" --save {self.checkpoint(name)}"
+        return arguments
 
 
 def runs_of(

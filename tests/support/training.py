@@ -121,7 +121,7 @@ def run(
         ),
         *("--log-dir", str(logs), "--redirects", "3", "--tee", "0"),
         *("-m", "megatron_ext.launch", *launcher.split(), str(script)),
-        *_words(arguments, report),
+        *words(arguments, report),
     ]
     output = directory / "torchrun.log"
     with output.open("w") as stream:
@@ -182,7 +182,7 @@ class Zygote:
         directory.mkdir(parents=True, exist_ok=True)
         logs = [directory / f"rank{rank}.log" for rank in range(world)]
         report = directory / "report"
-        argv = [*launcher.split(), str(script), *_words(arguments, report)]
+        argv = [*launcher.split(), str(script), *words(arguments, report)]
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -216,7 +216,7 @@ class Zygote:
             self._answers[answer["id"]].put(answer["rc"])
 
 
-def _words(arguments: str, report: Path) -> list[str]:
+def words(arguments: str, report: Path) -> list[str]:
     """Megatron's arguments; data of one's own takes the place of the mock data."""
     words = arguments.format(report=report).split()
     return [w for w in ARGUMENTS if w != "--mock-data" or "--data-path" not in words] + words

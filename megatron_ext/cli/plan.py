@@ -1,0 +1,388 @@
+"""``python -m megatron_ext plan``: what a resume would do, before it is done."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..curves import Curve
+    from ..forecast import Forecast, OptimizerForecast
+    from ..host.stock import Stock
+
+SCHEMA = "megatron_ext/resume-plan/1"
+
+_OUTCOMES = {
+    "transition": "TRANSITION: a phase begins",
+    "continued": "CONTINUED: the checkpoint is of this phase already",
+    "resume": "RESUME: nothing is asked that must happen once",
+    "drops": "THE MOMENTS ARE DROPPED",
+    "refused": "REFUSED: the run would stop before its first step",
+}
+
+_STOCK = {
+    "loads": "loads, as the arguments say",
+    "keeps": "loads, and keeps old values without a word",
+    "fails": "does not start",
+    "drops": "starts without the moments",
+}
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to an argparse subparsers object."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        usage="python -m megatron_ext plan CKPT [options] [Megatron arguments]",
+        help="what a resume would do, and what stock Megatron would",
+        description="What a resume from a checkpoint with these arguments would do, and what "
+        "Megatron without this package would do. Give the command line of the run, or only the "
+        "arguments that change: the rest is then the checkpoint's, and is listed. No tensor is "
+        "read, nothing in the checkpoint is run. Exit status: 0, 1 where there are warnings, 2 "
+        "where the resume would be refused or the checkpoint cannot be read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="the directory given to --load")
+    _add_options(parser)
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="[Megatron arguments]",
+        help="for example --lr 3e-5 --min-lr 2e-5 --selective-preset reset",
+    )
+    parser.set_defaults(run=run, print_help=parser.print_help)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of its own, which may stand before and between Megatron's arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON (schemas/resume-plan)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves into a .png or .svg")
+    parser.add_argument("--iteration", type=int, help="as --ckpt-step; the last by default")
+    parser.add_argument("--policy", metavar="FILE", help="as --selective-policy")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan; see the description for the exit status."""
+    return output.guarded(lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if {"-h", "--help"} & set(options.arguments):
+        options.print_help()
+        return 0
+    words = _own_options(options)
+    if options.plot is not None:
+        from ..plots import require_format
+
+        require_format(options.plot)
+    from ..forecast import forecast
+
+    with warnings.catch_warnings():
+        # Of what is not installed, which a plan does not need.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        found = forecast(options.checkpoint, words, options.iteration)
+    if options.json:
+        output.print_json(document(found))
+    else:
+        _print(found)
+    if options.plot is not None:
+        from ..plots import curves_figure, save
+
+        save(curves_figure(found.curves), options.plot)
+    return found.status
+
+
+def _own_options(options: argparse.Namespace) -> list[str]:
+    """Take this command's options out of what comes after the checkpoint; the rest of it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ext plan", add_help=False, allow_abbrev=False
+    )
+    _add_options(parser)
+    # What is not given there stays as it was before the checkpoint's name.
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given, words = parser.parse_known_args(options.arguments)
+    for name, value in vars(given).items():
+        setattr(options, name, value)
+    if options.policy is not None:
+        words += ["--selective-policy", options.policy]
+    return words
+
+
+def document(found: Forecast) -> dict[str, Any]:
+    """The JSON document (``megatron_ext/schemas/resume-plan.schema.json``).
+
+    Args:
+        found: The forecast.
+    """
+    from ..inspection import plain
+    from ..policy_file import to_dict
+    from ..report import counters_json, phase_json
+    from ..version import __version__
+
+    arguments, stored = found.arguments, found.stored
+    content = {
+        "schema": SCHEMA,
+        "megatron_ext": __version__,
+        "checkpoint": {
+            "directory": str(stored.directory),
+            "iteration": stored.iteration,
+            "format": stored.format,
+            "sharding_type": stored.sharding_type,
+        },
+        "outcome": found.outcome,
+        "errors": [str(e) for e in found.errors],
+        "warnings": list(found.all_warnings),
+        "notes": list(found.notes),
+        "arguments": {
+            "complete": arguments.complete,
+            "parsed_by": arguments.parsed_by,
+            "assumed": [dataclasses.asdict(a) for a in arguments.assumed],
+            "unknown": list(arguments.unknown),
+        },
+        "policy": None if found.policy is None else to_dict(found.policy),
+        "phase": phase_json(found.phase),
+        "counters": counters_json(found.counters),
+        "optimizers": [_optimizer_json(one) for one in found.optimizers],
+        "scheduler": {
+            "num_steps": None if found.counters is None else found.counters[1].num_steps,
+            "values": {k: dataclasses.asdict(v) for k, v in found.scheduler.items()},
+            "first_step": [
+                {"optimizer": c.optimizer, "group": c.group, "lr": lr, "weight_decay": decay}
+                for c, lr, decay in found.first_step
+            ],
+        },
+        "curves": [dataclasses.asdict(c) for c in found.curves],
+        "stock": None if found.stock is None else dataclasses.asdict(found.stock),
+    }
+    plain_content: dict[str, Any] = plain(content)
+    return plain_content
+
+
+def _optimizer_json(one: OptimizerForecast) -> dict[str, Any]:
+    from ..report import decision_json
+
+    plan = one.plan
+    return {
+        "step": {
+            "value": plan.step,
+            "checkpoint": plan.saved_step,
+            "taken": "checkpoint" if plan.step == plan.saved_step else "policy",
+        },
+        "clip_grad": None if plan.clip_grad is None else decision_json(plan.clip_grad),
+        "groups": [
+            {
+                "index": group.index,
+                "saved_index": group.saved_index,
+                "note": group.note,
+                "dropped_keys": list(group.dropped),
+                "keys": {d.key: decision_json(d) for d in group.decisions},
+            }
+            for group in plan.groups
+        ],
+        "unused_saved_groups": list(plan.unused_saved_groups),
+        "rules": None if one.rules is None else [dataclasses.asdict(r) for r in one.rules],
+        "resized": [dataclasses.asdict(r) for r in one.resized],
+    }
+
+
+def _print(found: Forecast) -> None:
+    to = output.console()
+    output.print_table(to, "plan", ("", ""), _summary(found))
+    for number, error in enumerate(found.errors, 1):
+        to.print(output.cell(f"refused, {number}: {error}"))
+    output.print_table(to, "counters", ("", "checkpoint", "resumed run"), _counters(found))
+    for number, one in enumerate(found.optimizers):
+        _print_optimizer(to, number, one)
+    columns = ("scheduler", "checkpoint", "argument", "value", "taken from")
+    rows = [(k, v.checkpoint, v.argument, v.value, v.taken) for k, v in found.scheduler.items()]
+    output.print_table(to, "scheduler", columns, rows)
+    _print_first_step(to, found)
+    _print_curves(to, found.curves)
+    if found.stock is not None:
+        _print_stock(to, found.stock)
+    for warning in found.all_warnings:
+        to.print(output.cell(f"WARNING: {warning}"))
+    for source in dict.fromkeys(a.source for a in found.arguments.assumed):
+        of_one = [a for a in found.arguments.assumed if a.source == source]
+        # What is off is off in Megatron's defaults too.
+        told = [f"{a.flag} {a.value}" for a in of_one if a.value is not False]
+        to.print(output.cell(f"assumed, {source}: {' '.join(told)}"))
+    if found.optimizers:
+        to.print(
+            "assumed: the current param_groups are the checkpoint's, with the arguments' values; a "
+            "run with --selective-dry-run shows the true ones"
+        )
+    for note in found.notes:
+        to.print(output.cell(f"note: {note}"))
+
+
+def _summary(found: Forecast) -> Iterator[tuple[str, Any]]:
+    stored, arguments = found.stored, found.arguments
+    yield "outcome", _OUTCOMES[found.outcome]
+    if found.phase is not None:
+        yield "phase", found.phase.why
+    elif found.dropped:
+        yield "phase", f"{found.dropped}: the optimizer's state is not loaded"
+    yield "checkpoint", stored.directory
+    yield "format", " ".join(filter(None, (stored.format, stored.sharding_type)))
+    kind = "what it leaves out has Megatron's defaults"
+    if not arguments.complete:
+        kind = "what it leaves out comes from the checkpoint (listed below)"
+    yield "command line", f"read by {arguments.parsed_by}; {kind}"
+
+
+def _counters(found: Forecast) -> Iterator[tuple[str, Any, Any]]:
+    if found.counters is not None:
+        before, after = map(dataclasses.asdict, found.counters)
+        for name, value in before.items():
+            if value or after[name]:
+                yield name, value, after[name]
+
+
+def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
+    plan = one.plan
+    step = f"step {plan.step}"
+    if plan.step != plan.saved_step:
+        step += f" (checkpoint {plan.saved_step})"
+    for group in plan.groups:
+        where = "none" if group.saved_index is None else group.saved_index
+        title = f"optimizer {number}, {step}: param_group {group.index}"
+        columns = ("key", "checkpoint", "argument", "value", "taken from", "why")
+        decisions = [d for d in group.decisions if d.key != "lr"]  # the scheduler's, see below
+        told = [d for d in decisions if d.changed or d.reason != "default"]
+        rows: list[Sequence[Any]] = [
+            (d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason) for d in told
+        ]
+        rows.append(("saved group", where, "", "", "", group.note))
+        output.print_table(to, title, columns, rows)
+        same = [f"{d.key} {d.value}" for d in decisions if d not in told]
+        if same:
+            to.print(output.cell(f"unchanged: {', '.join(same)}"))
+        if group.dropped:
+            names = ", ".join(group.dropped)
+            to.print(output.cell(f"only in the checkpoint, not used: {names}"))
+    for index in plan.unused_saved_groups:
+        to.print(f"saved param_group {index} corresponds to no current one: not used")
+    if plan.clip_grad is not None:
+        d = plan.clip_grad
+        to.print(output.cell(f"clip_grad: {d.argument} -> {d.value} ({d.reason})"))
+    columns = ("rule", "exp_avg", "exp_avg_sq", "parameters", "elements", "for example")
+    rules = [(*dataclasses.astuple(r)[:-1], "\n".join(r.examples)) for r in one.rules or ()]
+    _print_multiline(to, f"optimizer {number}: moments", columns, rules)
+    if one.rules == ():
+        to.print(f"optimizer {number}: exp_avg and exp_avg_sq as in the checkpoint")
+    for resized in one.resized:
+        to.print(output.cell(str(resized)))
+
+
+def _print_multiline(
+    to: Console, title: str, columns: Iterable[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """A table whose last column has a line for each name."""
+    told = [
+        row
+        for *first, names in rows
+        for n, name in enumerate(names.split("\n"))
+        for row in [(*first, name) if n == 0 else (*[""] * len(first), name)]
+    ]
+    output.print_table(to, title, columns, told)
+
+
+def _print_first_step(to: Console, found: Forecast) -> None:
+    stock = () if found.stock is None else found.stock.first_step
+    theirs = {(s.optimizer, s.group): s for s in stock}
+    rows = []
+    for curve, lr, decay in found.first_step:
+        other = theirs.get((curve.optimizer, curve.group))
+        rows.append(
+            (
+                f"optimizer {curve.optimizer} group {curve.group}",
+                lr,
+                decay,
+                "-" if other is None else other.lr,
+                "-" if other is None else other.weight_decay,
+            )
+        )
+    columns = ("first resumed step", "lr", "weight decay", "lr, stock", "weight decay, stock")
+    output.print_table(to, "first resumed step", columns, rows)
+
+
+def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
+    """The first group's learning rate in a terminal; else some points of every curve."""
+    if not curves:
+        return
+    if sys.stdout.isatty():
+        from .braille import plot
+
+        first = {c.phase: c for c in reversed(curves)}
+        shift = _shift(first)
+        lines = [
+            [
+                (i + (shift if c.phase == 2 else 0), lr)
+                for i, lr in zip(c.iterations, c.lr, strict=True)
+            ]
+            for c in sorted(first.values(), key=lambda c: c.phase)
+        ]
+        to.print("learning rate of group 0, checkpoint's run and resumed run, over iterations")
+        for text in plot(lines, width=max(20, min(100, to.width - 14))):
+            to.print(text)
+        return
+    columns = ("curve", "", "iteration", "samples", "lr", "weight decay")
+    rows = [
+        (f"{c.label}, optimizer {c.optimizer} group {c.group}", name, *at)
+        for c in curves
+        for name, at in _points(c)
+    ]
+    output.print_table(to, "learning rate and weight decay", columns, rows)
+
+
+def _shift(first: dict[int, Curve]) -> int:
+    """By how much the new phase is drawn to the right, where it counts from another number."""
+    if not {1, 2} <= first.keys():
+        return 0
+    return first[1].iterations[-1] - first[2].iterations[0]
+
+
+def _points(curve: Curve) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """First, highest, middle and last point, each once."""
+    last = len(curve.lr) - 1
+    middle = (curve.iterations[0] + curve.iterations[-1]) / 2
+    nearest = min(range(last + 1), key=lambda i: abs(curve.iterations[i] - middle))
+    highest = max(range(last + 1), key=lambda i: curve.lr[i])
+    chosen: dict[int, str] = {}
+    for index, name in ((0, "first"), (highest, "highest"), (nearest, "middle"), (last, "last")):
+        chosen.setdefault(index, name)
+    for index in sorted(chosen):
+        at = curve.iterations[index], curve.samples[index], curve.lr[index]
+        yield chosen[index], (*at, curve.weight_decay[index])
+
+
+def _print_stock(to: Console, stock: Stock) -> None:
+    title = f"stock megatron-core {stock.version} with the same arguments"
+    if not stock.tested:
+        title += " (a version that this package is not tested with)"
+    rows: list[tuple[str, Any]] = [("", _STOCK[stock.outcome])]
+    if stock.error is not None:
+        rows.append(("error", stock.error))
+    for group in stock.groups:
+        where = f"optimizer {group.optimizer} group {group.group}"
+        rows.append((where, _stock_group(group)))
+    rows += [("scheduler", stock.scheduler), ("source", stock.source)]
+    output.print_table(to, title, ("", ""), rows)
+
+
+def _stock_group(group: Any) -> str:
+    if group.outcome == "keeps":
+        kept = ", ".join(f"{k} {old} (argument {new})" for k, (old, new) in group.kept.items())
+        return f"keeps {kept}"
+    if group.outcome == "missing":
+        return f"not found: {group.identifier}"
+    return "loads" if group.outcome == "loads" else "not loaded: its moments are lost"
