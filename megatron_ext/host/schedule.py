@@ -1,0 +1,87 @@
+"""Megatron's learning rate and weight decay schedule, run without an optimizer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import PlanError
+
+
+@dataclass(frozen=True)
+class ScheduleValues:
+    """What `OptimizerParamScheduler` is built with (core/optimizer_param_scheduler.py:110, 0.19.2).
+
+    Positions and lengths are in samples, the unit in which Megatron's scheduler counts.
+
+    Args:
+        max_lr: Largest learning rate, of groups without one of their own.
+        min_lr: Smallest.
+        lr_decay_steps: Where the decay ends.
+        lr_warmup_steps: Where the warm-up ends.
+        lr_decay_style: ``cosine``, ``linear``, ``WSD`` and so on.
+        init_lr: At the start of the warm-up; not part of a checkpoint's scheduler state.
+        start_wd: Weight decay at the start.
+        end_wd: At the end.
+        wd_incr_steps: Where `end_wd` is reached.
+        wd_incr_style: ``constant``, ``linear`` or ``cosine``.
+        wsd_decay_steps: Length of the decay of WSD, at its end.
+        lr_wsd_decay_style: Its form.
+    """
+
+    max_lr: float
+    min_lr: float
+    lr_decay_steps: int
+    lr_warmup_steps: float = 0
+    lr_decay_style: str = "linear"
+    init_lr: float = 0.0
+    start_wd: float = 0.01
+    end_wd: float = 0.01
+    wd_incr_steps: int = 1
+    wd_incr_style: str = "constant"
+    wsd_decay_steps: int | None = None
+    lr_wsd_decay_style: str | None = None
+
+
+def scheduled(
+    values: ScheduleValues, groups: Sequence[Mapping[str, Any]], positions: Sequence[int]
+) -> list[list[tuple[float, float]]]:
+    """Let Megatron's own scheduler say what param_groups are given.
+
+    Args:
+        values: What the scheduler is built with.
+        groups: param_groups; their own bounds (max_lr, min_lr, start_wd, end_wd, wd_mult) count
+            before the scheduler's, as in a run. Not modified.
+        positions: In samples, ascending, from 0.
+
+    Returns:
+        For each position the learning rate and the weight decay of every group.
+
+    Raises:
+        PlanError: Megatron's scheduler does not accept the values.
+    """
+    module = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    live = [dict(group) for group in groups]
+    optimizer = SimpleNamespace(param_groups=live)
+    out = []
+    try:
+        scheduler = module.OptimizerParamScheduler(
+            optimizer,
+            **asdict(values),
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=False,
+        )
+        for position in positions:
+            scheduler.step(position - scheduler.num_steps)
+            out.append([(float(g["lr"]), float(g["weight_decay"])) for g in live])
+    except Exception as e:  # it asserts, or raises a plain Exception, for what it does not accept
+        raise PlanError(
+            f"Megatron's scheduler does not accept these values: {type(e).__name__}: "
+            f"{e or 'an assertion without a message'} ({values}). Expected min_lr <= max_lr, a "
+            "warm-up shorter than the decay, start_wd <= end_wd, equal if weight decay is "
+            "constant, and known styles"
+        ) from e
+    return out
