@@ -53,12 +53,16 @@ class RuleReport:
         exp_avg: What was done to exp_avg.
         exp_avg_sq: What was done to exp_avg_sq.
         elements: Number of elements; one that several ranks hold counts on each.
+        parameters: Number of parameters it applies to on this rank.
+        examples: The first of them, by name.
     """
 
     rule: str
     exp_avg: str
     exp_avg_sq: str
     elements: int
+    parameters: int = 0
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -355,6 +359,7 @@ def _report(
     policy = work.policy
     sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
     elements = [0.0] * (len(policy.rules) + 1)
+    applied: list[set[str]] = [set() for _ in elements]
     unread = {str(key): names for key, names in work.unread.items()}
     for shard, statistics in zip(shards, counted, strict=True):
         for row, key in zip(sums, MOMENT_KEYS, strict=True):
@@ -368,7 +373,9 @@ def _report(
                 row[_CHANGED] -= s.changed or 0
         for rows in work.plans[shard.parameter.name].rows:
             held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
-            elements[-1 if rows.rule is None else rows.rule] += held
+            number = -1 if rows.rule is None else rows.rule
+            elements[number] += held
+            applied[number] |= {shard.parameter.name} if held else set()
     mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
     flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=device)
     agree.add_up(flat)
@@ -381,8 +388,8 @@ def _report(
     told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
     told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
     reports = tuple(
-        RuleReport(name, write(m), write(v), int(n))
-        for (name, m, v), n in zip(told, total[2 * len(_COLUMNS) :], strict=True)
+        RuleReport(name, write(m), write(v), int(n), len(on), tuple(sorted(on)[:_MAX_NAMED]))
+        for (name, m, v), n, on in zip(told, total[2 * len(_COLUMNS) :], applied, strict=True)
     )
     return MomentReport(
         rules=reports,
