@@ -33,7 +33,6 @@ _COUNTERS = {
 }
 _STATE_TENSORS = {"param": "master weights", "state": "state (not Adam's)"}
 _ENVIRONMENT = {"python": "Python", "torch": "torch", "ranks": "ranks", "time": "resumed at"}
-_TAKEN = {"checkpoint": "checkpoint", "arguments": "arguments", "preset": "preset"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def page(document: Document, plots: Plots | None = None) -> str:
         lstrip_blocks=True,
     )
     template = environment.from_string(
-        files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+        files("megatron_ext").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     )
     drawn = {"schedule": plots.schedule, "moments": plots.moments}
     return template.render(
@@ -311,7 +310,7 @@ def _resized(optimizer: Document) -> Table:
 def _group(group: Document) -> dict[str, Any]:
     told, folded = [], []
     for key, d in group["keys"].items():
-        plain = (key, d["checkpoint"], d["argument"], d["value"], _TAKEN[d["taken"]], d["reason"])
+        plain = (key, d["checkpoint"], d["argument"], d["value"], d["taken"], d["reason"])
         # The scheduler decides lr, which has a table of its own.
         stands_out = key != "lr" and (d["changed"] or d["reason"] != "default")
         (told if stands_out else folded).append(Row(plain, stands_out and d["changed"]))
