@@ -56,7 +56,7 @@ def _read(file: Path) -> dict[str, Any]:
     found = document.get("schema") if isinstance(document, dict) else type(document).__name__
     if found != SCHEMA:
         raise _no_report(file, f"its schema is {found!r}, expected {SCHEMA!r}")
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def _no_report(file: str | Path, why: str) -> MegatronExtError:
