@@ -10,7 +10,8 @@ from .loop import length_of_run
 from .members import members_of
 from .request import global_args
 
-_SCHEDULER_VALUES = (
+#: What a checkpoint has of the scheduler, beside its position.
+SCHEDULER_VALUES = (
     "max_lr",
     "min_lr",
     "lr_warmup_steps",
@@ -61,7 +62,7 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _scheduler_values(scheduler: Any) -> dict[str, Any]:
-    found = {name: getattr(scheduler, name) for name in _SCHEDULER_VALUES}
+    found = {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
     return found | {name: getattr(scheduler, name, None) for name in _NOT_SAVED}
 
 
@@ -84,7 +85,7 @@ def scheduler_section(
     policy = members[0].resume.policy
     kept = set(policy.kept_scheduler_attributes)
     everything = policy.schedule == "checkpoint"
-    from_checkpoint = set(_SCHEDULER_VALUES) if everything else kept
+    from_checkpoint = set(SCHEDULER_VALUES) if everything else kept
     values = {
         name: {
             "checkpoint": state_dict.get(name),
