@@ -336,7 +336,6 @@ def _moments_json(moments: MomentReport | None) -> dict[str, Any] | None:
                 "exp_avg": r.exp_avg,
                 "exp_avg_sq": r.exp_avg_sq,
                 "elements": r.elements,
-                "parameters_on_rank_0": r.parameters,
                 "examples": list(r.examples),
             }
             for r in moments.rules

@@ -102,7 +102,7 @@ def page(document: Document, plots: Plots | None = None) -> str:
         phase=_phase(document),
         policy=json.dumps(document["policy"], indent=2, ensure_ascii=False).split("\n"),
         environment=_environment(document),
-        plots={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704
+        plots={name: Markup(svg) for name, svg in drawn.items()},
         absent=plots.absent,
     )
 
@@ -256,22 +256,14 @@ def _rules(moments: Document) -> Table:
                 rule["exp_avg"],
                 rule["exp_avg_sq"],
                 _count(rule["elements"]),
-                _examples(rule),
+                ", ".join(rule.get("examples", ())) or "all that no rule names",
             ),
             not rule["exp_avg"] == rule["exp_avg_sq"] == "keep" and rule["elements"] > 0,
         )
         for rule in moments["rules"]
     ]
-    columns = ("rule", "exp_avg", "exp_avg_sq", "elements, all ranks", "parameters on rank 0")
+    columns = ("rule", "exp_avg", "exp_avg_sq", "elements, all ranks", "among them")
     return Table(columns, tuple(rows))
-
-
-def _examples(rule: Document) -> str:
-    names, count = rule.get("examples", ()), rule.get("parameters_on_rank_0")
-    if count is None:
-        return "not counted"  # a report of an earlier version
-    more = f" and {count - len(names)} more" if count > len(names) else ""
-    return f"{count}: {', '.join(names)}{more}" if names else str(count)
 
 
 def _moments(moments: Document) -> Table:

@@ -115,7 +115,11 @@ def _before(document: Mapping[str, Any], batch: int | None) -> tuple[Curve, ...]
     if not done or not position or any(_saved(scheduler, name) is None for name in _NEEDED):
         return ()
     places = [
-        [(g["index"], _bounds(g, "checkpoint")) for g in o["groups"] if g["saved_index"] is not None]
+        [
+            (g["index"], _bounds(g, "checkpoint"))
+            for g in o["groups"]
+            if g["saved_index"] is not None
+        ]
         for o in document["optimizers"]
     ]
     # Its scheduler may have been restarted, or not, when the iterations were counted from 0 again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,11 @@ def test_the_curve_is_what_the_run_logged(runs: Runs) -> None:
 
 
 @pytest.mark.reads("phase 2")
-def test_a_rule_names_the_parameters_it_met(runs: Runs) -> None:
+def test_a_rule_names_the_parameters_it_met_on_any_rank(runs: Runs) -> None:
     rule, preset = ok(runs["phase 2"]).report["optimizers"][0]["moments"]["rules"]
+    assert rule["elements"] == 64 * 32
     assert rule["examples"] == ["embedding.word_embeddings.weight"]
-    assert rule["parameters_on_rank_0"] == 1
-    assert len(preset["examples"]) == min(8, preset["parameters_on_rank_0"])
-    assert preset["parameters_on_rank_0"] > 1
+    assert preset["examples"] == []
 
 
 @pytest.mark.reads("phase 2")
@@ -135,20 +135,38 @@ def test_tensorboard_has_the_reports_numbers_and_the_plan(runs: Runs) -> None:
     written = (directory(runs, "phase 2") / "resume-report.txt").read_text().splitlines()
     assert without_counts([line[4:] for line in lines]) == without_counts(written)
     assert any("parameters on rank 1;" in line for line in lines)
-    assert f"megatron_ext: {len(expected)} scalars and the plan written to TensorBoard" in (
-        found.ranks[1]
+    assert (
+        f"megatron_ext: {len(expected)} scalars and the plan written to TensorBoard"
+        in (found.ranks[1])
     )
     assert "written to TensorBoard" not in found.ranks[0]
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """What an offline run's file holds: LevelDB's log format after a header of 7 bytes.
+
+    Blocks of 32 KiB; each piece of a record has a checksum, a length, and whether it is whole (1),
+    the first (2), a middle (3) or the last one (4).
+    """
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
 
 
 def wandb_history(file: Path) -> list[dict[str, Any]]:
     """The rows of an offline run."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    rows = []
+    for data in wandb_records(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
@@ -171,7 +189,7 @@ def test_wandb_has_them_too(runs: Runs) -> None:
     (row,) = (r for r in rows if "megatron_ext/warnings" in r)
     assert row["_step"] == 10
     assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert row["megatron_ext/plan"]["_type"] == "html-file"
+    assert row["megatron_ext/plan/_type"] == "html-file"
     (page,) = saved.rglob("*.html")
     assert "TRANSITION APPLIED" in page.read_text()
     assert " &gt; param_group 0" in page.read_text()

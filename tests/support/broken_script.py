@@ -1,4 +1,4 @@
-"""The demo's training script where matplotlib is not installed and TensorBoard takes no text."""
+"""The demo's training script without matplotlib, with a TensorBoard that refuses our text."""
 
 import runpy
 import sys
@@ -8,9 +8,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import megatron_ext
 
+add_text = SummaryWriter.add_text
+
 
 def refuse(self, tag, *args, **kwargs):
-    raise OSError(f"no space left for {tag}")
+    if tag.startswith("megatron_ext"):
+        raise OSError(f"no space left for {tag}")
+    add_text(self, tag, *args, **kwargs)
 
 
 if __name__ == "__main__":
