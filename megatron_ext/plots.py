@@ -24,6 +24,8 @@ _LINES: tuple[dict[str, Any], dict[str, Any]] = (
     {"linestyle": (0, (4, 2)), "linewidth": 1.4, "alpha": 0.85},
     {"linestyle": "-", "linewidth": 2.4},
 )
+#: With more groups than that the last ones have lines of one width.
+_WIDENED = 4
 #: Groups beyond it are drawn, and left out of the legend.
 _LEGEND = 12
 _FORMATS = (".png", ".svg")
@@ -47,11 +49,12 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     ends = [c.iterations[-1] for _, c in lines if c.phase == 1]
     starts = [c.iterations[0] for _, c in lines if c.phase == 2]
     shift = max(ends) - min(starts) if ends and starts else 0
-    colours: dict[tuple[int, int], str] = {}
+    keys = list(dict.fromkeys((c.optimizer, c.group) for _, c in lines))
     for number, (name, curve) in enumerate(lines):
-        key = curve.optimizer, curve.group
-        colour = colours.setdefault(key, _COLOURS[len(colours) % len(_COLOURS)])
-        style = {**_LINES[curve.phase != 1], "color": colour}
+        place = keys.index((curve.optimizer, curve.group))
+        style = {**_LINES[curve.phase != 1], "color": _COLOURS[place % len(_COLOURS)]}
+        # Groups often differ in one of the two only: what lies below looks out on both sides.
+        style["linewidth"] += 1.8 * max(0, min(len(keys), _WIDENED) - 1 - place)
         x = [i + (shift if curve.phase == 2 else 0) for i in curve.iterations]
         label = name if number < _LEGEND else "_" + name
         above.plot(x, curve.lr, label=plain_text(label), **style)

@@ -92,6 +92,7 @@ def page(document: Document, plots: Plots | None = None) -> str:
     drawn = {"schedule": plots.schedule, "moments": plots.moments}
     return template.render(
         title=_title(document),
+        time=(document.get("environment") or {}).get("time"),
         state=(document["phase"] or {}).get("state", "none"),
         summary=_summary(document),
         warnings=_warnings(document),
@@ -184,10 +185,16 @@ def _counters(document: Document) -> Table:
 
 def _first_step(document: Document) -> Table:
     rows = [
-        Row((first["optimizer"], first["group"], first["lr"], first["weight_decay"]))
+        Row(
+            (
+                f"optimizer {first['optimizer']}, param_group {first['group']}",
+                first["lr"],
+                first["weight_decay"],
+            )
+        )
         for first in (document["scheduler"] or {}).get("first_step", ())
     ]
-    return Table(("optimizer", "param_group", "learning rate", "weight decay"), tuple(rows))
+    return Table(("", "learning rate", "weight decay"), tuple(rows))
 
 
 def _scheduler(document: Document) -> Table:
@@ -262,7 +269,7 @@ def _rules(moments: Document) -> Table:
         )
         for rule in moments["rules"]
     ]
-    columns = ("rule", "exp_avg", "exp_avg_sq", "elements, all ranks", "among them")
+    columns = ("rule", "exp_avg", "exp_avg_sq", "elements, all ranks", "parameters (some)")
     return Table(columns, tuple(rows))
 
 
@@ -300,10 +307,12 @@ def _resized(optimizer: Document) -> Table:
 
 
 def _group(group: Document) -> dict[str, Any]:
-    told, folded = [], []
+    told: list[Row] = []
+    folded: list[Row] = []
     for key, d in group["keys"].items():
-        plain = (key, d["checkpoint"], d["argument"], d["value"], d["taken"], d["reason"])
-        # The scheduler decides lr, which has a table of its own.
+        # The scheduler decides lr, which is in the table of the first step.
+        used = "set by the scheduler" if key == "lr" else d["value"]
+        plain = (key, d["checkpoint"], d["argument"], used, d["taken"], d["reason"])
         stands_out = key != "lr" and (d["changed"] or d["reason"] != "default")
         (told if stands_out else folded).append(Row(plain, stands_out and d["changed"]))
     saved = group["saved_index"]

@@ -223,7 +223,7 @@ def test_numbers_are_those_of_the_report() -> None:
         ["iteration changed", "10", "2"],
         ["consumed samples (data position)", "80", "80"],
         ["schedule position, in samples changed", "80", "16"],
-        ["0", "1", "9.5e-05", "0"],
+        ["optimizer 0, param_group 1", "9.5e-05", "0"],
         ["max_lr changed", "0.003", "0.001", "0.001", "arguments"],
         ["start_wd", "0.1", "0.2", "0.1", "checkpoint"],
         ["last iteration", "none", "60", "60", "arguments"],
@@ -575,5 +575,5 @@ def test_an_empty_report_has_a_number_of_warnings() -> None:
 
 def test_plots_are_taken_as_they_are_and_reasons_are_text() -> None:
     page = report_page.page(document(), Plots("<svg></svg>", absent=("<b>no</b>",)))
-    assert "<figure><svg></svg></figure>" in page
+    assert "<figure><svg></svg><figcaption>" in page
     assert "&lt;b&gt;no&lt;/b&gt;" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def _report(options: argparse.Namespace) -> int:
     from .. import report_files, report_page, report_plots
 
     document = _read(Path(options.report))
-    plots = report_plots.draw(document)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's, about what it does without a GPU
+        plots = report_plots.draw(document)
     try:
         page = report_page.page(document, plots)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
