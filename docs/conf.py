@@ -35,6 +35,8 @@ napoleon_numpy_docstring = False
 # What other packages document; there is no network in a build.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|megatron|collections|typing|argparse|pathlib|os|dataclasses|enum)(\..*)?"),
+    # Types of annotations that no page is about.
+    (r"py:class", r"megatron_ext\._?\w+\..*|(dict|tuple|list)\[.*"),
 ]
 
 html_theme = "furo"

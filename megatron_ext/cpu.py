@@ -317,8 +317,8 @@ class FusedAdamStandIn(torch.optim.Optimizer):
 
     .. math::
         m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,
-        \qquad p \leftarrow p - \eta \Big( \frac{m / (1-\beta_1^t)}
-        {\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \Big)
+        \qquad p \leftarrow p - \eta \left( \frac{m / (1-\beta_1^t)}
+        {\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \right)
 
     Args:
         params: Parameters, or groups of them.

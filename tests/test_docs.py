@@ -211,7 +211,9 @@ def test_every_block_is_of_its_language(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(DOCS).as_posix())
 def test_every_file_and_test_is_there(path: Path) -> None:
     for code in inline(path):
-        found = re.fullmatch(r"((?:tests|megatron_ext|benchmarks|docs|csrc)/[\w./-]+)(::\w+)?", code)
+        found = re.fullmatch(
+            r"((?:tests|megatron_ext|benchmarks|docs|csrc)/[\w./-]+)(::\w+)?", code
+        )
         if found is None:
             continue
         file = ROOT / found[1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sphinx.ext.autodoc.mock import mock
+
 from . import command_line, compatibility, environment, mathml, policies, schemas
 
 if TYPE_CHECKING:
@@ -30,5 +32,15 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "reference-contract": compatibility.Contract,
     }.items():
         app.add_directive(name, directive)
+    app.connect("builder-inited", _import_without_megatron)
     app.add_html_math_renderer("mathml", (mathml.inline, None), (mathml.block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _import_without_megatron(app: Sphinx) -> None:
+    """Load the public names while Megatron is a stand-in: autodoc would load them without one."""
+    import megatron_ext
+
+    with mock(app.config.autodoc_mock_imports):
+        for name in megatron_ext.__all__:
+            getattr(megatron_ext, name)

@@ -86,7 +86,9 @@ def _options(
             continue
         names = action.option_strings or [action.dest]
         anchor = trees.anchor(*([program] if program else []), names[0])
-        signature = addnodes.desc_signature("", "", ids=[anchor], classes=["sig", "sig-object", "std"])
+        signature = addnodes.desc_signature(
+            "", "", ids=[anchor], classes=["sig", "sig-object", "std"]
+        )
         values = _values(action)
         for number, name in enumerate(names):
             signature += addnodes.desc_name(text=name if number == 0 else f", {name}")
@@ -94,7 +96,9 @@ def _options(
         if values:
             signature += addnodes.desc_addname(text=f" {values}")
         content = addnodes.desc_content("", trees.paragraph(_help(action)))
-        yield addnodes.desc("", signature, content, domain="std", objtype="option", classes=["std", "option"])
+        yield addnodes.desc(
+            "", signature, content, domain="std", objtype="option", classes=["std", "option"]
+        )
 
 
 def _values(action: argparse.Action) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import tomllib
 from pathlib import Path
 
+import tomllib
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 

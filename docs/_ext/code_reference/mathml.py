@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 
 def inline(translator: Any, node: nodes.math) -> None:
     """A formula in a line."""
-    translator.body.append(tex2mathml(node.astext()))
+    translator.body.append(_converted(node, node.astext(), block=False))
     raise nodes.SkipNode
 
 
@@ -19,6 +21,14 @@ def block(translator: Any, node: nodes.math_block) -> None:
     translator.body.append(translator.starttag(node, "div", CLASS="math"))
     for formula in node.astext().split("\n\n"):
         if formula.strip():
-            translator.body.append(tex2mathml(formula.strip(), as_block=True))
+            translator.body.append(_converted(node, formula.strip(), block=True))
     translator.body.append("</div>\n")
     raise nodes.SkipNode
+
+
+def _converted(node: nodes.Element, formula: str, *, block: bool) -> str:
+    try:
+        return tex2mathml(formula, as_block=block)
+    except MathError as e:
+        logging.getLogger(__name__).warning("%s in: %s", e, formula, location=node)
+        return ""

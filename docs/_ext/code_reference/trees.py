@@ -56,9 +56,7 @@ def section(title: str, identifier: str, *content: nodes.Node) -> nodes.section:
         content: What is in it.
     """
     name = nodes.fully_normalize_name(title)
-    return nodes.section(
-        "", nodes.title(title, title), *content, ids=[identifier], names=[name]
-    )
+    return nodes.section("", nodes.title(title, title), *content, ids=[identifier], names=[name])
 
 
 def preformatted(text: str) -> nodes.literal_block:
