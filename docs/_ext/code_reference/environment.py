@@ -1,6 +1,6 @@
 """Environment variables, from the ``Environment:`` part of the docstrings of those that read them.
 
-A variable that the code reads and no docstring names is a warning, and so an error of the build.
+A variable that a module reads and its docstring does not name is a warning: an error of the build.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ class Environment(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """When each is read, and what it means."""
         documented = list(variables())
-        known = {name for variable in documented for name in variable.names}
-        for name, where in sorted(read()):
-            if name not in known:
-                logging.getLogger(__name__).warning(
-                    "%s reads %s: no docstring has it under Environment:", where, name
-                )
+        known = {(name, variable.where) for variable in documented for name in variable.names}
+        for name, where in sorted(read() - known):
+            logging.getLogger(__name__).warning(
+                "%s reads %s: its docstring does not have that under Environment:", where, name
+            )
         rows = [
             (
                 ", ".join(f"`{name}`" for name in variable.names),
