@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo lint format test test-matrix test-gpu bench clean
+.PHONY: help bootstrap demo docs lint format test test-matrix test-gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ bench: bootstrap ## what a resume costs: stock and ours in turn (10 minutes)
 	$(PYTHON_BIN) -m benchmarks.resume
 	$(PYTHON_BIN) -m benchmarks.resume.readme
 
+docs: bootstrap ## build the documentation into docs/_build; warnings are errors
+	$(PYTHON_BIN) -m sphinx -W --keep-going -n -q docs docs/_build
+	@echo docs/_build/index.html
+
 clean: ## remove what builds, tests and the demo leave behind; .venv stays
-	rm -rf build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -31,7 +31,7 @@ def get_megatron_optimizer(
         **kwargs: As Megatron's function.
 
     Returns:
-        What Megatron returns: a `MegatronOptimizer`, usually a `ChainedOptimizer`.
+        A `MegatronOptimizer`, usually a `ChainedOptimizer`, as Megatron's function.
 
     Raises:
         HostError: The class cannot be used, the configuration is not supported, or the installed

@@ -15,6 +15,10 @@ Call it in every rank before the training script runs::
 Written for megatron-core 0.16.1, 0.18.2 and 0.19.2; paths below are relative to ``megatron/``,
 lines are those of 0.19.2. Nothing of this package is imported, so that the file can be loaded by
 its path where the package is not installed.
+
+Environment:
+    TORCHDYNAMO_DISABLE, CUDA_DEVICE_MAX_CONNECTIONS: set to 1 by `install` where they are not set.
+    RANK: set by torchrun; rank 0 says what it runs on.
 """
 
 from __future__ import annotations
@@ -313,8 +317,8 @@ class FusedAdamStandIn(torch.optim.Optimizer):
 
     .. math::
         m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,
-        \qquad p \leftarrow p - \eta \Big( \frac{m / (1-\beta_1^t)}
-        {\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \Big)
+        \qquad p \leftarrow p - \eta \left( \frac{m / (1-\beta_1^t)}
+        {\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \right)
 
     Args:
         params: Parameters, or groups of them.

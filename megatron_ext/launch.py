@@ -1,6 +1,9 @@
 """Run an unmodified Megatron training script with ``--optimizer-class``.
 
 ``torchrun ... -m megatron_ext.launch [--cpu] SCRIPT.py [Megatron arguments]``
+
+Environment:
+    RANK: set by torchrun; rank 0 says which class is used.
 """
 
 from __future__ import annotations

@@ -365,7 +365,7 @@ class ResumePolicy:
 
     @property
     def restarts_schedule(self) -> bool:
-        """Whether the scheduler's position goes back to 0: it counts the same samples."""
+        """Whether the scheduler's position, which counts samples, goes back to 0."""
         if self.schedule_position is None:
             return self.reset_iteration
         return self.schedule_position == "restart"

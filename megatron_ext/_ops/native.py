@@ -1,7 +1,8 @@
 """Loading the compiled kernels, and saying which kernel is active and why.
 
-``MEGATRON_EXT_KERNEL``: ``auto`` (default: compiled kernels where they can be loaded), ``native``
-(an error where they cannot) or ``reference``.
+Environment:
+    MEGATRON_EXT_KERNEL: ``auto`` (default: compiled kernels where they can be loaded), ``native``
+        (an error where they cannot) or ``reference``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    options = command_line().parse_args(argv)
+    status: int = options.run(options)
+    return status
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands; what it gives has ``run``, which takes it."""
     from . import convert, diff, edit, env, inspect, plan, report
 
     parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)
@@ -29,6 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     edit.add_to(commands)
     plan.add_to(commands)
     report.add_to(commands)
-    options = parser.parse_args(argv)
-    status: int = options.run(options)
-    return status
+    return parser

@@ -1,0 +1,97 @@
+"""What is supported, refused and leaned on, as far as the code says it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tomllib
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from . import trees
+
+PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
+
+#: Flags of Megatron that may be refused, each as `preflight.refused_flags` looks at it.
+_SUSPECTS = (
+    {"optimizer": "sgd"},
+    {"optimizer": "lion"},
+    {"use_megatron_fsdp": True},
+    {"use_torch_fsdp2": True},
+    {"non_persistent_ckpt_type": "local"},
+)
+
+#: Every sharding of a distributed optimizer's state that some Megatron has written.
+_SHARDINGS = (
+    "dp_reshardable",
+    "fully_reshardable",
+    "dp_zero_gather_scatter",
+    "fully_sharded_model_space",
+    "fully_sharded_bucket_space",
+)
+
+
+class Versions(SphinxDirective):
+    """The versions of megatron-core, Python and torch."""
+
+    def run(self) -> list[nodes.Node]:
+        """From the contract and pyproject.toml."""
+        from megatron_ext.host import TESTED
+
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        bounds = (d.partition(">=") for d in project["dependencies"])
+        needed = {name: bound for name, _, bound in bounds}
+        python = project["requires-python"]
+        rows = [
+            ("megatron-core, tested", ", ".join(f"`{v}`" for v in TESTED)),
+            ("megatron-core, accepted", f"`{needed['megatron-core']}` or later; see below"),
+            ("torch", f"`{needed['torch']}` or later"),
+            ("Python", f"`{python.removeprefix('>=')}` or later"),
+        ]
+        return [trees.table(("", ""), rows)]
+
+
+class Refused(SphinxDirective):
+    """What stops with its name."""
+
+    def run(self) -> list[nodes.Node]:
+        """The messages themselves, from the functions that give them."""
+        from megatron_ext import preflight
+        from megatron_ext.checkpoint import unreadable_sharding
+
+        flags = []
+        for suspect in _SUSPECTS:
+            args = argparse.Namespace(optimizer_class="CLASS", **suspect)
+            for message in preflight.refused_flags(args):
+                flag, _, reason = message.partition(" with ")[2].partition(": ")
+                flags.append(([trees.code(flag)], reason))
+        shardings = [(s, unreadable_sharding(s)) for s in _SHARDINGS]
+        forms = [([trees.code(s)], reason) for s, reason in shardings if reason]
+        return [
+            trees.table(("Megatron's flag", "why it is refused"), flags),
+            trees.table(("sharding of the optimizer state", "why it is refused"), forms),
+        ]
+
+
+class Contract(SphinxDirective):
+    """The names of Megatron that are leaned on."""
+
+    def run(self) -> list[nodes.Node]:
+        """Those that are rebound first."""
+        from megatron_ext.host import CONTRACT
+
+        out: list[nodes.Node] = []
+        for rebound, title in ((True, "Rebound in memory"), (False, "Called or overridden")):
+            rows = [
+                (
+                    [trees.code(f"{name.module}.{name.attribute}")],
+                    name.since,
+                    name.reference,
+                )
+                for name in CONTRACT
+                if name.rebound == rebound
+            ]
+            table = trees.table(("name", "since megatron-core", "where, and what for"), rows)
+            out.append(trees.section(title, trees.anchor("contract", title), table))
+        return out
