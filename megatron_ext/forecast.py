@@ -37,7 +37,7 @@ from .planned_arguments import (
     state_of,
 )
 from .policy import ResumePolicy
-from .preflight import dropping_flag, findings, identity_of, padded_rows
+from .preflight import findings, identity_of, padded_rows
 from .resized import ResizedParameter, resized_by, warnings_of
 from .stored import StoredCheckpoint, open_checkpoint
 
@@ -197,7 +197,7 @@ class _Forecaster:
             self._refuse(error)
         request = _quietly(lambda: request_from_args(now))
         policy = None if request is None else request.policy
-        dropped = dropping_flag(now)
+        dropped = host.dropping_flag(now)
         if dropped:
             self.warnings.append(f"{dropped}: the checkpoint's Adam moments are dropped")
         self._look_at_the_directories()
