@@ -85,7 +85,7 @@ class Contract(SphinxDirective):
         for rebound, title in ((True, "Rebound in memory"), (False, "Called or overridden")):
             rows = [
                 (
-                    [trees.code(f"{name.module}.{name.attribute}")],
+                    [trees.code(f"{name.module}."), trees.line_break(), trees.code(name.attribute)],
                     name.since,
                     name.reference,
                 )

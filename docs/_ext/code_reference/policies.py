@@ -25,7 +25,7 @@ class Presets(SphinxDirective):
             )
             for name, entry in CATALOGUE.items()
         ]
-        head = ("--selective-preset", "in a file", "what it does", "can be declined", "source")
+        head = ("in a flag", "in a file", "what it does", "can be declined", "source")
         return [trees.table(head, rows)]
 
 

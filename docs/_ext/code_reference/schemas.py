@@ -78,7 +78,7 @@ def _entries(schema: Schema, path: str) -> Iterator[Entry]:
     """Every key and every described alternative, depth first; named parts are not entered."""
     for key, inner in schema.get("properties", {}).items():
         at = f"{path}.{key}" if path else key
-        inner = {} if inner is True else inner  # any value
+        inner = {} if isinstance(inner, bool) else inner  # true: any value
         yield at, inner
         yield from _inside(inner, at)
 

@@ -28,6 +28,11 @@ def code(text: str) -> nodes.literal:
     return nodes.literal(text, text)
 
 
+def line_break() -> nodes.raw:
+    """Where a long name may be broken."""
+    return nodes.raw("", "<wbr>", format="html")
+
+
 def paragraph(content: Cell) -> nodes.paragraph:
     """A paragraph."""
     return nodes.paragraph("", "", *_inline(content))
