@@ -125,12 +125,12 @@ def load(file: BinaryIO) -> Any:
     Raises:
         Exception: Whatever a damaged pickle makes of itself.
     """
-    with _without_collection():
+    with without_collection():
         return _Unpickler(file).load()
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Of an index's millions of objects none is garbage, and looking takes most of the time."""
     was = gc.isenabled()
     gc.disable()

@@ -27,7 +27,7 @@ from megatron_ext.phase import Mark
 from megatron_ext.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
-from tests.support import inspected
+from tests.support import inspected, planned
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
@@ -373,8 +373,12 @@ def measured(tmp_path: Path, *words: Any) -> tuple[dict[str, Any], float, float]
     return json.loads(done.stdout), seconds, peak
 
 
-def test_a_trillion_parameters_are_inspected_in_linear_time(tmp_path: Path) -> None:
-    times = []
+#: One layer of many, some rows of each matrix.
+RULE = ("--selective-rule", "decoder.layers.7.*.linear_fc1.weight[8:]", "reset", "reset")
+
+
+def test_a_trillion_parameters_are_inspected_and_planned_in_linear_time(tmp_path: Path) -> None:
+    times, planning = [], []
     for layers in (64, 128):
         directory = tmp_path / str(layers)
         parameters = inspected.mixture_of_experts(directory, layers, 304)
@@ -388,11 +392,18 @@ def test_a_trillion_parameters_are_inspected_in_linear_time(tmp_path: Path) -> N
         tensors = 2 * 304 * layers
         expected = tensors, 4 * tensors, parameters, 4 * parameters
         assert counts == dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), expected)
+        given = "--lr 1e-4 --min-lr 1e-5 --train-iters 9 --global-batch-size 8".split()
+        plan, seconds, peak_of_plan = planned.measured(directory, *given, *RULE)
+        planning.append(seconds)
+        one, rest = plan["optimizers"][0]["rules"]
+        assert (one["parameters"], one["elements"]) == (304, 304 * (4352 - 8) * 8192)
+        assert (rest["parameters"], rest["elements"]) == (tensors, parameters - one["elements"])
         if layers == 64:
-            assert peak <= 2e9
+            assert max(peak, peak_of_plan) <= 2e9
         shutil.rmtree(directory)
     # 2.0 where nothing else runs; the slack is for a loaded machine. Quadratic would be 4.
     assert times[1] <= 3 * times[0]
+    assert planning[1] <= 3 * planning[0]
 
 
 def test_moments_are_scanned_in_bounded_memory(tmp_path: Path) -> None:

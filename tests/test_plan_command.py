@@ -732,40 +732,7 @@ def test_parameters_are_in_the_groups_that_megatron_makes() -> None:
     assert (grown.shape, grown.saved_rows) == ((16, 4), 8)
 
 
-# --- size
-
-_MEASURED = (
-    "import re, sys, time; import torch; import megatron.core.optimizer_param_scheduler\n"
-    "from megatron_ext.cli import main\n"
-    "begin = time.process_time(); status = main(sys.argv[1:])\n"
-    "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-    "print(time.process_time() - begin, peak * 1024, file=sys.stderr); sys.exit(status)"
-)
-
-
-def test_a_trillion_parameters_are_planned_in_linear_time(tmp_path: Path) -> None:
-    times = []
-    for layers in (64, 128):
-        directory = tmp_path / str(layers)
-        parameters = inspected.mixture_of_experts(directory, layers, 304)
-        assert parameters > 1e12 * layers / 64
-        rule = ["--selective-rule", "decoder.layers.7.*.linear_fc1.weight[8:]", "reset", "reset"]
-        given = ["--lr", "1e-4", "--min-lr", "1e-5", "--train-iters", "9", *rule]
-        given += ["--global-batch-size", "8"]
-        command = [sys.executable, "-c", _MEASURED, "plan", str(directory), *given, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode in (0, 1), done.stderr
-        seconds, peak = map(float, done.stderr.splitlines()[-1].split())
-        times.append(seconds)
-        one, rest = json.loads(done.stdout)["optimizers"][0]["rules"]
-        assert one["parameters"] == 304
-        assert one["elements"] == 304 * (4352 - 8) * 8192
-        assert rest["elements"] == parameters - one["elements"]
-        if layers == 64:
-            assert peak <= 2e9
-        shutil.rmtree(directory)
-    # 2.0 where nothing else runs; the slack is for a loaded machine. Quadratic would be 4.
-    assert times[1] <= 3 * times[0]
+# --- what it is like
 
 
 def test_the_command_imports_neither_torch_nor_matplotlib() -> None:
