@@ -23,6 +23,7 @@ from .errors import CheckpointError, MegatronExtError
 from .host.schedule import ScheduleValues, resumed, values_of, with_saved
 from .host.scheduling import SCHEDULER_VALUES
 from .host.stock import Case, Stock, stock
+from .inert import without_collection
 from .moment_plan import ParameterPlan
 from .moments_forecast import RuleForecast, forecast_moments, rules_of
 from .phase import Mark, Phase, decide
@@ -157,7 +158,12 @@ def forecast(
     """
     line = parse(words)
     place = locate(line, checkpoint, iteration)
-    stored = open_checkpoint(place.directories.load or Path(checkpoint), place.iteration)
+    with without_collection():
+        return _forecast(line, place, Path(checkpoint))
+
+
+def _forecast(line: CommandLine, place: Place, checkpoint: Path) -> Forecast:
+    stored = open_checkpoint(place.directories.load or checkpoint, place.iteration)
     if stored.store is not None:
         stored.store.require_files()
     try:

@@ -129,7 +129,7 @@ def load(file: BinaryIO) -> Any:
     Raises:
         Exception: Whatever a damaged pickle makes of itself.
     """
-    with _without_collection():
+    with without_collection():
         return _Unpickler(file).load()
 
 
@@ -183,7 +183,7 @@ def _frames(data: bytes) -> tuple[list[int], int]:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Of an index's millions of objects none is garbage, and looking takes most of the time."""
     was = gc.isenabled()
     gc.disable()

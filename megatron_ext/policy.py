@@ -10,6 +10,7 @@ From flags: `megatron_ext.arguments`. From and to YAML: `megatron_ext.policy_fil
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,9 +145,7 @@ class Match:
         )
 
     def _pattern(self) -> re.Pattern[str]:
-        if self.name.startswith("re:"):
-            return re.compile(self.name[3:])
-        return re.compile(fnmatch.translate(self.name))
+        return _compiled(self.name)
 
     @classmethod
     def parse(cls, text: str) -> Match:
@@ -472,6 +471,12 @@ def attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
 def has_attributes(group: Mapping[str, Any], wanted: Sequence[tuple[str, Scalar]]) -> bool:
     """Whether a param_group has all these attributes."""
     return all(_equal(group.get(key), value) for key, value in wanted)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(name: str) -> re.Pattern[str]:
+    """A glob is translated anew at every `re.compile`, which is most of the time of a match."""
+    return re.compile(name[3:] if name.startswith("re:") else fnmatch.translate(name))
 
 
 def _rows(found: Any, name: str) -> tuple[int | None, int | None]:

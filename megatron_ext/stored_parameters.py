@@ -31,6 +31,8 @@ _FUSED = {
 _HALVES = ("_w", "_v")
 #: Tensors of a model that no optimizer updates.
 _BUFFERS = re.compile(r".*(?:\.expert_bias|\.local_tokens_per_expert|\.inv_freq|_extra_state\d*)")
+#: In the key of a moment that is stored by parameter.
+_MOMENT = "optimizer.state.exp_avg."
 _OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 
 
@@ -69,18 +71,24 @@ def parameters_of(stored: StoredCheckpoint) -> Stored:
     """
     if stored.store is None:
         return Stored((), None)
-    shapes = {k: s for k, s in stored.tensors.items() if s is not None}
-    of_moments = {}
-    for key, shape in shapes.items():
-        found = parse_state_key(key)
-        if found is not None and found.state == "exp_avg" and not found.bucket:
-            of_moments[found.name] = shape
+    entries = stored.store.index.state_dict_metadata
+    of_moments = {
+        found.name: tuple(entries[key].size)
+        for key in entries
+        if _MOMENT in key
+        and (found := parse_state_key(key)) is not None
+        and found.state == "exp_avg"
+        and not found.bucket
+    }
     if of_moments:
         return Stored(tuple(_named(of_moments, stored.args)), "optimizer")
     of_model = {
         key: shape
-        for key, shape in shapes.items()
-        if not _OF_OPTIMIZER.match(key) and not _BUFFERS.fullmatch(key) and "/" not in key
+        for key, shape in stored.tensors.items()
+        if shape is not None
+        and not _OF_OPTIMIZER.match(key)
+        and not _BUFFERS.fullmatch(key)
+        and "/" not in key
     }
     return Stored(tuple(_named(of_model, stored.args)), "model")
 

@@ -32,7 +32,7 @@ from megatron_ext.phase import Mark
 from megatron_ext.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
-from tests.support import inspected
+from tests.support import inspected, planned
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool

@@ -20,10 +20,17 @@ from .synthetic import Moe, Sharding, counts, write
 
 RESULTS = Path(__file__).parents[1] / "results"
 
-#: Name -> its command line for a checkpoint, and what its document has to say.
+#: One layer of many, some rows of each of its matrices.
+RULE = ("--selective-rule", "decoder.layers.7.*.linear_fc1.weight[8:]", "reset", "reset")
+_RUN = "--lr 1e-4 --min-lr 1e-5 --train-iters 9 --global-batch-size 8".split()
+
+#: Name -> its command line for a checkpoint; what it says is checked (`Result.require`).
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "inspect": lambda directory: ["inspect", str(directory), "--json"],
+    "plan": lambda directory: ["plan", str(directory), *_RUN, *RULE, "--json"],
 }
+#: A rule finds its parameters by their names, which buckets do not have.
+BY_NAME = ("plan",)
 SHARDINGS: tuple[Sharding, ...] = ("fully_reshardable", "dp_reshardable")
 
 
@@ -45,11 +52,16 @@ def main() -> int:
                     directory = Path(parent) / "checkpoint"
                     write(directory, model, sharding, with_plans)
                     for name, command in COMMANDS.items():
+                        if name in BY_NAME and sharding != "fully_reshardable":
+                            continue
                         case = Case(name, sharding, with_plans, model.elements)
                         words = command(directory)
                         size = (directory / ".metadata").stat().st_size
                         found = measure(case, words, options.repeats, size)
-                        found.require(counts(model, sharding))
+                        if name == "inspect":
+                            found.require(counts(model, sharding))
+                        else:
+                            found.require_rules(model)
                         results.append(found)
                         print(found.line(), flush=True)
     busy = [b - a for a, b in zip(before, busy_elsewhere(), strict=True)]

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from .synthetic import Moe
+
 _CODE = """
 import re, sys, time
 import torch
@@ -73,6 +75,21 @@ class Result:
         if found != dict.fromkeys(("exp_avg", "exp_avg_sq", "param"), expected):
             raise RuntimeError(f"{self.case}: found {found}, expected {expected} for each state")
 
+    def require_rules(self, model: Moe) -> None:
+        """Check what the rule of `RULE`, and what no rule is for, come to.
+
+        Raises:
+            RuntimeError: The command said something else.
+        """
+        rows, columns = model.shapes["linear_fc1"]
+        by_rule = model.experts, model.experts * (rows - 8) * columns
+        tensors = 2 * model.experts * model.layers
+        expected = [by_rule, (tensors, model.elements - by_rule[1])]
+        (optimizer,) = self.document["optimizers"]
+        found = [(r["parameters"], r["elements"]) for r in optimizer["rules"]]
+        if found != expected:
+            raise RuntimeError(f"{self.case}: found {found}, expected {expected} for each rule")
+
     def line(self) -> str:
         """For the terminal."""
         return (
@@ -94,8 +111,10 @@ def measure(case: Case, words: list[str], repeats: int, index: int) -> Result:
     figures, document = [], {}
     for _ in range(repeats):
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, *words], capture_output=True, text=True, check=True
+            [sys.executable, "-c", _CODE, *words], capture_output=True, text=True, check=False
         )
+        if done.returncode not in (0, 1):  # 1: with warnings
+            raise RuntimeError(f"{case}: {done.stderr}")
         figures.append([float(x) for x in done.stderr.split()[-3:]])
         document = json.loads(done.stdout)
     seconds, whole, peaks = zip(*figures, strict=True)
