@@ -46,7 +46,8 @@ class Inert:
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         """Whatever it is called with."""
         made = object.__new__(cls)
-        made.__dict__["inert_arguments"] = args
+        if args:
+            made.__dict__["inert_arguments"] = args
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +55,10 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.__dict__.update(state)
+            if self.__dict__:
+                self.__dict__.update(state)
+            else:  # of an index there are millions
+                self.__dict__ = state
         else:
             self.__dict__["inert_state"] = state
 
