@@ -64,9 +64,6 @@ UPSTREAM = {
     "training/training.py:4528": "consumed_train_samples = args.iteration * args.global_batch_size",
 }
 
-#: Words that a page may use before the file is there that reads them.
-TO_COME = {"plan": "megatron_ext/cli/plan.py", "--layout": "megatron_ext/bucket_layout.py"}
-
 
 # --- what the sources hold
 
@@ -141,10 +138,6 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return found
 
 
-def not_there_yet(words: list[str]) -> bool:
-    return any(w in words and not (ROOT / file).exists() for w, file in TO_COME.items())
-
-
 # --- what a page says
 
 
@@ -168,11 +161,10 @@ def test_every_command_is_one(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for words in own_commands(path):
         if words[0] == "plan":
             arguments.request_from_args(parses(flags_parser(), words, all_known=False))
-        if not not_there_yet(words):
-            parses(cli.command_line(), words, all_known=words[0] != "plan")
-            # argparse takes an abbreviation for a flag.
-            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            assert words[0] == "plan" or flags <= options_of(subcommands()[words[0]])
+        parses(cli.command_line(), words, all_known=words[0] != "plan")
+        # argparse takes an abbreviation for a flag.
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert words[0] == "plan" or flags <= options_of(subcommands()[words[0]])
         checked += 1
     for words in commands_of(path):
         if "megatron_ext.launch" in words:

@@ -23,6 +23,8 @@ import pytest
 import torch
 from packaging.version import Version
 
+from benchmarks.inspect.__main__ import COMMANDS
+from benchmarks.inspect.measure import Case, measure
 from benchmarks.inspect.synthetic import Moe, counts, write
 from megatron_ext import moment_scan
 from megatron_ext.cli import main, output
@@ -32,7 +34,7 @@ from megatron_ext.phase import Mark
 from megatron_ext.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
-from tests.support import inspected, planned
+from tests.support import inspected
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
@@ -408,6 +410,26 @@ def work_of(directory: Path) -> tuple[int, int]:
         return calls, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_benchmark_runs_is_right(command: str, tmp_path: Path) -> None:
+    moe = Moe(layers=8, experts=4, hidden=64, expert_ffn=32, pipeline=2, expert=2, ranks=16)
+    directory = tmp_path / "checkpoint"
+    write(directory, moe, "fully_reshardable")
+    case = Case(command, "fully_reshardable", with_plans=True, elements=moe.elements)
+    found = measure(case, COMMANDS[command](directory), repeats=1, index=0)
+
+    def require(model: Moe) -> None:
+        if command == "inspect":
+            found.require(counts(model, "fully_reshardable"))
+        else:
+            found.require_rules(model)
+
+    require(moe)
+    for wrong in (moe.twice(), replace(moe, experts=3)):
+        with pytest.raises(RuntimeError, match="expected"):
+            require(wrong)
 
 
 @pytest.mark.parametrize("sharding", ["fully_reshardable", "dp_reshardable"])

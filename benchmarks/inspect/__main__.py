@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 #: One layer of many, some rows of each of its matrices.
 RULE = ("--selective-rule", "decoder.layers.7.*.linear_fc1.weight[8:]", "reset", "reset")
-_RUN = "--lr 1e-4 --min-lr 1e-5 --train-iters 9 --global-batch-size 8".split()
+_RUN = "--lr 1e-4 --min-lr 1e-5 --train-iters 20 --global-batch-size 8".split()
 
 #: Name -> its command line for a checkpoint; what it says is checked (`Result.require`).
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
