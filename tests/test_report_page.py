@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import json
 import math
@@ -203,6 +202,8 @@ def test_changed_keys_stand_out_and_the_others_are_folded() -> None:
     assert "max_lr" in rows[0]
     assert "0.003" in rows[0]
     assert "0.001" in rows[0]
+    by_scheduler = ["lr", "0.002", "0", "set by the scheduler", "arguments", "default"]
+    assert by_scheduler in rows_of(report_page.page(one))
 
 
 def rows_of(page: str) -> list[list[str]]:
@@ -304,6 +305,8 @@ def test_a_name_in_the_policy_is_text_too() -> None:
 def test_the_page_needs_nothing_from_elsewhere() -> None:
     page = report_page.page(document(), report_plots.draw(document()))
     assert page.count("<svg") == 2
+    assert "<!--" not in page
+    assert "<metadata" not in page
     parsed = Parsed(page)
     assert parsed.declared == "doctype html"
     assert not re.search(r"https?:|//[a-z]|@import|\burl\((?!#)", page)
@@ -369,7 +372,8 @@ def test_the_curves_are_those_of_both_schedules() -> None:
     new = [c for c in curves if c.phase == 2]
     assert [(c.optimizer, c.group) for c in old] == [(0, 0), (1, 0)]
     assert [(c.optimizer, c.group) for c in new] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert (old[0].iterations[0], old[0].iterations[-1], old[0].samples[-1]) == (0, 10, 80)
+    assert (old[0].iterations[0], old[0].iterations[-1]) == (0, 10)
+    assert old[0].samples == tuple(8 * i for i in old[0].iterations)
     assert (new[0].iterations[0], new[0].iterations[-1]) == (2, 60)
     assert new[0].samples == tuple(16 + 8 * (i - 2) for i in new[0].iterations)
     # Group 0 has bounds of its own: 3e-3 to 3e-4 in the checkpoint, 1e-3 to 3e-4 now.
@@ -505,13 +509,13 @@ def test_the_command_makes_the_same_page(
 
 
 FOREIGN = {
-    "another schema": json.dumps({"schema": "megatron_ext/resume-report/9"}),
+    "another schema": json.dumps({**document(), "schema": "megatron_ext/resume-report/9"}),
     "a list": "[]",
     "not JSON": "{",
     "not text": "\udcff",
     "deep": "[" * 100_000,
     "cut": json.dumps({"schema": "megatron_ext/resume-report/1"}),
-    "of other types": json.dumps({**copy.deepcopy(document()), "optimizers": 3}),
+    "of other types": json.dumps({**document(), "optimizers": 3}),
 }
 
 
