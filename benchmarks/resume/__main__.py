@@ -1,7 +1,7 @@
 """Measure what a resume costs with stock's DistributedOptimizer and with SelectiveAdam.
 
 Under ten minutes on 2 CPU cores; ``--quick`` is a try of a minute whose result says nothing,
-``--published``, what the README quotes, takes half an hour, ``--full`` many.
+``--published``, with more repeats at more sizes, takes half an hour, ``--full`` hours.
 """
 
 from __future__ import annotations

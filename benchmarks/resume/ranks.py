@@ -36,7 +36,7 @@ def main(case: Case, what: str, output: Path) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_world_size()))
     with _directory() as directory:
         series = Series(case, directory)
-        samples = series.run(_ALL if what == "times" else _FOR_MEMORY)
+        samples = series.run(*((_ALL, FEW) if what == "times" else (_FOR_MEMORY, 1)))
     if dist.get_rank() == 0:
         content = {
             "parameters": series.parameters,
@@ -67,7 +67,7 @@ class Series:
             {k: v.clone() for k, v in tensors.items()} for tensors in _state(optimizer).values()
         ]
 
-    def run(self, often: Container[str]) -> list[dict[str, Any]]:
+    def run(self, often: Container[str], few: int) -> list[dict[str, Any]]:
         """All variants in turn, in another order each time, some in the first turns only.
 
         The first turn warms up, and counts the collectives: to count takes time.
@@ -75,7 +75,7 @@ class Series:
         samples = []
         order = random.Random(0)
         for repeat in range(self.case.repeats + 1):
-            due = [v for v in VARIANTS if v.name in often or repeat <= FEW]
+            due = [v for v in VARIANTS if v.name in often or repeat <= few]
             for variant in order.sample(due, len(due)):
                 sample = self._resume(variant, count=not repeat)
                 everyone: list[Any] = [None] * dist.get_world_size()
