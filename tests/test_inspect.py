@@ -23,7 +23,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from benchmarks.inspect.synthetic import Moe, counts, write
+from benchmarks.inspect.synthetic import Moe, counts, planned
 from megatron_ext import moment_scan
 from megatron_ext.cli import main, output
 from megatron_ext.inspection import inspect_checkpoint, parse_state_key, plain
@@ -419,7 +419,7 @@ def test_work_grows_with_the_index_and_no_faster(
     work, pieces = [], []
     moe = SMALL
     for size in range(3):
-        write(tmp_path / str(size), moe, sharding, with_plans)
+        planned(moe, sharding).write(tmp_path / str(size), with_plans)
         found = inspect_checkpoint(tmp_path / str(size))
         assert {m.state for m in found.moments} == {"param", "exp_avg", "exp_avg_sq"}
         for m in found.moments:
