@@ -25,7 +25,7 @@ from packaging.version import Version
 
 from benchmarks.inspect.__main__ import COMMANDS
 from benchmarks.inspect.measure import Case, measure
-from benchmarks.inspect.synthetic import Moe, counts, write
+from benchmarks.inspect.synthetic import Moe, counts, planned
 from megatron_ext import moment_scan
 from megatron_ext.cli import main, output
 from megatron_ext.inspection import inspect_checkpoint, parse_state_key, plain
@@ -416,7 +416,7 @@ def work_of(directory: Path) -> tuple[int, int]:
 def test_what_the_benchmark_runs_is_right(command: str, tmp_path: Path) -> None:
     moe = Moe(layers=8, experts=4, hidden=64, expert_ffn=32, pipeline=2, expert=2, ranks=16)
     directory = tmp_path / "checkpoint"
-    write(directory, moe, "fully_reshardable")
+    planned(moe, "fully_reshardable").write(directory, with_plans=True)
     case = Case(command, "fully_reshardable", with_plans=True, elements=moe.elements)
     found = measure(case, COMMANDS[command](directory), repeats=1, index=0)
 
@@ -441,7 +441,7 @@ def test_work_grows_with_the_index_and_no_faster(
     work, pieces = [], []
     moe = SMALL
     for size in range(3):
-        write(tmp_path / str(size), moe, sharding, with_plans)
+        planned(moe, sharding).write(tmp_path / str(size), with_plans)
         found = inspect_checkpoint(tmp_path / str(size))
         assert {m.state for m in found.moments} == {"param", "exp_avg", "exp_avg_sq"}
         for m in found.moments:

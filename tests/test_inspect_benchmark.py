@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.inspect import report
 from benchmarks.inspect.measure import Case, Result, measure
-from benchmarks.inspect.synthetic import Moe, counts, write
+from benchmarks.inspect.synthetic import Moe, counts, planned
 
 SMALL = Moe(layers=4, experts=4, hidden=64, expert_ffn=32, pipeline=2, expert=2, ranks=16)
 
@@ -37,7 +37,7 @@ def test_figures_are_held_against_the_targets(once: Result, twice: Result, met: 
 
 
 def test_a_wrong_answer_is_no_measurement(tmp_path: Path) -> None:
-    write(tmp_path / "a", SMALL, "dp_reshardable")
+    planned(SMALL, "dp_reshardable").write(tmp_path / "a", with_plans=True)
     words = ["inspect", str(tmp_path / "a"), "--json"]
     found = measure(Case("inspect", "dp_reshardable", True, SMALL.elements), words, 1, 5)
     assert found.seconds > 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from benchmarks.kernel.environment import busy_elsewhere, environment, slug
 
 from . import report
 from .measure import Case, Result, measure
-from .synthetic import Moe, Sharding, counts, write
+from .synthetic import Moe, Sharding, counts, planned
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -41,29 +43,30 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=64, help="of the smaller model")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
+    gc.disable()  # of millions of objects that are made here none is garbage
     moe = Moe(layers=options.layers)
     facts = {"date": datetime.date.today().isoformat(), **environment("cpu")}
     before = busy_elsewhere()
     results: list[Result] = []
-    for sharding in SHARDINGS:
+    for sharding, model in itertools.product(SHARDINGS, (moe, moe.twice())):
+        writer = planned(model, sharding)
         for with_plans in (True, False):
-            for model in (moe, moe.twice()):
-                with tempfile.TemporaryDirectory() as parent:
-                    directory = Path(parent) / "checkpoint"
-                    write(directory, model, sharding, with_plans)
-                    for name, command in COMMANDS.items():
-                        if name in BY_NAME and sharding != "fully_reshardable":
-                            continue
-                        case = Case(name, sharding, with_plans, model.elements)
-                        words = command(directory)
-                        size = (directory / ".metadata").stat().st_size
-                        found = measure(case, words, options.repeats, size)
-                        if name == "inspect":
-                            found.require(counts(model, sharding))
-                        else:
-                            found.require_rules(model)
-                        results.append(found)
-                        print(found.line(), flush=True)
+            with tempfile.TemporaryDirectory() as parent:
+                directory = Path(parent) / "checkpoint"
+                writer.write(directory, with_plans)
+                for name, command in COMMANDS.items():
+                    if name in BY_NAME and sharding != "fully_reshardable":
+                        continue
+                    case = Case(name, sharding, with_plans, model.elements)
+                    words = command(directory)
+                    size = (directory / ".metadata").stat().st_size
+                    found = measure(case, words, options.repeats, size)
+                    if name == "inspect":
+                        found.require(counts(model, sharding))
+                    else:
+                        found.require_rules(model)
+                    results.append(found)
+                    print(found.line(), flush=True)
     busy = [b - a for a, b in zip(before, busy_elsewhere(), strict=True)]
     facts["CPU time of other processes"] = f"{busy[0] / busy[1]:.0%}" if busy[1] else "unknown"
     facts["model"] = str(moe)

@@ -8,6 +8,7 @@ The index is made as Megatron makes it: a plan for each rank, from which torch m
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
@@ -98,8 +100,16 @@ class Moe:
 
 
 @dataclass
-class _Writer:
-    """Plans of all ranks, and where their items come to lie."""
+class Writer:
+    """Plans of all ranks, and where their items come to lie.
+
+    Args:
+        ranks: How many there are.
+        plans: Rank -> its items.
+        places: Where each item lies.
+        ends: Rank -> bytes of its file.
+        objects: Rank -> offset and bytes of its objects.
+    """
 
     ranks: int
     plans: dict[int, list[WriteItem]] = field(default_factory=dict)
@@ -136,12 +146,25 @@ class _Writer:
         self.ends[rank] = begin + length
         self.places[index] = _StorageInfo(f"__{rank}_0.distcp", begin, length)
 
-    def write(self, directory: Path, with_plans: bool) -> None:
+    @functools.cached_property
+    def _planned(self) -> tuple[list[SavePlan], Any]:
         plans = [SavePlan(self.plans.get(rank, [])) for rank in range(self.ranks)]
-        _, metadata = create_default_global_save_plan(plans)
+        return plans, create_default_global_save_plan(plans)[1].state_dict_metadata
+
+    def write(self, directory: Path, with_plans: bool) -> None:
+        """Write an iteration's directory; may be called more than once.
+
+        Args:
+            directory: A new one.
+            with_plans: Whether the index keeps the plans, as 0.19.2 does.
+        """
+        directory.mkdir(parents=True)
+        text = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        (directory / "metadata.json").write_text(text)
+        plans, entries = self._planned
+        metadata = Metadata(entries, version="1.0.0")
         if with_plans:
             metadata.all_local_plans = plans  # type: ignore[attr-defined]
-        metadata.version = "1.0.0"
         metadata.storage_data = self.places
         metadata.storage_meta = StorageMeta(checkpoint_id=str(directory), save_id="0")
         for rank, end in self.ends.items():
@@ -154,17 +177,14 @@ class _Writer:
             pickle.dump(metadata, file, protocol=4)
 
 
-def write(directory: Path, moe: Moe, sharding: Sharding, with_plans: bool = True) -> None:
-    """Write an iteration's directory as megatron-core 0.19.2 would, tensors aside.
+def planned(moe: Moe, sharding: Sharding) -> Writer:
+    """What megatron-core 0.19.2 would write, tensors aside.
 
     Args:
-        directory: A new one.
         moe: The model.
         sharding: How the optimizer's state is cut.
-        with_plans: Whether the index keeps the plans, as 0.19.2 does.
     """
-    directory.mkdir(parents=True)
-    writer = _Writer(moe.ranks)
+    writer = Writer(moe.ranks)
     by_parameter = sharding == "fully_reshardable"
     for rank, *item in _by_parameters(moe) if by_parameter else _by_buckets(moe):
         writer.tensor(rank, *item)
@@ -186,9 +206,7 @@ def write(directory: Path, moe: Moe, sharding: Sharding, with_plans: bool = True
         "content_metadata": {"distrib_optim_sharding_type": sharding},
     }
     writer.object(0, "common_state/shard_0_1", common)
-    writer.write(directory, with_plans)
-    text = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    (directory / "metadata.json").write_text(text)
+    return writer
 
 
 def counts(moe: Moe, sharding: Sharding) -> tuple[int, int, int, int]:
