@@ -214,7 +214,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-report",
         metavar="DIR",
         default=None,
-        help="Directory for the resume report (resume-report.json), written by rank 0.",
+        help="Directory for the resume report, written by rank 0: resume-report.json, .txt, .html.",
     )
     group.add_argument(
         "--selective-dry-run",

@@ -27,7 +27,7 @@ def get_megatron_optimizer(
         *args: As Megatron's function.
         policy: What to take from where at a load; the default keeps no hyperparameter.
         optimizer_class: Dotted path of the `DistributedOptimizer` subclass to build.
-        report_dir: Where rank 0 writes the JSON resume report, or None.
+        report_dir: Where rank 0 writes the resume report, or None.
         **kwargs: As Megatron's function.
 
     Returns:

@@ -107,6 +107,7 @@ class Phase:
         asked: What the user asked.
         policy: What is left of it to do.
         why: In one sentence.
+        source: The checkpoint that is loaded (`identity`).
     """
 
     state: Literal["none", "applied", "continued"]
@@ -114,6 +115,7 @@ class Phase:
     asked: ResumePolicy
     policy: ResumePolicy
     why: str
+    source: str = ""
 
     def at(self, offset: int) -> Phase:
         """The same, with the data position's offset in the mark."""
@@ -141,11 +143,12 @@ def decide(policy: ResumePolicy, saved: Mark | None, source: str, where: Where =
         policy,
         policy,
         f"starts from {source}: {', '.join(policy.operations) or 'no change of state'}",
+        source,
     )
     if where == "start":
         return begun
     if not policy.operations and not policy.phase and where == "load":
-        return Phase("none", saved, policy, policy, "no operation that must happen once")
+        return Phase("none", saved, policy, policy, "no operation that must happen once", source)
     same_name = saved is not None and saved.phase == policy.phase
     if saved is not None and same_name and (not policy.operations or saved.operations == digest):
         return Phase(
@@ -156,6 +159,7 @@ def decide(policy: ResumePolicy, saved: Mark | None, source: str, where: Where =
             f"the checkpoint is of this phase already ({saved.told()}): moments, step and counters "
             "go on as they are. To begin another phase in the same way, give --selective-phase "
             "NAME or --selective-from",
+            source,
         )
     if where == "own":
         raise PlanError(_not_its_own(policy, saved))

@@ -5,13 +5,9 @@ The JSON follows ``megatron_ext/schemas/resume-report.schema.json``.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .counters import Counters
@@ -24,9 +20,6 @@ from .transition import MomentReport
 from .version import __version__
 
 SCHEMA = "megatron_ext/resume-report/1"
-FILE_NAME = "resume-report.json"
-#: Where the report of a transition stays when restarts replace the other one.
-TRANSITION_FILE_NAME = "transition-report-{iteration}.json"
 
 _STATE_NAMES = {
     "state": "state (not Adam's)",
@@ -72,23 +65,30 @@ class ResumeReport:
             decay per group, ``num_steps`` in samples, and the source of every attribute.
         counters: The checkpoint's and those the run goes on with, where Megatron's training loop
             loaded.
+        environment: Versions of Python and torch, number of ranks, and when; None where the
+            optimizer is a live one.
     """
 
     megatron: str
     optimizers: list[OptimizerReport] = field(default_factory=list)
     scheduler: dict[str, Any] | None = None
     counters: tuple[Counters, Counters] | None = None
+    environment: Mapping[str, str | int] | None = None
 
     @property
     def phase(self) -> Phase | None:
         """Whether a phase begins or goes on."""
         return self.optimizers[0].plan.phase if self.optimizers else None
 
-    def lines(self) -> list[str]:
-        """The report as log lines."""
+    def lines(self, rank: int = 0) -> list[str]:
+        """The report as log lines.
+
+        Args:
+            rank: Whose report it is: parameters are counted on it.
+        """
         out = [*_phase_lines(self.phase), *_counter_lines(self)]
         for number, report in enumerate(self.optimizers):
-            out += _optimizer_lines(number, len(self.optimizers), report)
+            out += _optimizer_lines(number, len(self.optimizers), report, rank)
         return out
 
     def scheduler_lines(self) -> list[str]:
@@ -108,6 +108,7 @@ class ResumeReport:
             "schema": SCHEMA,
             "megatron_ext": __version__,
             "megatron_core": self.megatron,
+            "environment": None if self.environment is None else dict(self.environment),
             "policy": _policy_json(self.optimizers),
             "phase": phase_json(self.phase),
             "counters": counters_json(self.counters),
@@ -115,37 +116,8 @@ class ResumeReport:
             "scheduler": self.scheduler,
         }
 
-    def write(self, directory: Path) -> Path:
-        """Write the JSON into a directory; an earlier report is replaced as a whole.
 
-        The report of a transition is written a second time, under the iteration at which the phase
-        began, so that a restart does not replace it.
-
-        Args:
-            directory: Created if it does not exist.
-
-        Returns:
-            The file written.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        target = directory / FILE_NAME
-        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
-        if self.phase is not None and self.phase.state == "applied" and self.counters is not None:
-            iteration = self.counters[0].iteration
-            _replace(directory / TRANSITION_FILE_NAME.format(iteration=iteration), text)
-        _replace(target, text)
-        return target
-
-
-def _replace(target: Path, text: str) -> None:
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    with os.fdopen(fd, "w") as stream:
-        stream.write(text + "\n")
-    Path(name).chmod(0o644)
-    Path(name).replace(target)
-
-
-def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[str]:
+def _optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int) -> list[str]:
     plan, loaded = report.plan, report.loaded
     title = f"resume of optimizer {number} of {count} ({report.kind})"
     lines = [f"megatron_ext: {title}"]
@@ -162,7 +134,7 @@ def _optimizer_lines(number: int, count: int, report: OptimizerReport) -> list[s
     for group, parameters in zip(plan.groups, report.parameters, strict=True):
         where = "none" if group.saved_index is None else str(group.saved_index)
         lines.append(
-            f" > param_group {group.index} ({parameters} parameters on rank 0; "
+            f" > param_group {group.index} ({parameters} parameters on rank {rank}; "
             f"saved group {where}: {group.note})"
         )
         told = [d for d in group.decisions if d.key != "lr"]
@@ -283,6 +255,7 @@ def phase_json(phase: Phase | None) -> dict[str, Any] | None:
         "why": phase.why,
         "name": None if mark is None else mark.phase,
         "from": None if mark is None else mark.source,
+        "checkpoint": phase.source or None,
         "operations": list(phase.asked.operations),
         "digest": None if mark is None else mark.operations,
     }
@@ -366,6 +339,7 @@ def _moments_json(moments: MomentReport | None) -> dict[str, Any] | None:
                 "exp_avg": r.exp_avg,
                 "exp_avg_sq": r.exp_avg_sq,
                 "elements": r.elements,
+                "examples": list(r.examples),
             }
             for r in moments.rules
         ],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from . import report_files
 from .checkpoint import SavedOptimizer
 from .counters import Counters
 from .errors import CheckpointError
@@ -25,7 +29,7 @@ class Resume:
 
     Args:
         policy: What the user asked.
-        report_dir: Where rank 0 writes the JSON report, or None.
+        report_dir: Where rank 0 writes the report, or None.
         megatron: Version of megatron-core, for the report.
         global_batch_size: Of the checkpoint's run and of this one, where both are known.
         where: Which directory the checkpoint lies in.
@@ -49,7 +53,7 @@ class Resume:
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
-    _told: bool = False
+    _told: set[str] = field(default_factory=set)
     #: The saved mark that `phase` was decided from; it holds until the load is complete.
     _decided: list[str | None] = field(default_factory=list)
 
@@ -102,7 +106,9 @@ class Resume:
             self._decided.clear()
             self.unread = {}
             reports = [self._done[i] for i in range(len(self.members))]
-            self.report = ResumeReport(self.megatron, reports, counters=self.counters)
+            self.report = ResumeReport(
+                self.megatron, reports, counters=self.counters, environment=_environment()
+            )
             say(self.report.lines())
             self._write()
 
@@ -116,8 +122,16 @@ class Resume:
     def _write(self) -> None:
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if self.report is not None and self.report_dir is not None and on_rank_0:
-            path = self.report.write(self.report_dir)
             # Written again when the scheduler is loaded; a script may have none.
-            if not self._told:
-                say(f"megatron_ext: resume report written to {path}")
-            self._told = True
+            lines = report_files.write(self.report, self.report_dir).lines()
+            say([line for line in lines if line not in self._told])
+            self._told.update(lines)
+
+
+def _environment() -> dict[str, str | int]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -42,6 +42,8 @@ _COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "c
 _AFTER, _CHANGED = _COLUMNS.index("square_sum_after"), _COLUMNS.index("changed")
 
 _MAX_NAMED = 8
+#: As many names a rule are told to the other ranks.
+_NAMED_BY_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class RuleReport:
         exp_avg: What was done to exp_avg.
         exp_avg_sq: What was done to exp_avg_sq.
         elements: Number of elements; one that several ranks hold counts on each.
+        examples: Some of the parameters a rule of the policy met, by name.
     """
 
     rule: str
     exp_avg: str
     exp_avg_sq: str
     elements: int
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class MomentWork:
         shapes: The unsharded shapes of their parameters.
         unread: For each moment the parameters on this rank that it was not read of.
         warnings: Rules that match nothing on any rank.
+        examples: For each rule some parameters that it matches, on all ranks.
     """
 
     policy: ResumePolicy
@@ -155,6 +160,7 @@ class MomentWork:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    examples: tuple[tuple[str, ...], ...] = ()
 
 
 def prepare(
@@ -242,8 +248,9 @@ def meet(work: MomentWork) -> MomentWork:
         return work
     needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
     examples = sorted(work.plans)
-    mine = (needed, work.used, work.used_groups, [*examples[:1], *examples[-1:]])
-    of_ranks, used, used_groups, names = zip(*agree.gather(mine), strict=True)
+    ends = [*examples[:1], *examples[-1:]]
+    mine = (needed, work.used, work.used_groups, ends, _met(work))
+    of_ranks, used, used_groups, names, met = zip(*agree.gather(mine), strict=True)
     idle = unmatched(
         policy,
         frozenset().union(*used),
@@ -257,7 +264,23 @@ def meet(work: MomentWork) -> MomentWork:
         wanted=tuple(sorted({s for needed in of_ranks for s in needed})),
         shapes={s.parameter: shape for needed in of_ranks for s, shape in needed.items()},
         warnings=(idle,) if idle else (),
+        examples=tuple(
+            tuple(sorted({name for some in of_rule for name in some})[:_MAX_NAMED])
+            for of_rule in zip(*met, strict=True)
+        ),
     )
+
+
+def _met(work: MomentWork) -> list[list[str]]:
+    """For each rule the first parameters on this rank that it matches."""
+    return [
+        [
+            name
+            for name, plan in sorted(work.plans.items())
+            if any(rows.rule == number for rows in plan.rows)
+        ][:_NAMED_BY_RANK]
+        for number in range(len(work.policy.rules))
+    ]
 
 
 def carry_out(work: MomentWork) -> MomentReport | None:
@@ -381,8 +404,10 @@ def _report(
     told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
     told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
     reports = tuple(
-        RuleReport(name, write(m), write(v), int(n))
-        for (name, m, v), n in zip(told, total[2 * len(_COLUMNS) :], strict=True)
+        RuleReport(name, write(m), write(v), int(n), met)
+        for (name, m, v), n, met in zip(
+            told, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
+        )
     )
     return MomentReport(
         rules=reports,

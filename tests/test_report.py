@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import torch
 
-from megatron_ext import __version__, policy_file
+from megatron_ext import __version__, policy_file, report_files
 from megatron_ext.checkpoint import SavedOptimizer
 from megatron_ext.counters import Counters
 from megatron_ext.log import say
@@ -25,7 +25,7 @@ from megatron_ext.phase import Mark, Phase, decide
 from megatron_ext.plan import Circumstances, Decision, plan_resume
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.report import FILE_NAME, OptimizerReport, ResumeReport
+from megatron_ext.report import OptimizerReport, ResumeReport
 from megatron_ext.rules import PruneRandom, Scale
 from megatron_ext.transition import MomentReport, RuleReport
 from tests.support.groups import group
@@ -38,6 +38,11 @@ from tests.support.reports import (
 )
 
 SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/resume-report.schema.json").read_text())
+FILES = ["resume-report.html", "resume-report.json", "resume-report.txt"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
 
 
 def validate(document: Any) -> None:
@@ -174,7 +179,7 @@ def test_without_optimizers_there_is_no_policy() -> None:
 )
 def test_any_value_is_written_as_json(value: Any, written: Any, tmp_path: Path) -> None:
     report = ResumeReport("0.19.2", [optimizer_report(current=(group(custom=value),))])
-    read = json.loads(report.write(tmp_path).read_text())
+    read = json.loads(report_files.write(report, tmp_path).files[0].read_text())
     custom = read["optimizers"][0]["groups"][0]["keys"]["custom"]
     assert custom["value"] == custom["argument"] == written
     assert type(custom["value"]) is type(written)
@@ -184,23 +189,25 @@ def test_any_value_is_written_as_json(value: Any, written: Any, tmp_path: Path) 
 def test_write_makes_the_directory_and_replaces_an_earlier_report(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     report = resume_report()
-    path = report.write(directory)
+    path = report_files.write(report, directory).files[0]
     assert path == directory / "resume-report.json"
     assert json.loads(path.read_text())["scheduler"] is None
     report.scheduler = scheduler_section()
-    report.write(directory)
+    report_files.write(report, directory)
     assert json.loads(path.read_text())["scheduler"]["num_steps"] == 32
-    assert [p.name for p in directory.iterdir()] == [FILE_NAME]
+    assert sorted(p.name for p in directory.iterdir()) == FILES
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
     report = resume_report()
-    before = report.write(tmp_path).read_bytes()
+    report_files.write(report, tmp_path)
+    before = contents(tmp_path)
+    assert sorted(before) == FILES
     report.scheduler = {"num_steps": float("nan")}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.write(tmp_path)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(FILE_NAME, before)]
+        report_files.write(report, tmp_path)
+    assert contents(tmp_path) == before
 
 
 # --- schema
@@ -283,7 +290,7 @@ def test_reports_of_real_plans_follow_the_schema(policy: ResumePolicy, step: int
 
 MOMENTS = MomentReport(
     rules=(
-        RuleReport("rule '*.bias'", "reset", "fill 0.5", 16),
+        RuleReport("rule '*.bias'", "reset", "fill 0.5", 16, ("a.bias", "b.bias")),
         RuleReport("preset keep", "keep", "keep", 624),
     ),
     rms={"exp_avg": (0.25, 0.125), "exp_avg_sq": (float("inf"), 0.5)},
@@ -331,8 +338,20 @@ def test_the_json_holds_what_was_done_to_the_moments() -> None:
     assert optimizer["step"] == {"value": 7, "checkpoint": 100, "taken": "policy"}
     assert optimizer["moments"] == {
         "rules": [
-            {"rule": "rule '*.bias'", "exp_avg": "reset", "exp_avg_sq": "fill 0.5", "elements": 16},
-            {"rule": "preset keep", "exp_avg": "keep", "exp_avg_sq": "keep", "elements": 624},
+            {
+                "rule": "rule '*.bias'",
+                "exp_avg": "reset",
+                "exp_avg_sq": "fill 0.5",
+                "elements": 16,
+                "examples": ["a.bias", "b.bias"],
+            },
+            {
+                "rule": "preset keep",
+                "exp_avg": "keep",
+                "exp_avg_sq": "keep",
+                "elements": 624,
+                "examples": [],
+            },
         ],
         "state": {
             "exp_avg": {
@@ -430,6 +449,7 @@ def test_a_transition_is_told_first_and_its_counters_with_their_reasons() -> Non
         "why": phase.why,
         "name": "b",
         "from": "phase1@10#00",
+        "checkpoint": "phase1@10#00",
         "operations": ["preset reset-momentum", "iteration reset", "schedule restart"],
         "digest": phase.mark.operations if phase.mark else "",
     }
@@ -450,6 +470,7 @@ def test_a_restart_is_told_first_with_what_was_asked_and_what_it_goes_on_with() 
     validate(found)
     assert found["phase"]["state"] == "continued"
     assert found["phase"]["from"] == "phase1@10#00"
+    assert found["phase"]["checkpoint"] == "phase2@12#11"
     assert found["policy"] == policy_file.to_dict(NEW_PHASE)
 
 
@@ -494,6 +515,7 @@ def full_report() -> dict[str, Any]:
     report = phase_report(phase, replace(BEFORE, iteration=0, num_steps=0))
     report.optimizers.append(changed_report())
     report.scheduler = scheduler_section()
+    report.environment = {"python": "3.12.0", "torch": "2.15.0", "ranks": 2, "time": "2026-01-01"}
     return json.loads(json.dumps(report.to_json()))
 
 
@@ -553,6 +575,12 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a-counter-bare": lambda d: d["counters"].update(iteration=10),
     "a-counter-missing": lambda d: d["counters"].pop("num_steps"),
     "a-counter-of-half": lambda d: d["counters"]["iteration"].update(value=0.5),
+    "no-length": lambda d: d["scheduler"].pop("train_iters"),
+    "one-batch-size": lambda d: d["scheduler"].update(global_batch_size=8),
+    "no-environment": lambda d: d.pop("environment"),
+    "an-environment-without-a-time": lambda d: d["environment"].pop("time"),
+    "a-rule-without-examples": lambda d: _moments(d)["rules"][0].pop("examples"),
+    "no-checkpoint": lambda d: d["phase"].pop("checkpoint"),
     "first-step-without-lr": lambda d: d["scheduler"]["first_step"][0].pop("lr"),
 }
 
@@ -582,8 +610,13 @@ def test_a_report_shows_a_value_its_plan_would_write() -> None:
 def test_the_report_of_a_transition_outlives_restarts(tmp_path: Path) -> None:
     begun = decide(NEW_PHASE, None, "phase1@10#00")
     after = replace(BEFORE, iteration=0, num_steps=0)
-    phase_report(begun, after).write(tmp_path)
+    report_files.write(phase_report(begun, after), tmp_path)
+    transition = {p.suffix: p.read_text() for p in tmp_path.glob("transition-report-10.*")}
+    latest = {p.suffix: p.read_text() for p in tmp_path.glob("resume-report.*")}
+    assert transition == latest
     again = decide(NEW_PHASE, begun.mark, "phase2@14#00")
-    phase_report(again, BEFORE).write(tmp_path)
-    states = {f.name: json.loads(f.read_text())["phase"]["state"] for f in tmp_path.iterdir()}
+    report_files.write(phase_report(again, BEFORE), tmp_path)
+    states = {f.name: json.loads(f.read_text())["phase"]["state"] for f in tmp_path.glob("*.json")}
     assert states == {"resume-report.json": "continued", "transition-report-10.json": "applied"}
+    assert {p.suffix: p.read_text() for p in tmp_path.glob("transition-report-10.*")} == transition
+    assert "CONTINUED" in (tmp_path / "resume-report.txt").read_text()

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    from . import convert, diff, edit, env, inspect, plan
+    from . import convert, diff, edit, env, inspect, plan, report
 
     parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     diff.add_to(commands)
     edit.add_to(commands)
     plan.add_to(commands)
+    report.add_to(commands)
     options = parser.parse_args(argv)
     status: int = options.run(options)
     return status

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MegatronExtError
+from ..printable import printable as printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,18 +82,6 @@ def cell(value: Any) -> Text:
     if isinstance(value, float):
         value = f"{value:.6g}"
     return Text(printable("" if value is None else str(value)))
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Text with what is not printable as ``\x1b``.
-
-    Args:
-        text: Any.
-        keep: Characters that are left as they are.
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 @contextmanager

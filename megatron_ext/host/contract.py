@@ -203,6 +203,18 @@ CONTRACT = (
         reference="training/checkpointing.py:1633; the counters and the phase, before they count",
     ),
     HostName(
+        f"{TRAINING}.global_vars",
+        "get_tensorboard_writer",
+        since="0.18.0",
+        reference="training/global_vars.py:42; scalars and the plan of a resume (writers.py)",
+    ),
+    HostName(
+        f"{TRAINING}.global_vars",
+        "get_wandb_writer",
+        since="0.18.0",
+        reference="training/global_vars.py:48; the wandb module itself, on the last rank",
+    ),
+    HostName(
         f"{TRAINING}.training",
         "build_train_valid_test_data_loaders",
         ("build_train_valid_test_datasets_provider",),

@@ -69,17 +69,32 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
     """
     if resume.counters is None or resume.phase is None:
         return None
-    after = resume.counters[1]
-    if args.train_samples and _constant_batch(args):
-        offset = resume.phase.mark.offset if resume.phase.mark is not None else 0
-        last = last_iteration(after, offset, args.train_samples, args.global_batch_size)
-        if last != args.train_iters:
-            say(
-                f"megatron_ext: {args.train_samples} training samples are reached at iteration "
-                f"{last}, not {args.train_iters}: the global batch size has changed since"
-            )
-            args.train_iters = last
-    return after.iteration
+    last = _last_iteration(resume, args)
+    if last != args.train_iters:
+        say(
+            f"megatron_ext: {args.train_samples} training samples are reached at iteration {last}, "
+            f"not {args.train_iters}: the global batch size has changed since"
+        )
+        args.train_iters = last
+    return resume.counters[1].iteration
+
+
+def length_of_run(resume: Resume, args: Any) -> dict[str, Any]:
+    """Where the run ends and what an iteration takes, for the report; before `after_the_load`.
+
+    Args:
+        resume: Of the optimizers that were loaded.
+        args: Megatron's, or None where its training loop does not run.
+    """
+    sizes = resume.global_batch_size or (None, None)
+    constant = args is not None and _constant_batch(args)
+    return {
+        "train_iters": None if args is None else _last_iteration(resume, args),
+        "global_batch_size": {
+            "checkpoint": sizes[0],
+            "value": getattr(args, "global_batch_size", None) if constant else None,
+        },
+    }
 
 
 def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +145,16 @@ def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
         return max(train, needed), _valid_needed(args, now, valid), test
 
     return count
+
+
+def _last_iteration(resume: Resume, args: Any) -> int | None:
+    """The iteration at which the run ends, as stock would have it with the right counters."""
+    samples = getattr(args, "train_samples", None)
+    if not samples or resume.counters is None or not _constant_batch(args):
+        return getattr(args, "train_iters", None)
+    mark = None if resume.phase is None else resume.phase.mark
+    offset = 0 if mark is None else mark.offset
+    return last_iteration(resume.counters[1], offset, samples, args.global_batch_size)
 
 
 _OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")

@@ -28,7 +28,7 @@ class Request:
     Args:
         optimizer_class: Dotted path to a `DistributedOptimizer` subclass.
         policy: What to take from where, for `SelectiveAdam` and its subclasses.
-        report_dir: Where the JSON report goes, or None.
+        report_dir: Where the report goes, or None.
         where: What the directory of ``--load`` is to the phase.
         guard: Whether the first resumed steps are checked against the plan.
         dry_run: Whether the run ends before its first step.

@@ -1,4 +1,4 @@
-"""Around the training loop after a resume: the guard, and the end of a dry run.
+"""Around the training loop after a resume: the guard, writers, and the end of a dry run.
 
 Nothing is added to a step but a look at the param_groups in Python before the first one, and to the
 first logging step one pass over the moments; then the wrappers only pass on.
@@ -20,6 +20,7 @@ from ..errors import GuardError
 from ..log import say
 from ..moments import survey
 from ..steps import is_adam, is_hybrid
+from . import writers
 from .request import active_request, global_args, state
 
 
@@ -52,6 +53,8 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
                 dist.destroy_process_group()
             sys.exit(0)
         resume = state.resumed
+        if resume is not None and resume.complete:
+            writers.tell(resume, int(global_args().iteration))
         _watch[:] = [Watch()] if _guarded(request) and resume and resume.complete else []
         return original(*args, **kwargs)
 

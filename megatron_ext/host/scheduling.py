@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .loop import length_of_run
 from .members import members_of
+from .request import global_args
 
 #: What a checkpoint has of the scheduler, beside its position.
 SCHEDULER_VALUES = (
@@ -20,6 +22,8 @@ SCHEDULER_VALUES = (
     "wd_incr_steps",
     "wd_incr_style",
 )
+#: Not part of a checkpoint's scheduler state: as the arguments say, whatever is kept.
+_NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
 
 
 def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
@@ -50,13 +54,16 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
         # Stock computes the first step's weight decay before it has restored start_wd and end_wd
         # (core/optimizer_param_scheduler.py:341, 0.19.2).
         self.step(0)
-        members[0].resume.scheduler_loaded(scheduler_section(self, state_dict, arguments, members))
+        length = length_of_run(members[0].resume, global_args())
+        section = scheduler_section(self, state_dict, arguments, members, length)
+        members[0].resume.scheduler_loaded(section)
 
     return load_state_dict
 
 
 def _scheduler_values(scheduler: Any) -> dict[str, Any]:
-    return {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
+    found = {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
+    return found | {name: getattr(scheduler, name, None) for name in _NOT_SAVED}
 
 
 def scheduler_section(
@@ -64,17 +71,27 @@ def scheduler_section(
     state_dict: Mapping[str, Any],
     arguments: Mapping[str, Any],
     members: list[Any],
+    length: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The scheduler's part of the report."""
+    """The scheduler's part of the report.
+
+    Args:
+        scheduler: Megatron's, after its load.
+        state_dict: What it has loaded.
+        arguments: Its values before the load.
+        members: The optimizers of the chain.
+        length: Of `loop.length_of_run`.
+    """
     policy = members[0].resume.policy
     kept = set(policy.kept_scheduler_attributes)
     everything = policy.schedule == "checkpoint"
+    from_checkpoint = set(SCHEDULER_VALUES) if everything else kept
     values = {
         name: {
             "checkpoint": state_dict.get(name),
             "argument": arguments[name],
             "value": value,
-            "taken": "checkpoint" if everything or name in kept else "arguments",
+            "taken": "checkpoint" if name in from_checkpoint else "arguments",
         }
         for name, value in _scheduler_values(scheduler).items()
     }
@@ -88,4 +105,9 @@ def scheduler_section(
         for number, member in enumerate(members)
         for index, group in enumerate(member.optimizer.param_groups)
     ]
-    return {"num_steps": scheduler.num_steps, "values": values, "first_step": first}
+    return {
+        "num_steps": scheduler.num_steps,
+        **length,
+        "values": values,
+        "first_step": first,
+    }

@@ -54,13 +54,15 @@ def scheduler_section(policy: ResumePolicy = KEEP_WEIGHT_DECAY) -> dict[str, Any
         "wd_incr_steps": 480,
         "wd_incr_style": "constant",
     }
-    scheduler = SimpleNamespace(num_steps=32, **values)
+    scheduler = SimpleNamespace(num_steps=32, init_lr=0.0, **values)
     groups = [{"lr": 9.5e-4, "weight_decay": 0.1}, {"lr": 9.5e-5, "weight_decay": 0.0}]
     member = SimpleNamespace(
         resume=SimpleNamespace(policy=policy), optimizer=SimpleNamespace(param_groups=groups)
     )
-    saved = {"max_lr": 3e-3, "start_wd": 0.1, "end_wd": 0.1, "num_steps": 32}
-    return scheduling.scheduler_section(scheduler, saved, {**values, "start_wd": 0.2}, [member])
+    saved = {**values, "max_lr": 3e-3, "num_steps": 32}
+    arguments = {**scheduling._scheduler_values(scheduler), "start_wd": 0.2}
+    length = {"train_iters": 60, "global_batch_size": {"checkpoint": 8, "value": 8}}
+    return scheduling.scheduler_section(scheduler, saved, arguments, [member], length)
 
 
 def resume_report() -> ResumeReport:

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,7 @@ class Scenario:
         fails: Whether the run is meant to fail; else a run after it fails too.
         torchrun: Whether torchrun starts the ranks.
         tamper: What ``tampering_script.py`` changes after the load.
+        env: More environment.
     """
 
     arguments: str
@@ -59,6 +60,7 @@ class Scenario:
     fails: bool = False
     torchrun: bool = False
     tamper: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def forked(self) -> bool:
@@ -119,6 +121,7 @@ class Runs:
         directory = self.checkpoint(name).parent
         asked = {"KILL_AT_MICRO_BATCH": scenario.kill_at, "TAMPER": scenario.tamper}
         env = {name: str(value) for name, value in asked.items() if value is not None}
+        env |= scenario.env
         start = self._zygote.run if scenario.forked else run
         return start(
             directory,
