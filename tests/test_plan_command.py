@@ -84,6 +84,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, s
 
 def test_the_schema_is_one() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["schema"]["const"] == "megatron_ext/resume-plan/1"
 
 
 # --- on real checkpoints, against the report of the resume
@@ -788,3 +789,16 @@ def test_the_tracker_is_not_needed(tmp_path: Path, capsys: pytest.CaptureFixture
         assert found["phase"]["from"].startswith(f"{tmp_path.name}/one@10#")
     _, found = plan(capsys, root)
     assert found["checkpoint"]["iteration"] == 20
+
+
+def test_in_a_terminal_the_curve_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+    _, text = printed(capsys, root)
+    assert "│ last" in text
+    assert not any(0x2800 < ord(c) < 0x2900 for c in text)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, text = printed(capsys, root)
+    assert "learning rate of group 0, iterations 0 to 100, the new phase from 10" in text
+    assert sum(0x2800 < ord(c) < 0x2900 for c in text) > 20

@@ -43,6 +43,7 @@ class Cell:
     outcome: str
     old: str
     override: bool = True
+    use_checkpoint: bool = False
     saved: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,6 +60,14 @@ CELLS = {
         BF16, {"weight_decay": 0.05, "train_iters": 60, "warmup_iters": 3}, "loads", "loads"
     ),
     "length without the flag": Cell(BF16, {"train_iters": 60}, "fails", "fails", override=False),
+    "from the checkpoint": Cell(
+        BF16,
+        {"weight_decay": 0.05, "train_iters": 60, "decay_style": "linear"},
+        "loads",
+        "loads",
+        override=False,
+        use_checkpoint=True,
+    ),
     "fp32": Cell(replace(BF16, dtype="fp32"), {}, "fails", "fails", saved=FP32),
     "fp32, fully_reshardable": Cell(replace(FULL, dtype="fp32"), {}, "loads", "loads", saved=FP32),
     "torch's AdamW": Cell(replace(BF16, adam="torch"), {}, "fails", "fails"),
@@ -83,6 +92,7 @@ def test_stock_does_what_is_said(
 
     monkeypatch.setattr(module, "open_checkpoint", with_arguments)
     flags = ["--override-opt_param-scheduler"] if cell.override else []
+    flags += ["--use-checkpoint-opt_param-scheduler"] if cell.use_checkpoint else []
     said = forecast(directory, [*words(hyper), *flags]).stock
     assert said is not None
     assert Version(said.version) == megatron
@@ -96,6 +106,7 @@ def test_stock_does_what_is_said(
         directory=directory,
         more=1,
         override=cell.override,
+        use_checkpoint=cell.use_checkpoint,
         allow_failure=True,
     )[0]
     if said.outcome == "fails":

@@ -301,17 +301,13 @@ def _print_first_step(to: Console, found: Forecast) -> None:
     theirs = {(s.optimizer, s.group): s for s in stock}
     rows = []
     for curve, lr, decay in found.first_step:
-        other = theirs.get((curve.optimizer, curve.group))
-        rows.append(
-            (
-                f"optimizer {curve.optimizer} group {curve.group}",
-                lr,
-                decay,
-                "-" if other is None else other.lr,
-                "-" if other is None else other.weight_decay,
-            )
-        )
-    columns = ("first resumed step", "lr", "weight decay", "lr, stock", "weight decay, stock")
+        row = [f"optimizer {curve.optimizer} group {curve.group}", lr, decay]
+        if theirs:
+            other = theirs[curve.optimizer, curve.group]
+            row += [other.lr, other.weight_decay]
+        rows.append(row)
+    columns = ["first resumed step", "lr", "weight decay"]
+    columns += ["lr, stock", "weight decay, stock"] if theirs else []
     output.print_table(to, "first resumed step", columns, rows)
 
 
@@ -331,7 +327,9 @@ def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
             ]
             for c in sorted(first.values(), key=lambda c: c.phase)
         ]
-        to.print("learning rate of group 0, checkpoint's run and resumed run, over iterations")
+        ends = lines[0][0][0], lines[-1][-1][0]
+        begins = f", the new phase from {lines[1][0][0]}" if len(lines) > 1 else ""
+        to.print(f"learning rate of group 0, iterations {ends[0]} to {ends[1]}{begins}")
         for text in plot(lines, width=max(20, min(100, to.width - 14))):
             to.print(text)
         return

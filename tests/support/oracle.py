@@ -49,9 +49,10 @@ def stock_resume(
     more: int,
     override: bool = True,
     save_to: str | None = None,
+    use_checkpoint: bool = False,
 ) -> dict[str, Any]:
     """Resume with stock Megatron, nothing corrected."""
-    run = harness.build(layout, hyper, override=override)
+    run = harness.build(layout, hyper, override=override, use_checkpoint=use_checkpoint)
     harness.load(run, directory)
     loaded = harness.snapshot(run)
     harness.train(run, more)
