@@ -21,7 +21,7 @@ from .current_groups import current_groups
 from .curves import Curve, Span, phase_curves
 from .errors import CheckpointError, MegatronExtError
 from .host.schedule import ScheduleValues, resumed, values_of, with_saved
-from .host.scheduling import SCHEDULER_VALUES
+from .host.scheduling import NOT_SAVED, SCHEDULER_VALUES
 from .host.stock import Case, Stock, stock
 from .inert import without_collection
 from .moment_plan import ParameterPlan
@@ -402,14 +402,15 @@ class _Forecaster:
             return {}, values
         after = resumed(policy, values, state)
         kept = set(policy.kept_scheduler_attributes)
+        saved = set(SCHEDULER_VALUES) if policy.schedule == "checkpoint" else kept
         return {
             name: ScheduledValue(
                 state.get(name),
                 getattr(values, name),
                 getattr(after, name),
-                "checkpoint" if policy.schedule == "checkpoint" or name in kept else "arguments",
+                "checkpoint" if name in saved else "arguments",
             )
-            for name in SCHEDULER_VALUES
+            for name in (*SCHEDULER_VALUES, *NOT_SAVED)
         }, after
 
     def _curves(

@@ -23,7 +23,7 @@ SCHEDULER_VALUES = (
     "wd_incr_style",
 )
 #: Not part of a checkpoint's scheduler state: as the arguments say, whatever is kept.
-_NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
 
 
 def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +63,7 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
 
 def _scheduler_values(scheduler: Any) -> dict[str, Any]:
     found = {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
-    return found | {name: getattr(scheduler, name, None) for name in _NOT_SAVED}
+    return found | {name: getattr(scheduler, name, None) for name in NOT_SAVED}
 
 
 def scheduler_section(
