@@ -68,7 +68,8 @@ def main() -> int:
                     results.append(found)
                     print(found.line(), flush=True)
     busy = [b - a for a, b in zip(before, busy_elsewhere(), strict=True)]
-    facts["CPU time of other processes, those measured among them"] = f"{busy[0] / busy[1]:.0%}" if busy[1] else "unknown"
+    share = f"{busy[0] / busy[1]:.0%}" if busy[1] else "unknown"
+    facts["CPU time of other processes, those measured among them"] = share
     facts["model"] = str(moe)
     stem = f"{facts['date']}-inspect-cpu-{slug(str(facts['CPU']))}"
     options.out.mkdir(parents=True, exist_ok=True)
