@@ -227,3 +227,25 @@ def test_a_transform_is_left_to_torch(store: Path) -> None:
     stored = reader.storage_data[item.storage_index]
     reader.storage_data[item.storage_index] = replace(stored, transform_descriptors=["zstd"])
     assert direct_read._read(reader, [item], planner) == [item]
+
+
+def test_what_comes_next_is_asked_for_once_and_without_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        direct_read.os, "posix_fadvise", lambda fd, begin, size, advice: asked.append((begin, size))
+    )
+    (tmp_path / "file").write_bytes(b"")
+    ends = [n * (5 << 20) for n in range(1, 30)]
+    with (tmp_path / "file").open("rb") as stream:
+        ahead = direct_read._Ahead(stream)
+        for end in ends:
+            ahead.of(end)
+            begin, size = asked[-1]
+            assert begin + size >= end + direct_read._AHEAD // 2
+    assert len(asked) < len(ends)
+    for (begin, size), (after, _) in zip(asked, asked[1:], strict=False):
+        assert begin + size == after
+    # A stream that is no file of the kernel's.
+    direct_read._Ahead(io.BytesIO()).of(1)
