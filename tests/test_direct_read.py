@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -245,7 +246,7 @@ def test_what_comes_next_is_asked_for_once_and_without_gaps(
             begin, size = asked[-1]
             assert begin + size >= end + direct_read._AHEAD // 2
     assert len(asked) < len(ends)
-    for (begin, size), (after, _) in zip(asked, asked[1:], strict=False):
+    for (begin, size), (after, _) in itertools.pairwise(asked):
         assert begin + size == after
     # A stream that is no file of the kernel's.
     direct_read._Ahead(io.BytesIO()).of(1)
