@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,6 +170,30 @@ def overwritten(
         "exp_avg_sq": [v for _, _, _, v, _ in rows],
     }
     return frozenset(k for k, done in by_key.items() if all(isinstance(o, Fill) for o in done))
+
+
+def used_rules(
+    policy: ResumePolicy, parameters: Iterable[Parameter], groups: Sequence[Mapping[str, Any]]
+) -> set[int]:
+    """Positions of the rules that match one of some parameters.
+
+    Args:
+        policy: Whose rules.
+        parameters: Of one optimizer.
+        groups: Its param_groups.
+    """
+    used: set[int] = set()
+    for parameter in parameters:
+        name, dimensions, group = parameter.name, len(parameter.shape), groups[parameter.group]
+        for number, rule in enumerate(policy.rules):
+            if number not in used and rule.match.fits(name, dimensions, group):
+                used.add(number)
+    return used
+
+
+def used_group_rules(policy: ResumePolicy, groups: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Positions of the group rules that fit one of some param_groups."""
+    return {i for i, rule in enumerate(policy.groups) if any(map(rule.fits, groups))}
 
 
 def unmatched(

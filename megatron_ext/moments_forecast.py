@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MegatronExtError, PlanError
-from .moment_plan import Parameter, ParameterPlan, plan_moments, unmatched
+from .moment_plan import (
+    Parameter,
+    ParameterPlan,
+    plan_moments,
+    unmatched,
+    used_group_rules,
+    used_rules,
+)
 from .operations import write
 from .plan import ResumePlan
 from .policy import ResumePolicy
@@ -126,9 +133,7 @@ def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[Ru
     """
     if not (policy.changes_moments or policy.rules):
         return ()
-    effect = policy.preset.effect
-    told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
-    told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
+    told = policy.told_rules
     parameters, elements = [0] * len(told), [0] * len(told)
     examples: list[list[str]] = [[] for _ in told]
     for one in decided:
@@ -151,20 +156,9 @@ def _idle(
     policy: ResumePolicy, parameters: Sequence[Sequence[Parameter]], groups: Sequence[Groups]
 ) -> str:
     """What to say of rules that match nothing."""
-    used = {
-        number
-        for number, rule in enumerate(policy.rules)
-        if any(
-            rule.match.fits(p.name, len(p.shape), current[p.group])
-            for of_one, current in zip(parameters, groups, strict=True)
-            for p in of_one
-        )
-    }
-    used_groups = {
-        number
-        for number, rule in enumerate(policy.groups)
-        if any(rule.fits(g) for current in groups for g in current)
-    }
+    of_each = (used_rules(policy, *one) for one in zip(parameters, groups, strict=True))
+    used = set().union(*of_each)
+    used_groups = used_group_rules(policy, [g for current in groups for g in current])
     names = [p.name for of_one in parameters for p in of_one]
     return unmatched(policy, used, used_groups, sorted({*names[:1], *names[-1:]}))
 

@@ -419,6 +419,13 @@ class ResumePolicy:
         """Whether any element of the moments may be set without a look at its old value."""
         return any(isinstance(o, Fill) for o in self._moment_operations())
 
+    @property
+    def told_rules(self) -> tuple[tuple[str, Operation, Operation], ...]:
+        """For people: each rule's match, or the preset last, and what is done to each moment."""
+        effect = self.preset.effect
+        rules = ((str(r.match), r.exp_avg, r.exp_avg_sq) for r in self.rules)
+        return (*rules, (f"preset {self.preset}", effect.exp_avg, effect.exp_avg_sq))
+
     def _moment_operations(self) -> list[Operation]:
         effect = self.preset.effect
         operations = [effect.exp_avg, effect.exp_avg_sq]

@@ -16,7 +16,15 @@ import torch
 from . import agree
 from .errors import CheckpointError, PlanError
 from .layout import WHOLE
-from .moment_plan import Key, ParameterPlan, Statistic, plan_moments, unmatched
+from .moment_plan import (
+    Key,
+    ParameterPlan,
+    Statistic,
+    plan_moments,
+    unmatched,
+    used_group_rules,
+    used_rules,
+)
 from .moments import (
     MOMENT_KEYS,
     FillColumns,
@@ -197,9 +205,7 @@ def prepare(
     chain = [o for o in chain or [optimizer] if o.optimizer is not None]
     used = frozenset().union(*(_used(policy, one, model_chunks) for one in chain))
     used_groups = frozenset(
-        number
-        for number, rule in enumerate(policy.groups)
-        if any(rule.fits(g) for one in chain for g in one.optimizer.param_groups)
+        used_group_rules(policy, [g for one in chain for g in one.optimizer.param_groups])
     )
     if optimizer.optimizer is None or not (policy.changes_moments or policy.rules):
         return MomentWork(policy, (), {}, used, used_groups)
@@ -331,15 +337,8 @@ def _used(policy: ResumePolicy, optimizer: Any, model_chunks: Sequence[Any]) -> 
     """The rules that match a parameter which an optimizer holds."""
     if not policy.rules or optimizer.optimizer is None:
         return set()
-    groups = optimizer.optimizer.param_groups
-    return {
-        number
-        for shard in shards_of(optimizer, model_chunks)
-        for number, rule in enumerate(policy.rules)
-        if rule.match.fits(
-            shard.parameter.name, len(shard.parameter.shape), groups[shard.parameter.group]
-        )
-    }
+    parameters = (shard.parameter for shard in shards_of(optimizer, model_chunks))
+    return used_rules(policy, parameters, optimizer.optimizer.param_groups)
 
 
 def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
@@ -400,13 +399,10 @@ def _report(
         key: dict(zip(_COLUMNS, total[i * len(_COLUMNS) :], strict=False))
         for i, key in enumerate(MOMENT_KEYS)
     }
-    effect = policy.preset.effect
-    told = [(str(r.match), r.exp_avg, r.exp_avg_sq) for r in policy.rules]
-    told.append((f"preset {policy.preset}", effect.exp_avg, effect.exp_avg_sq))
     reports = tuple(
         RuleReport(name, write(m), write(v), int(n), met)
         for (name, m, v), n, met in zip(
-            told, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
+            policy.told_rules, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
         )
     )
     return MomentReport(
