@@ -421,7 +421,7 @@ class ResumePolicy:
 
     @property
     def told_rules(self) -> tuple[tuple[str, Operation, Operation], ...]:
-        """For people: each rule's match, or the preset last, and what is done to each moment."""
+        """Each rule's match, and the preset last, and what is done to each moment; for people."""
         effect = self.preset.effect
         rules = ((str(r.match), r.exp_avg, r.exp_avg_sq) for r in self.rules)
         return (*rules, (f"preset {self.preset}", effect.exp_avg, effect.exp_avg_sq))
