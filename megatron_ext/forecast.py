@@ -21,7 +21,7 @@ from .current_groups import current_groups
 from .curves import Curve, Span, phase_curves
 from .errors import CheckpointError, MegatronExtError
 from .host.schedule import ScheduleValues, resumed, values_of, with_saved
-from .host.scheduling import NOT_SAVED, SCHEDULER_VALUES
+from .host.scheduling import NOT_SAVED, SCHEDULER_VALUES, saved_values
 from .host.stock import Case, Stock, stock
 from .inert import without_collection
 from .moment_plan import ParameterPlan
@@ -40,7 +40,7 @@ from .planned_arguments import (
 from .policy import ResumePolicy
 from .preflight import findings, identity_of, padded_rows
 from .resized import ResizedParameter, resized_by, warnings_of
-from .stored import StoredCheckpoint, open_checkpoint
+from .stored import LEGACY_OPTIMIZER, StoredCheckpoint, open_checkpoint
 
 T = TypeVar("T")
 
@@ -401,8 +401,7 @@ class _Forecaster:
         if dropped:
             return {}, values
         after = resumed(policy, values, state)
-        kept = set(policy.kept_scheduler_attributes)
-        saved = set(SCHEDULER_VALUES) if policy.schedule == "checkpoint" else kept
+        saved = saved_values(policy)
         return {
             name: ScheduledValue(
                 state.get(name),
@@ -479,7 +478,7 @@ def _quietly(call: Callable[[], T]) -> T | None:
 
 def _is_distributed(stored: StoredCheckpoint) -> bool:
     """Whether the checkpoint is of a DistributedOptimizer."""
-    by_files = any(stored.directory.glob("mp_rank_*/distrib_optim.pt"))
+    by_files = any(stored.directory.glob(f"mp_rank_*/{LEGACY_OPTIMIZER}"))
     named = bool(stored.args.get("use_distributed_optimizer", False))
     return named or stored.sharding_type is not None or by_files
 

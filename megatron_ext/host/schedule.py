@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..policy import ResumePolicy
-from .scheduling import SCHEDULER_VALUES
+from .scheduling import SCHEDULER_VALUES, saved_values
 
 
 @dataclass(frozen=True)
@@ -157,5 +157,4 @@ def resumed(
         values: The arguments'.
         state: The checkpoint's scheduler state.
     """
-    everything = SCHEDULER_VALUES if policy.schedule == "checkpoint" else ()
-    return with_saved(values, state, (*everything, *policy.kept_scheduler_attributes))
+    return with_saved(values, state, saved_values(policy))

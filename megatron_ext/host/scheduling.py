@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..policy import ResumePolicy
 from .loop import length_of_run
 from .members import members_of
 from .request import global_args
@@ -24,6 +25,13 @@ SCHEDULER_VALUES = (
 )
 #: Not part of a checkpoint's scheduler state: as the arguments say, whatever is kept.
 NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+
+
+def saved_values(policy: ResumePolicy) -> frozenset[str]:
+    """The scheduler's values that come from the checkpoint."""
+    if policy.schedule == "checkpoint":
+        return frozenset(SCHEDULER_VALUES)
+    return frozenset(policy.kept_scheduler_attributes)
 
 
 def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
@@ -82,10 +90,7 @@ def scheduler_section(
         members: The optimizers of the chain.
         length: Of `loop.length_of_run`.
     """
-    policy = members[0].resume.policy
-    kept = set(policy.kept_scheduler_attributes)
-    everything = policy.schedule == "checkpoint"
-    from_checkpoint = set(SCHEDULER_VALUES) if everything else kept
+    from_checkpoint = saved_values(members[0].resume.policy)
     values = {
         name: {
             "checkpoint": state_dict.get(name),
