@@ -26,6 +26,7 @@ from megatron_ext.moment_scan import distances, scan
 from megatron_ext.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS
 from tests.support import inspected
+from tests.support.cells import chosen
 from tests.support.checkpoints import checkpoint
 from tests.support.groups import group
 from tests.support.harness import Layout
@@ -106,9 +107,9 @@ def assert_same_as_by_parameters(
 @pytest.mark.ranks
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 8
-    test = test_parameters_in_buckets_are_the_optimizers.__name__
-    chosen = [i for i in request.session.items if getattr(i, "originalname", "") == test]
-    assert len(RAN) == len(set(RAN)) == len(chosen)
+    assert (
+        len(RAN) == len(set(RAN)) == chosen(request, test_parameters_in_buckets_are_the_optimizers)
+    )
 
 
 @pytest.mark.ranks

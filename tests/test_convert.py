@@ -21,6 +21,7 @@ from megatron_ext.convert import convert
 from megatron_ext.errors import CheckpointError
 from megatron_ext.stored import Store, open_checkpoint
 from tests.conftest import FIRST, STEPS
+from tests.support.cells import chosen
 from tests.support.harness import Hyper, Layout
 from tests.support.old_ranks import OldRanks, assert_same_state
 from tests.support.pool import RankPool
@@ -93,9 +94,11 @@ def test_what_is_loaded_is_what_the_old_megatron_held(
 
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 4
-    test = test_what_is_loaded_is_what_the_old_megatron_held.__name__
-    chosen = [i for i in request.session.items if getattr(i, "originalname", "") == test]
-    assert len(RAN) == len(set(RAN)) == len(chosen)
+    assert (
+        len(RAN)
+        == len(set(RAN))
+        == chosen(request, test_what_is_loaded_is_what_the_old_megatron_held)
+    )
 
 
 def test_a_checkpoint_that_was_not_converted_is_refused_by_name(

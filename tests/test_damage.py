@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ext.cli import main
 from tests.support import specimens
+from tests.support.cells import chosen
 from tests.support.checkpoints import checksums
 from tests.support.pool import ROOT
 
@@ -132,9 +133,7 @@ def test_the_file_is_named(
 
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(cells()) * len(COMMANDS) == 12 * 8 * 7
-    test = test_the_file_is_named.__name__
-    chosen = [i for i in request.session.items if getattr(i, "originalname", "") == test]
-    assert len(RAN) == len(set(RAN)) == len(chosen) * len(COMMANDS)
+    assert len(RAN) == len(set(RAN)) == chosen(request, test_the_file_is_named) * len(COMMANDS)
 
 
 @pytest.mark.parametrize("form", specimens.FORMS)

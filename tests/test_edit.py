@@ -25,6 +25,7 @@ from megatron_ext.edit import Edited, edit, parse_settings, plan
 from megatron_ext.errors import CheckpointError, PolicyError
 from megatron_ext.stored import TRACKER, Store, holds_checkpoint, open_checkpoint
 from tests.conftest import FIRST, STEPS, Checkpoints
+from tests.support.cells import chosen
 from tests.support.checkpoints import checkpoint, checksums
 from tests.support.edit_cases import SETTINGS
 from tests.support.groups import group
@@ -144,9 +145,7 @@ def test_stock_resumes_from_the_copy(
 @pytest.mark.ranks
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 10
-    test = test_stock_resumes_from_the_copy.__name__
-    chosen = [i for i in request.session.items if getattr(i, "originalname", "") == test]
-    assert len(RAN) == len(set(RAN)) == len(chosen)
+    assert len(RAN) == len(set(RAN)) == chosen(request, test_stock_resumes_from_the_copy)
 
 
 @pytest.mark.ranks

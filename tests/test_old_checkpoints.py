@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ext.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS
+from tests.support.cells import chosen
 from tests.support.harness import Hyper, Layout
 from tests.support.old_ranks import OldRanks, assert_same_state
 from tests.support.pool import RankPool
@@ -94,6 +95,8 @@ def test_the_directory_says_what_the_writer_says(version: str, name: str, old: O
 
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 13
-    test = test_moments_are_the_writers_and_hyperparameters_the_arguments.__name__
-    chosen = [i for i in request.session.items if getattr(i, "originalname", "") == test]
-    assert len(RAN) == len(set(RAN)) == len(chosen)
+    assert (
+        len(RAN)
+        == len(set(RAN))
+        == chosen(request, test_moments_are_the_writers_and_hyperparameters_the_arguments)
+    )

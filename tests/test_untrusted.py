@@ -15,6 +15,7 @@ import pytest
 
 from megatron_ext.cli import main
 from tests.support import specimens
+from tests.support.cells import chosen
 from tests.support.pool import ROOT
 from tests.test_stored import Evil
 
@@ -82,13 +83,7 @@ def test_nothing_runs(
 
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(PLACES) * 2 * len(COMMANDS) == 56
-    chosen = [
-        i
-        for i in request.session.items
-        if getattr(i, "originalname", "") == test_nothing_runs.__name__
-        and i.module is request.module
-    ]
-    assert len(RAN) == len(set(RAN)) == len(chosen)
+    assert len(RAN) == len(set(RAN)) == chosen(request, test_nothing_runs)
 
 
 def test_an_index_that_edit_only_links_does_not_run_either(tmp_path: Path) -> None:
