@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.inspect import report
+from benchmarks.inspect.__main__ import COMMANDS
 from benchmarks.inspect.measure import Case, Result, measure
 from benchmarks.inspect.synthetic import Moe, counts, planned
 
@@ -50,3 +52,23 @@ def test_a_wrong_answer_is_no_measurement(tmp_path: Path) -> None:
     content = json.loads(files.read_text())
     assert len(content["targets"]) == 3
     assert "document" not in content["results"][0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_benchmark_runs_is_right(command: str, tmp_path: Path) -> None:
+    moe = Moe(layers=8, experts=4, hidden=64, expert_ffn=32, pipeline=2, expert=2, ranks=16)
+    directory = tmp_path / "checkpoint"
+    planned(moe, "fully_reshardable").write(directory, with_plans=True)
+    case = Case(command, "fully_reshardable", with_plans=True, elements=moe.elements)
+    found = measure(case, COMMANDS[command](directory), repeats=1, index=0)
+
+    def require(model: Moe) -> None:
+        if command == "inspect":
+            found.require(counts(model, "fully_reshardable"))
+        else:
+            found.require_rules(model)
+
+    require(moe)
+    for wrong in (moe.twice(), replace(moe, experts=3)):
+        with pytest.raises(RuntimeError, match="expected"):
+            require(wrong)

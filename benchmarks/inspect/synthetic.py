@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from benchmarks.moe import Experts
+
 STATES = ("param", "exp_avg", "exp_avg_sq")
 Sharding = Literal["fully_reshardable", "dp_reshardable"]
 
@@ -44,59 +46,25 @@ _ITEM = 4096
 
 
 @dataclass(frozen=True)
-class Moe:
-    """A mixture of gated experts, and how it is spread.
+class Moe(Experts):
+    """Experts alone: the rest of the model is left out; each rank has a file.
 
     Args:
-        layers: Transformer layers.
-        experts: Of a layer.
-        hidden: Hidden size.
-        expert_ffn: Hidden size of an expert.
-        pipeline: Pipeline-parallel size.
-        expert: Expert-parallel size.
-        ranks: All ranks; each has a file.
         cuts: In how many pieces a parameter of its own key is stored.
     """
 
-    layers: int = 64
-    experts: int = 304
-    hidden: int = 8192
     expert_ffn: int = 2176
-    pipeline: int = 16
-    expert: int = 16
-    ranks: int = 16384
     cuts: int = 4
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of an expert's matrices."""
-        return {
-            "linear_fc1": (2 * self.expert_ffn, self.hidden),
-            "linear_fc2": (self.hidden, self.expert_ffn),
-        }
-
-    @property
     def elements(self) -> int:
-        """Of all experts, by the closed form; the rest of the model is left out."""
-        return self.layers * self.experts * 3 * self.hidden * self.expert_ffn
+        """Of the whole model."""
+        return self.expert_elements
 
     @property
     def data_parallel(self) -> int:
         """Ranks that share an expert-parallel rank's experts of a pipeline stage."""
         return self.ranks // (self.pipeline * self.expert)
-
-    def twice(self) -> Moe:
-        """Twice the layers on twice the ranks."""
-        return Moe(
-            2 * self.layers,
-            self.experts,
-            self.hidden,
-            self.expert_ffn,
-            self.pipeline,
-            self.expert,
-            2 * self.ranks,
-            self.cuts,
-        )
 
 
 @dataclass

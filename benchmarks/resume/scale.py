@@ -10,6 +10,7 @@ import tracemalloc
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.moe import Experts
 from megatron_ext import agree
 from megatron_ext.checkpoint import SavedOptimizer
 from megatron_ext.merge import merge_distributed
@@ -20,45 +21,25 @@ from megatron_ext.rules import Scale
 
 
 @dataclass(frozen=True)
-class Moe:
-    """A mixture of experts with gated experts, and how it is spread.
+class Moe(Experts):
+    """A mixture of experts.
 
     Args:
-        layers: Transformer layers.
-        hidden: Hidden size.
-        experts: Experts of a layer.
-        expert_ffn: Hidden size of an expert.
         vocabulary: Rows of the embedding, and of the output layer.
-        pipeline: Pipeline-parallel size.
-        expert: Expert-parallel size.
-        ranks: All ranks.
     """
 
-    layers: int = 64
-    hidden: int = 8192
-    experts: int = 304
-    expert_ffn: int = 2048
     vocabulary: int = 131072
-    pipeline: int = 16
-    expert: int = 16
-    ranks: int = 16384
 
     @property
     def elements(self) -> int:
         """Of the whole model, by the closed form."""
         h = self.hidden
-        expert = 3 * h * self.expert_ffn
-        layer = self.experts * expert + self.experts * h + 4 * h * h + 2 * h
-        return self.layers * layer + 2 * self.vocabulary * h + h
-
-    @property
-    def expert_elements(self) -> int:
-        """Of all experts, by the closed form."""
-        return self.layers * self.experts * 3 * self.hidden * self.expert_ffn
+        rest = self.experts * h + 4 * h * h + 2 * h
+        return self.expert_elements + self.layers * rest + 2 * self.vocabulary * h + h
 
     def parameters(self, stage: int, expert_rank: int) -> list[Parameter]:
         """What the ranks of a pipeline stage and an expert-parallel rank hold, whole."""
-        h, f = self.hidden, self.expert_ffn
+        h = self.hidden
         per_stage, local = self.layers // self.pipeline, self.experts // self.expert
         out = []
         if stage == 0:
@@ -74,10 +55,7 @@ class Moe:
             ]
             for expert in range(expert_rank * local, (expert_rank + 1) * local):
                 name = f"{at}.mlp.experts.local_experts.{expert}"
-                out += [
-                    Parameter(f"{name}.linear_fc1.weight", (2 * f, h), 2),
-                    Parameter(f"{name}.linear_fc2.weight", (h, f), 2),
-                ]
+                out += [Parameter(f"{name}.{m}.weight", s, 2) for m, s in self.shapes.items()]
         if stage == self.pipeline - 1:
             out.append(Parameter("decoder.final_layernorm.weight", (h,), 1))
             out.append(Parameter("output_layer.weight", (self.vocabulary, h), 0))

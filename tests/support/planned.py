@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 from .harness import GLOBAL_BATCH, Hyper
 
 
@@ -33,22 +27,3 @@ def words(hyper: Hyper) -> list[str]:
         "global-batch-size": GLOBAL_BATCH,
     }
     return [w for k, v in values.items() if v is not None for w in (f"--{k}", str(v))]
-
-
-_MEASURED = (
-    "import re, sys, time; import torch; import megatron.core.optimizer_param_scheduler\n"
-    "from megatron_ext.cli import main\n"
-    "begin = time.process_time(); status = main(sys.argv[1:])\n"
-    # Not getrusage: its peak is at least that of the process which started this one.
-    "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-    "print(time.process_time() - begin, peak * 1024, file=sys.stderr); sys.exit(status)"
-)
-
-
-def measured(directory: Path, *arguments: str) -> tuple[dict[str, Any], float, float]:
-    """The plan of a process of its own, its CPU seconds without imports, its peak RSS in bytes."""
-    command = [sys.executable, "-c", _MEASURED, "plan", str(directory), *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    seconds, peak = map(float, done.stderr.splitlines()[-1].split())
-    return json.loads(done.stdout), seconds, peak
