@@ -18,7 +18,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from . import merge, resized, selective_read, transition, vocabulary
+from . import merge, parallel_read, resized, selective_read, transition, vocabulary
 from .agree import agree, gather
 from .checkpoint import (
     FLATTENED,
@@ -123,16 +123,21 @@ class _Selective:
 
     def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
         """Check that the moments arrived, change them as planned, and hand the report in."""
-        loaded.nonfinite, self.norms_after_load = transition.look(self)
+        work = self._moment_work
+        done, bad = transition.change_unseen(work), None
+        if done is None:
+            loaded.nonfinite, self.norms_after_load = transition.look(self)
+        else:
+            bad = done.nonfinite_before
+            loaded.nonfinite = sum(bad.values())
         summed = loaded.summed()
         summed.require_moments()
         notes: tuple[str, ...] = ()
         if summed.nonfinite:
             choice = plan.policy.nonfinite
-            done = transition.mend_nonfinite(self, self.resume_chunks, choice)
-            notes = (f"{summed.nonfinite} elements of the moments {done}",)
-        work = self._moment_work
-        moments = None if work is None else transition.carry_out(work)
+            what = transition.mend_nonfinite(self, self.resume_chunks, choice, bad)
+            notes = (f"{summed.nonfinite} elements of the moments {what}",)
+        moments = None if work is None else transition.carry_out(work, done)
         if moments is not None:
             self.norms_after_load = moments.norms_on_this_rank
         elif summed.nonfinite:
@@ -268,7 +273,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         state_dict, error = None, None
         if self.data_parallel_group.rank() == 0:
             try:
-                state_dict = torch.load(filename)
+                state_dict = parallel_read.load(filename)
             except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
                 error = _unreadable(filename, e)
         agree(f"reading {Path(filename).name}", "0" * 32, error)

@@ -23,6 +23,9 @@ from .moment_plan import Parameter
 #: A local index in a module's name: a list's position, or TE's grouped weights (weight3).
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
 
+#: Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+Located = Mapping[int, tuple[str, tuple[int, ...], tuple[Block, ...]]]
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -49,17 +52,20 @@ class Shard:
         return runs(self.blocks, self.begin, self.end)
 
 
-def shards_of(optimizer: Any, model_chunks: Sequence[Any]) -> list[Shard]:
+def shards_of(
+    optimizer: Any, model_chunks: Sequence[Any], where: Located | None = None
+) -> list[Shard]:
     """The shards of a Megatron optimizer on this rank.
 
     Args:
         optimizer: A DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
         model_chunks: The model it was built for.
+        where: `located` of it, where that is known.
 
     Raises:
         HostError: The model does not say where a parameter lies.
     """
-    found = located(model_chunks)
+    found = located(model_chunks) if where is None else where
     out = []
     for held in held_by(optimizer):
         if id(held.model_param) not in found:
@@ -130,9 +136,7 @@ def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
     return Held(model_param, key, group, of_shard.start, of_shard.end)
 
 
-def located(
-    model_chunks: Sequence[Any],
-) -> dict[int, tuple[str, tuple[int, ...], tuple[Block, ...]]]:
+def located(model_chunks: Sequence[Any]) -> Located:
     """Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
 
     Args:

@@ -38,11 +38,11 @@ from .moments import (
     values,
 )
 from .operations import Prune, write
-from .parameters import Shard, held_by, names_of, shards_of
+from .parameters import Shard, held_by, located, names_of, shards_of
 from .plan import ResumePlan
 from .policy import ResumePolicy
 from .row_statistics import Value, find, pieces
-from .rules import KEEP, Fill, Keep, PruneMagnitude, PruneRandom, SecondMomentRule
+from .rules import KEEP, Fill, Keep, PruneMagnitude, PruneRandom, Scale, SecondMomentRule
 from .steps import is_adam, is_hybrid
 
 #: Columns that are added up over the ranks, per moment.
@@ -108,13 +108,19 @@ def look(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
     return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
 
 
-def mend_nonfinite(optimizer: Any, model_chunks: Sequence[Any], choice: str) -> str:
+def mend_nonfinite(
+    optimizer: Any,
+    model_chunks: Sequence[Any],
+    choice: str,
+    found: Mapping[str, int] | None = None,
+) -> str:
     """Refuse, reset or keep NaN and infinite moments; collective, called where some rank has any.
 
     Args:
         optimizer: A Megatron optimizer with state.
         model_chunks: Its model, for the names.
         choice: ``error``, ``reset`` or ``keep`` (`ResumePolicy.nonfinite`).
+        found: Parameters on this rank -> elements that are not finite, where that is known.
 
     Returns:
         What was done, for the report.
@@ -123,9 +129,10 @@ def mend_nonfinite(optimizer: Any, model_chunks: Sequence[Any], choice: str) -> 
         CheckpointError: For ``error``, on every rank that has one.
         AgreementError: For ``error``, on the others, with the messages.
     """
-    names = names_of(optimizer, model_chunks)
-    bad = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
-    error = None
+    if found is None:
+        names = names_of(optimizer, model_chunks)
+        found = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
+    bad, error = found, None
     if bad and choice == "error":
         listing = ", ".join(f"{name}: {n}" for name, n in list(bad.items())[:_MAX_NAMED])
         more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
@@ -203,13 +210,21 @@ def prepare(
     if not (policy.changes_moments or policy.rules or policy.groups):
         return None
     chain = [o for o in chain or [optimizer] if o.optimizer is not None]
-    used = frozenset().union(*(_used(policy, one, model_chunks) for one in chain))
+    of_chain = _shards_by_optimizer(chain if policy.rules else [optimizer], policy, model_chunks)
+    used = frozenset[int]()
+    if policy.rules:
+        used = used.union(
+            *(
+                used_rules(policy, (s.parameter for s in of_chain[id(o)]), o.optimizer.param_groups)
+                for o in chain
+            )
+        )
     used_groups = frozenset(
         used_group_rules(policy, [g for one in chain for g in one.optimizer.param_groups])
     )
     if optimizer.optimizer is None or not (policy.changes_moments or policy.rules):
         return MomentWork(policy, (), {}, used, used_groups)
-    shards = tuple(shards_of(optimizer, model_chunks))
+    shards = of_chain[id(optimizer)]
     if not is_adam(optimizer.optimizer):
         _refuse_rules(policy, optimizer.optimizer, shards)
         return MomentWork(policy, (), {}, used, used_groups, kept=True)
@@ -289,7 +304,60 @@ def _met(work: MomentWork) -> list[list[str]]:
     ]
 
 
-def carry_out(work: MomentWork) -> MomentReport | None:
+@dataclass(frozen=True)
+class MomentChange:
+    """What was done to the moments on this rank.
+
+    Args:
+        shards: Those with moments.
+        counted: For each its statistics, by state key.
+        device: Of the moments.
+    """
+
+    shards: tuple[Shard, ...]
+    counted: tuple[Mapping[str, MomentStatistics], ...]
+    device: torch.device
+
+    @property
+    def nonfinite_before(self) -> dict[str, int]:
+        """Parameters that had NaN or infinite elements -> how many there are now.
+
+        A sum of squares of fp32 values in float64 does not overflow: it is finite if they all are.
+        """
+        found: dict[str, int] = {}
+        for shard, by_key in zip(self.shards, self.counted, strict=True):
+            for s in by_key.values():
+                if s.norm_before is not None and not math.isfinite(s.norm_before):
+                    name = shard.parameter.name
+                    found[name] = found.get(name, 0) + s.nonfinite
+        return found
+
+
+def change_unseen(work: MomentWork | None) -> MomentChange | None:
+    """Change the moments without a look at them before, where one pass does for both.
+
+    Where every element is kept or multiplied, what is not finite stays so, and the statistics of
+    the change tell what a look would have told.
+
+    Args:
+        work: From `meet`; the moments have arrived.
+
+    Returns:
+        None where they have to be looked at first, or where nothing is to be done. A rank decides
+        for itself: no collective follows from it.
+    """
+    if work is None or not _changes(work) or work.wanted or work.policy.nonfinite != "error":
+        return None
+    rules = (x for p in work.plans.values() for r in p.rows for x in (r.exp_avg, r.exp_avg_sq))
+    if not all(isinstance(rule, Keep | Scale) for rule in rules):
+        return None
+    states = (s.inner.state[s.key] for s in work.shards if _has_moments(s))
+    if any(state[key].dtype != torch.float32 for state in states for key in MOMENT_KEYS):
+        return None
+    return _change(work)
+
+
+def carry_out(work: MomentWork, done: MomentChange | None = None) -> MomentReport | None:
     """Change the moments as planned; collective.
 
     The statistics that are needed are found together (`megatron_ext.row_statistics.find`), the
@@ -297,13 +365,20 @@ def carry_out(work: MomentWork) -> MomentReport | None:
 
     Args:
         work: From `meet`; the moments have arrived.
+        done: From `change_unseen`: then only the report is left.
 
     Returns:
         None where there is nothing to do.
     """
-    if work.kept or not (work.policy.changes_moments or work.policy.rules):
-        return None
-    shards = [s for s in work.shards if _has_moments(s)]
+    return _report(work, done or _change(work)) if _changes(work) else None
+
+
+def _changes(work: MomentWork) -> bool:
+    return not work.kept and bool(work.policy.changes_moments or work.policy.rules)
+
+
+def _change(work: MomentWork) -> MomentChange:
+    shards = tuple(s for s in work.shards if _has_moments(s))
     device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else agree.device()
     found: dict[Statistic, Value] = {}
     if work.wanted:
@@ -316,8 +391,7 @@ def carry_out(work: MomentWork) -> MomentReport | None:
             device,
         )
     jobs = [_work(shard, work.plans[shard.parameter.name], found) for shard in shards]
-    counted = transform(jobs, Statistics.BEFORE_AND_AFTER)
-    return _report(work, shards, counted, device)
+    return MomentChange(shards, tuple(transform(jobs, Statistics.BEFORE_AND_AFTER)), device)
 
 
 def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> None:
@@ -333,12 +407,21 @@ def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> 
                 )
 
 
-def _used(policy: ResumePolicy, optimizer: Any, model_chunks: Sequence[Any]) -> set[int]:
-    """The rules that match a parameter which an optimizer holds."""
-    if not policy.rules or optimizer.optimizer is None:
-        return set()
-    parameters = (shard.parameter for shard in shards_of(optimizer, model_chunks))
-    return used_rules(policy, parameters, optimizer.optimizer.param_groups)
+def _shards_by_optimizer(
+    optimizers: Sequence[Any], policy: ResumePolicy, model_chunks: Sequence[Any]
+) -> dict[int, tuple[Shard, ...]]:
+    """Id of an optimizer -> what it holds on this rank; empty where no one asks.
+
+    One look at the model is enough for all.
+    """
+    if not (policy.changes_moments or policy.rules):
+        return {}
+    where = located(model_chunks)
+    return {
+        id(one): tuple(shards_of(one, model_chunks, where))
+        for one in optimizers
+        if one.optimizer is not None
+    }
 
 
 def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
@@ -368,17 +451,12 @@ def _rule(decided: SecondMomentRule | Statistic, found: Mapping[Statistic, Value
     return PruneMagnitude(value) if decided.kind == "quantile" else Fill(value)
 
 
-def _report(
-    work: MomentWork,
-    shards: Sequence[Shard],
-    counted: Sequence[Mapping[str, MomentStatistics]],
-    device: torch.device,
-) -> MomentReport:
+def _report(work: MomentWork, done: MomentChange) -> MomentReport:
     policy = work.policy
     sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
     elements = [0.0] * (len(policy.rules) + 1)
     unread = {str(key): names for key, names in work.unread.items()}
-    for shard, statistics in zip(shards, counted, strict=True):
+    for shard, statistics in zip(done.shards, done.counted, strict=True):
         for row, key in zip(sums, MOMENT_KEYS, strict=True):
             s = statistics[key]
             found = ((s.norm_before or 0.0) ** 2, s.norm_after**2, shard.end - shard.begin)
@@ -392,7 +470,7 @@ def _report(
             held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
             elements[-1 if rows.rule is None else rows.rule] += held
     mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
-    flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=device)
+    flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=done.device)
     agree.add_up(flat)
     total = flat.tolist()
     by_key = {

@@ -271,8 +271,12 @@ def test_a_rule_that_matches_nothing_may_be_a_warning(
     assert any("WARNING" in line and "'encoder.*'" in line for line in found["lines"])
 
 
+SCALE = "moments: [{match: '*', exp_avg: scale 0.5, exp_avg_sq: scale 0.25}]"
+
+
+@pytest.mark.parametrize("rules", ["", f", {SCALE}"], ids=["kept", "scaled"])
 def test_moments_that_are_not_finite(
-    stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
+    rules: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     directory, _ = checkpoints.phase_1(BF16, 2)
     target = str(tmp_path / "damaged")
@@ -286,19 +290,25 @@ def test_moments_that_are_not_finite(
     )
     arguments: dict[str, Any] = {"layout": BF16, "hyper": FIRST, "directory": target}
     results = [
-        r for (r,) in ext.run("tests.support.policies:refused", 2, policies=["{}"], **arguments)
+        r
+        for (r,) in ext.run(
+            "tests.support.policies:refused",
+            2,
+            policies=[f"{{nonfinite: error{rules}}}"],
+            **arguments,
+        )
     ]
     assert [r["type"] for r in results] == ["CheckpointError", "AgreementError"]
     for result in results:
         assert result["in step"]
         assert "--selective-nonfinite reset" in result["message"]
-        assert result["message"].count(": 1") >= 2
+        assert result["message"].count(": 1") == 2
         assert "decoder.layers." in result["message"] or "embedding." in result["message"]
     found = {
         choice: ext.run(
             "tests.support.policies:refused",
             2,
-            policies=[f"nonfinite: {choice}"],
+            policies=[f"{{nonfinite: {choice}{rules}}}"],
             **arguments,
         )[0][0]
         for choice in ("reset", "keep")
@@ -314,6 +324,29 @@ def test_moments_that_are_not_finite(
     assert wrong == {"reset": 0, "keep": 2}
     for one in found.values():
         assert any("2 elements of the moments not finite" in line for line in one["lines"])
+
+
+@pytest.mark.latest
+def test_where_nothing_but_scaling_is_done_the_moments_are_gone_through_once(
+    ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    directory, _ = checkpoints.phase_1(BF16, 2)
+    found = ext.run(
+        "tests.support.policies:passes",
+        2,
+        layout=BF16,
+        hyper=FIRST,
+        directory=directory,
+        policies=[
+            "{}",
+            f"{{{SCALE}}}",
+            "preset: bias-consistent",
+            "preset: reset",
+            "moments: [{match: '*', exp_avg: keep, exp_avg_sq: floor 1e-12}]",
+            f"{{nonfinite: keep, {SCALE}}}",
+        ],
+    )
+    assert found == [[1, 1, 1, 2, 2, 2]] * 2
 
 
 @pytest.mark.latest

@@ -121,6 +121,29 @@ def refused(
     return [{"lines": _report(run).lines(), "state": gather(run)}]
 
 
+def passes(layout: Layout, hyper: Hyper, directory: str, policies: list[str]) -> list[int]:
+    """How often a load with each policy goes through the moments on this rank."""
+    from megatron_ext import _ops
+
+    calls, original = 0, _ops.Transform.__call__
+
+    def counting(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *args)
+
+    found = []
+    _ops.Transform.__call__ = counting  # type: ignore[method-assign]
+    try:
+        for policy in policies:
+            run, calls = build(layout, hyper, policy), 0
+            harness.load(run, directory)
+            found.append(calls)
+    finally:
+        _ops.Transform.__call__ = original  # type: ignore[method-assign]
+    return found
+
+
 def live_refused(layout: Layout, hyper: Hyper, directory: str, policy: str) -> dict[str, Any]:
     """The error of `transform_moments`."""
     run = build(layout, hyper, "{}")

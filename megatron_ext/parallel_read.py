@@ -1,0 +1,114 @@
+"""A file of ``torch.save``, read into host memory by several threads.
+
+``torch.load`` reads one storage after the other in one thread. Legacy checkpoints have all of the
+optimizer's parameter state in one file, which one rank reads while the others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+_THREADS = 4
+_BYTES_AT_A_TIME = 4 << 20
+
+
+class _NotPlain(Exception):
+    """Left to ``torch.load``, whose errors are the errors."""
+
+
+def load(path: str) -> Any:
+    """What ``torch.load(path, map_location="cpu")`` gives, with new memory for every storage.
+
+    Args:
+        path: A file of ``torch.save``.
+
+    Raises:
+        Exception: Whatever ``torch.load`` raises for a file that it cannot read, or that holds more
+            than tensors and plain values (``weights_only``).
+    """
+    with contextlib.suppress(_NotPlain):
+        return _load(path)
+    return torch.load(path, map_location="cpu")
+
+
+def _load(path: str) -> Any:
+    try:
+        # Only where the elements are: torch/serialization.py, load_tensor, 2.10 to 2.15.
+        places = torch.load(path, map_location="meta")
+    except Exception as e:  # a foreign byte order too
+        raise _NotPlain from e
+    memory: dict[int, torch.Tensor] = {}
+    offsets: dict[int, int] = {}
+    state = _fill_in(places, memory, offsets)
+    _read_storages(path, memory, offsets)
+    return state
+
+
+def _read_storages(
+    path: str, memory: Mapping[int, torch.Tensor], offsets: Mapping[int, int]
+) -> None:
+    parts = [
+        (part, offsets[key] + begin)
+        for key, storage in memory.items()
+        for begin, part in _parts(storage)
+    ]
+    file = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as threads:
+            for _ in threads.map(lambda part: _read(file, *part), parts):
+                pass
+    finally:
+        os.close(file)
+
+
+def _fill_in(value: Any, memory: dict[int, torch.Tensor], offsets: dict[int, int]) -> Any:
+    """The same with tensors in host memory for those without elements.
+
+    Args:
+        value: Dicts, lists and tuples of tensors on the meta device and plain values.
+        memory: Is given the bytes of every storage.
+        offsets: Is given where they lie in the file.
+    """
+    if isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor or value.is_quantized or value.layout != torch.strided:
+            raise _NotPlain
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key not in memory:
+            offset = getattr(storage, "_checkpoint_offset", None)
+            if offset is None:
+                raise _NotPlain
+            memory[key] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            offsets[key] = offset
+        target = torch.empty(0, dtype=value.dtype)
+        begin = value.storage_offset()
+        target.set_(memory[key].untyped_storage(), begin, value.shape, value.stride())
+        return target.requires_grad_(value.requires_grad)
+    if type(value) is dict:
+        return {k: _fill_in(v, memory, offsets) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_fill_in(v, memory, offsets) for v in value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    raise _NotPlain
+
+
+def _parts(storage: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
+    data = memoryview(storage.numpy())
+    for begin in range(0, len(data), _BYTES_AT_A_TIME):
+        yield begin, data[begin : begin + _BYTES_AT_A_TIME]
+
+
+def _read(file: int, into: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(file, [into[done:]], offset + done)
+        if not count:
+            raise _NotPlain
+        done += count
