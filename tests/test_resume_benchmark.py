@@ -121,15 +121,18 @@ def test_another_step_misses() -> None:
 def test_the_model_finds_the_constants_it_was_made_with() -> None:
     series = []
     for million in (10, 30, 100):
-        one = result()
+        one, (_, layers) = result(), cases.SIZES[million]
         one["parameters"] = million * 10**6
         for s in one["samples"]:
             s["stored"] = (6 if s["variant"] == RESET else 14) * one["parameters"]
             moved = model.PASSES.get(s["variant"], 0) * one["parameters"]
-            s["seconds"] = {"read": 0.25 + s["stored"] / 2e9, "load_state_dict": moved / 5e9}
+            layer, speed = (0.02, 2e9) if s["variant"] == STOCK else (0.007, 3e9)
+            read = layer * layers + s["stored"] / speed
+            s["seconds"] = {"read": read, "load_state_dict": moved / 5e9}
         series.append((replace(CASE, size=million), one))
     fit = model.fit(series)
-    assert (fit.fixed, fit.read, fit.moved) == pytest.approx((0.25, 2e9, 5e9))
+    assert (fit.stock.layer, fit.stock.read) == pytest.approx((0.02, 2e9))
+    assert (fit.ours.layer, fit.ours.read, fit.moved) == pytest.approx((0.007, 3e9, 5e9))
     assert len(fit.residuals) == 12
     assert all(m == pytest.approx(p) for _, m, p in fit.residuals)
 

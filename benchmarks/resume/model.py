@@ -1,10 +1,11 @@
 r"""A model of what a resume takes, fitted to what was measured, and what it predicts elsewhere.
 
-.. math:: t = c + R / B_r + T / B_t
+.. math:: t = c L + R / B_r + T / B_t
 
-R: bytes that a rank reads; T: bytes of exp_avg and exp_avg_sq that its passes over them read and
-write; c: what does not grow with the size. On one machine the three constants are fitted; for many
-GPUs the bandwidths are assumptions that stand beside the prediction.
+L: layers of the model; R: bytes that a rank reads; T: bytes of exp_avg and exp_avg_sq that its
+passes over them read and write; c: what a layer's tensors cost whatever their size. On one machine
+the constants are fitted, c and B_r for stock's reader and for ours; for many GPUs the bandwidths
+are assumptions that stand beside the prediction.
 """
 
 from __future__ import annotations
@@ -15,14 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from .cases import KEEP, RESCALE, RESET, STOCK, Case
+from .cases import KEEP, RESCALE, RESET, SIZES, STOCK, Case
 from .summary import LOAD, median
 
 #: Bytes that a rescale of both fp32 moments moves for one parameter: two are read and written.
 TRANSFORM_BYTES = 16
-#: Bytes moved for one parameter by all passes after the read: both moments are looked at once, then
-#: rescaled; or filled with zeros, looked at, and reset.
-PASSES = {STOCK: 0, KEEP: 8, RESCALE: 8 + TRANSFORM_BYTES, RESET: 8 + 8 + 8}
+#: Bytes moved for one parameter by all passes after the read: both moments are looked at once; or
+#: rescaled, which is a look too; or filled with zeros, looked at, and reset.
+PASSES = {STOCK: 0, KEEP: 8, RESCALE: TRANSFORM_BYTES, RESET: 8 + 8 + 8}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The constants of stock's reader or of ours.
+
+    Args:
+        layer: c, seconds.
+        read: B_r, bytes a second.
+    """
+
+    layer: float
+    read: float
 
 
 @dataclass(frozen=True)
@@ -30,14 +44,14 @@ class Fit:
     """The constants of one machine.
 
     Args:
-        fixed: c, seconds.
-        read: B_r, bytes a second.
+        stock: Of stock's reader.
+        ours: Of ours.
         moved: B_t, bytes a second.
         residuals: For each measured point its name, seconds measured and by the model.
     """
 
-    fixed: float
-    read: float
+    stock: Reader
+    ours: Reader
     moved: float
     residuals: tuple[tuple[str, float, float], ...]
 
@@ -51,22 +65,28 @@ def fit(series: Sequence[tuple[Case, Mapping[str, Any]]]) -> Fit:
             read = median(samples, variant, lambda s: s["stored"])
             moved = passes * result["parameters"]
             names.append(f"{case}, {variant}")
-            rows.append([1.0, read, float(moved)])
+            _, layers = SIZES[case.size]
+            own = [layers, read]
+            rows.append([*own, 0, 0, moved] if variant == STOCK else [0, 0, *own, moved])
             seconds.append(
                 median(samples, variant, lambda s: sum(s["seconds"].get(p, 0.0) for p in LOAD))
             )
-    matrix, wanted = np.array(rows), np.array(seconds)
+    matrix, wanted = np.array(rows, dtype=float), np.array(seconds)
     weighted = matrix / wanted[:, None]
     scale = np.abs(weighted).max(axis=0)
     solution = np.linalg.lstsq(weighted / scale, np.ones(len(wanted)), rcond=None)[0] / scale
     predicted = matrix @ solution
-    fixed, per_read, per_moved = (float(x) for x in solution)
+    values = [float(x) for x in solution]
     return Fit(
-        fixed,
-        1.0 / per_read if per_read > 0 else float("inf"),
-        1.0 / per_moved if per_moved > 0 else float("inf"),
+        Reader(values[0], _bandwidth(values[1])),
+        Reader(values[2], _bandwidth(values[3])),
+        _bandwidth(values[4]),
         tuple(zip(names, seconds, map(float, predicted), strict=True)),
     )
+
+
+def _bandwidth(seconds_a_byte: float) -> float:
+    return 1.0 / seconds_a_byte if seconds_a_byte > 0 else float("inf")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import RESCALE, RESET, RESET_COLD, STOCK, STOCK_COLD, VARIANTS, Case
-from .model import Cluster, Fit, Prediction, fit, predict
+from .model import Cluster, Fit, Prediction, Reader, fit, predict
 from .summary import LOAD, load_peak, load_seconds, median, of, verdicts
 
 #: Okabe and Ito's palette, told apart with any colour vision.
@@ -169,16 +169,16 @@ def _model(content: Mapping[str, Any]) -> list[str]:
         "",
         "## A model of resume time",
         "",
-        "t = c + R / B_r + T / B_t, with R the bytes a rank reads from its files, which are in the "
-        "page cache, and T those that its passes over the moments move in memory: none in stock; "
-        "reading them once, for NaN and the norms; reading and writing them for a rescale; writing "
-        "them twice, zeros and the fill, for a reset.",
+        "t = c L + R / B_r + T / B_t, with L the model's layers, R the bytes a rank reads from its "
+        "files, which are in the page cache, and T those that its passes over the moments move in "
+        "memory: none in stock; reading them once, for NaN and the norms; reading and writing them "
+        "for a rescale; writing them twice, zeros and the fill, and reading them, for a reset.",
     ]
     if found is not None:
         out += [
             "",
-            f"Fitted to this run: c = {found.fixed * 1e3:.0f} ms, B_r = {found.read / 1e9:.2f} "
-            f"GB/s, B_t = {found.moved / 1e9:.2f} GB/s.",
+            f"Fitted to this run: {_constants('stock', found.stock)}; "
+            f"{_constants('ours', found.ours)}; B_t = {found.moved / 1e9:.2f} GB/s.",
             "",
             "| point | measured, ms | model, ms | error |",
             "|---|---|---|---|",
@@ -203,6 +203,10 @@ def _model(content: Mapping[str, Any]) -> list[str]:
             for p in predictions()
         ),
     ]
+
+
+def _constants(name: str, reader: Reader) -> str:
+    return f"{name}, c = {reader.layer * 1e3:.1f} ms, B_r = {reader.read / 1e9:.2f} GB/s"
 
 
 def picture(file: Path, content: Mapping[str, Any]) -> None:
