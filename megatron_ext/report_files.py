@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import report_page, report_plots
+from .files import replace
 from .printable import printable
 from .report import ResumeReport
 
@@ -72,20 +71,6 @@ def write(report: ResumeReport, directory: Path) -> Written:
                 replace(file, text)
                 files.append(file)
     return Written(tuple(files), troubles)
-
-
-def replace(target: Path, text: str) -> None:
-    """Write a file in one go, or leave the one that is there.
-
-    Args:
-        target: The file; readable for all.
-        text: Its content without the last newline.
-    """
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    with os.fdopen(fd, "w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-    Path(name).chmod(0o644)
-    Path(name).replace(target)
 
 
 def _names(report: ResumeReport) -> list[str]:
