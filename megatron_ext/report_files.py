@@ -40,7 +40,7 @@ class Written:
         ]
 
 
-def write(report: ResumeReport, directory: Path) -> Written:
+def write(report: ResumeReport, directory: Path, *, with_page: bool = True) -> Written:
     """Write a report into a directory; each file of an earlier one is replaced as a whole.
 
     The report of a transition is written a second time, under the iteration at which the phase
@@ -50,6 +50,7 @@ def write(report: ResumeReport, directory: Path) -> Written:
     Args:
         report: What was done.
         directory: Created if it does not exist.
+        with_page: False where more is to come: drawing it takes seconds.
 
     Raises:
         OSError: A file cannot be written.
@@ -58,7 +59,7 @@ def write(report: ResumeReport, directory: Path) -> Written:
     document = report.to_json()
     content = json.dumps(document, indent=2, allow_nan=False)
     lines = [*report.lines(), *report.scheduler_lines()]
-    page, troubles = _page(document)
+    page, troubles = _page(document) if with_page else (None, ())
     texts = {".json": content, ".txt": "\n".join(map(printable, lines)), ".html": page}
     directory.mkdir(parents=True, exist_ok=True)
     files = []
