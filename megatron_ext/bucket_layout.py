@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import replace
 from .layout import Block
 
 SCHEMA = "megatron_ext/parameter-layout/1"
@@ -72,7 +73,7 @@ class BucketLayout:
     buckets: tuple[Bucket, ...]
 
     def write(self, directory: Path) -> Path:
-        """Write the JSON file; returns its path.
+        """Write the JSON file; returns its path. One that is there is replaced as a whole.
 
         Args:
             directory: Made where it is missing.
@@ -81,7 +82,7 @@ class BucketLayout:
         path = directory / FILE_NAME
         buckets = [asdict(bucket) for bucket in self.buckets]
         document = {"schema": SCHEMA, "megatron_core": self.megatron, "buckets": buckets}
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        replace(path, json.dumps(document, indent=1))
         return path
 
     @classmethod

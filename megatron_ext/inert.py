@@ -374,17 +374,15 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._element = element
         self._sizes = {} if sizes is None else sizes
-        self._tensors = {
-            "torch._utils._rebuild_tensor": self._tensor,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_tensor_v3": self._tensor_v3,
-            "torch._utils._rebuild_parameter": lambda data, *rest: data,
-        }
 
     def find_class(self, module: str, name: str) -> Any:
         """The harmless object of this name, or a stand-in class."""
         path = f"{module}.{name}"
-        known = self._tensors.get(path) or _HARMLESS.get(path)
+        # Looked up each time: an unpickler that refers to itself would stay until a collection,
+        # and with it its file and everything that an index's objects were made from.
+        if path in _REBUILD:
+            return getattr(self, _REBUILD[path])
+        known = _HARMLESS.get(path)
         if known is not None:
             return known
         if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype):
@@ -399,6 +397,9 @@ class _Unpickler(pickle.Unpickler):
         dtype = _STORAGES.get(storage_type.inert_class.rpartition(".")[2], torch.uint8)
         self._sizes[str(key)] = dtype.itemsize
         return _Storage(dtype, str(key))
+
+    def _parameter(self, data: Any, *rest: Any) -> Any:
+        return data
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], *rest: Any) -> Any:
         return self._one(storage.key, storage.dtype, offset, size, *rest[:1])
@@ -459,6 +460,14 @@ def _numpy_scalar(dtype: Any, data: bytes) -> Any:
         raise pickle.UnpicklingError(f"a numpy scalar of dtype {code}")
     return np.frombuffer(data, dtype=order.replace("|", "") + code)[0].item()
 
+
+#: What makes a tensor -> the method of `_Unpickler` that stands for it.
+_REBUILD = {
+    "torch._utils._rebuild_tensor": "_tensor",
+    "torch._utils._rebuild_tensor_v2": "_tensor",
+    "torch._utils._rebuild_tensor_v3": "_tensor_v3",
+    "torch._utils._rebuild_parameter": "_parameter",
+}
 
 _STORAGES = {
     "DoubleStorage": torch.float64,

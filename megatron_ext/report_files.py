@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import report_page, report_plots
+from .files import replace
 from .printable import printable
 from .report import ResumeReport
 
@@ -41,7 +40,7 @@ class Written:
         ]
 
 
-def write(report: ResumeReport, directory: Path) -> Written:
+def write(report: ResumeReport, directory: Path, *, with_page: bool = True) -> Written:
     """Write a report into a directory; each file of an earlier one is replaced as a whole.
 
     The report of a transition is written a second time, under the iteration at which the phase
@@ -51,6 +50,7 @@ def write(report: ResumeReport, directory: Path) -> Written:
     Args:
         report: What was done.
         directory: Created if it does not exist.
+        with_page: False where more is to come: drawing it takes seconds.
 
     Raises:
         OSError: A file cannot be written.
@@ -59,7 +59,7 @@ def write(report: ResumeReport, directory: Path) -> Written:
     document = report.to_json()
     content = json.dumps(document, indent=2, allow_nan=False)
     lines = [*report.lines(), *report.scheduler_lines()]
-    page, troubles = _page(document)
+    page, troubles = _page(document) if with_page else (None, ())
     texts = {".json": content, ".txt": "\n".join(map(printable, lines)), ".html": page}
     directory.mkdir(parents=True, exist_ok=True)
     files = []
@@ -72,20 +72,6 @@ def write(report: ResumeReport, directory: Path) -> Written:
                 replace(file, text)
                 files.append(file)
     return Written(tuple(files), troubles)
-
-
-def replace(target: Path, text: str) -> None:
-    """Write a file in one go, or leave the one that is there.
-
-    Args:
-        target: The file; readable for all.
-        text: Its content without the last newline.
-    """
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    with os.fdopen(fd, "w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-    Path(name).chmod(0o644)
-    Path(name).replace(target)
 
 
 def _names(report: ResumeReport) -> list[str]:

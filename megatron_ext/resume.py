@@ -54,6 +54,10 @@ class Resume:
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
+    #: Whether Megatron is loading, and the scheduler may come after the optimizers.
+    _loading: bool = False
+    #: Whether the report of this load has no page yet.
+    _page_due: bool = False
     #: The saved mark that `phase` was decided from; it holds until the load is complete.
     _decided: list[str | None] = field(default_factory=list)
 
@@ -61,6 +65,13 @@ class Resume:
         """A checkpoint is about to be loaded."""
         self.phase, self.counters, self.unread = None, None, {}
         self._decided.clear()
+        self._loading, self._page_due = True, False
+
+    def end_load(self) -> None:
+        """Nothing more is loaded: without a scheduler the report has no page yet."""
+        self._loading = False
+        if self._page_due:
+            self._write()
 
     def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
         """Take what was decided for the whole run before the optimizers are loaded."""
@@ -110,7 +121,7 @@ class Resume:
                 self.megatron, reports, counters=self.counters, environment=_environment()
             )
             say(self.report.lines())
-            self._write()
+            self._write(with_page=not self._loading)
 
     def scheduler_loaded(self, section: dict[str, Any]) -> None:
         """Add what the scheduler will use from the first resumed step on."""
@@ -119,13 +130,16 @@ class Resume:
             say(self.report.scheduler_lines())
             self._write()
 
-    def _write(self) -> None:
+    def _write(self, *, with_page: bool = True) -> None:
+        """Write the report; without the page it is for a run that stops during the load."""
+        self._page_due = False  # a write that fails is not tried again
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if self.report is not None and self.report_dir is not None and on_rank_0:
-            # Written again when the scheduler is loaded; a script may have none.
-            lines = report_files.write(self.report, self.report_dir).lines()
+            written = report_files.write(self.report, self.report_dir, with_page=with_page)
+            lines = written.lines() if with_page else []
             say([line for line in lines if line not in self._told])
             self._told.update(lines)
+        self._page_due = not with_page
 
 
 def _environment() -> dict[str, str | int]:

@@ -255,7 +255,15 @@ def _document(layout: BucketLayout) -> Any:
 
 def test_a_layout_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = BY_HAND.write(tmp_path / "new")
-    assert path.name == "parameter-layout.json"
+    with path.open("rb") as earlier:
+        before = earlier.read()
+        replace(BY_HAND, megatron="0.0.0").write(path.parent)
+        earlier.seek(0)
+        # Who has it open goes on reading what was there.
+        assert earlier.read() == before
+        assert path.read_bytes() != before
+    assert BY_HAND.write(path.parent) == path
+    assert [file.name for file in path.parent.iterdir()] == ["parameter-layout.json"]
     assert BucketLayout.read(path) == BY_HAND
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)

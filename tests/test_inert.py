@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import gc
 import io
 import pathlib
 import pickle
@@ -217,6 +218,15 @@ def test_the_plans_in_an_index_are_left_out(protocol: int, size: int) -> None:
     # An older index has none.
     data = pickle.dumps(index_with(None, size), protocol)
     assert described(inert.load_index(io.BytesIO(data))) == described(whole)
+
+
+def test_what_an_index_was_read_with_is_gone_without_a_collection() -> None:
+    gc.collect()
+    with inert.without_collection():
+        found = inert.load_index(io.BytesIO(pickle.dumps(index_with([1, 2]), 4)))
+        left = [o for o in gc.get_objects() if isinstance(o, inert._Unpickler)]
+    assert found.storage_data
+    assert not left
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -27,6 +27,7 @@ PURE = (
     "presets",
     "policy",
     "layout",
+    "files",
     "bucket_layout",
     "checkpoint",
     "phase",

@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .. import report_files, report_page, report_plots
+    from .. import report_page, report_plots
+    from ..files import replace
 
     document = _read(Path(options.report))
     with warnings.catch_warnings():
@@ -42,7 +43,7 @@ def _report(options: argparse.Namespace) -> int:
         page = report_page.page(document, plots)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise _no_report(options.report, f"{type(e).__name__}: {e}") from e
-    report_files.replace(Path(options.html), page)
+    replace(Path(options.html), page)
     for line in plots.absent:
         print(output.printable(line))
     print(output.printable(f"{options.html}: written from {options.report}"))
