@@ -224,7 +224,7 @@ def test_what_an_index_was_read_with_is_gone_without_a_collection() -> None:
     gc.collect()
     with inert.without_collection():
         found = inert.load_index(io.BytesIO(pickle.dumps(index_with([1, 2]), 4)))
-        left = [o for o in gc.get_objects() if isinstance(o, inert._Unpickler)]
+        left = [o for o in gc.get_objects() if type(o) is inert._Unpickler]
     assert found.storage_data
     assert not left
 
