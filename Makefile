@@ -47,7 +47,7 @@ test-with-%: bootstrap
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)
 
-bench: bootstrap ## what a resume costs: stock and ours in turn (10 minutes)
+bench: bootstrap ## what a resume costs: stock and ours in turn (9 minutes)
 	$(PYTHON_BIN) -m benchmarks.resume
 	$(PYTHON_BIN) -m benchmarks.resume.readme
 

@@ -1,6 +1,6 @@
 """Measure what a resume costs with stock's DistributedOptimizer and with SelectiveAdam.
 
-Some ten minutes on 2 CPU cores; ``--quick`` is a try of a minute whose result says nothing,
+Nine minutes on 2 CPU cores; ``--quick`` is a try of a minute whose result says nothing,
 ``--published``, with more repeats at more sizes, takes half an hour, ``--full`` hours.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .cases import RESCALE, RESET, RESET_COLD, STOCK, STOCK_COLD, VARIANTS, Case
+from .cases import COLD, RESCALE, RESET, RESET_COLD, STOCK, STOCK_COLD, VARIANTS, Case
 from .model import Cluster, Fit, Prediction, Reader, fit, predict
 from .summary import LOAD, load_peak, load_seconds, median, of, verdicts
 
@@ -106,7 +106,7 @@ def _table(case: Case, result: Mapping[str, Any]) -> Iterator[str]:
             f"{median(samples, variant.name, lambda s, k=k: s[k]) / parameters:.2f}"
             for k in ("payload", "stored")
         ]
-        cells.append(_collectives(result["collectives"][variant.name]))
+        cells.append(_collectives(result["collectives"][variant.name.removesuffix(COLD)]))
         yield f"| {variant.name} | " + " | ".join(cells) + " |"
 
 
