@@ -8,8 +8,11 @@ by an offset, which the phase's mark keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .policy import ResumePolicy
+
+_RAMPS = ("rampup_batch_size", "step_batch_size_schedule")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Counters:
     skipped_train_samples: int = 0
     consumed_valid_samples: int = 0
     num_steps: int | None = None
+
+
+def ramp_of(args: Any) -> str | None:
+    """The argument by which the batch size changes during a run; None where it does not."""
+    return next((name for name in _RAMPS if getattr(args, name, None) is not None), None)
 
 
 def begin(policy: ResumePolicy, saved: Counters, offset: int) -> tuple[Counters, int]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from . import host
 from .arguments import request_from_args
-from .counters import Counters, begin, last_iteration
+from .counters import Counters, begin, last_iteration, ramp_of
 from .current_groups import current_groups
 from .curves import Curve, Span, phase_curves
 from .errors import CheckpointError, MegatronExtError
@@ -424,7 +424,7 @@ class _Forecaster:
         old = self._tried(lambda: values_of(self.before), [])
         saved = self._saved_counters()
         if old is not None and saved.num_steps is not None and stored.optimizers:
-            if _ramps(self.before) or _ramps(self.now):
+            if ramp_of(self.before) or ramp_of(self.now):
                 self.notes.append(
                     "the batch size ramps up: iterations of the curves are approximate"
                 )
@@ -489,16 +489,11 @@ def _offset(optimizers: Sequence[OptimizerForecast]) -> int:
     return 0 if phase is None or phase.mark is None else phase.mark.offset
 
 
-def _ramps(args: Any) -> bool:
-    names = ("rampup_batch_size", "step_batch_size_schedule")
-    return any(getattr(args, name, None) for name in names)
-
-
 def _past(saved: Counters, args: Any) -> Span:
     """The iterations of the checkpoint's run, as far as its schedule has come."""
     last, size = saved.iteration, args.global_batch_size
     position = saved.num_steps or 0
-    if _ramps(args) or not size:
+    if ramp_of(args) or not size:
         return Span(0, last, 0, position)
     done = min(last, position // size)
     return Span(last - done, last, position - done * size, position)

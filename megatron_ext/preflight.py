@@ -15,6 +15,7 @@ from typing import Any
 from . import host
 from .arguments import request_from_args
 from .checkpoint import unreadable_sharding
+from .counters import ramp_of
 from .directories import NON_PERSISTENT, Directories, choose, is_remote, name_of, newest
 from .errors import CheckpointError, HostError, MegatronExtError
 from .phase import Mark, Phase, decide, identity, same_checkpoint
@@ -211,8 +212,7 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
             f"{both} with --phase-transition-iterations: Megatron then takes the data position "
             "from the iteration. Leave one of them out"
         )
-    ramps = ("rampup_batch_size", "step_batch_size_schedule")
-    ramp = next((n for n in ramps if getattr(args, n, None) is not None), None)
+    ramp = ramp_of(args)
     if ramp is not None and len(resets) == 1:
         yield (
             f"{both} with --{ramp.replace('_', '-')}: the batch size follows the data position and "

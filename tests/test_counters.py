@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.counters import Counters, begin, last_iteration, samples_needed
+from megatron_ext.counters import Counters, begin, last_iteration, ramp_of, samples_needed
 from megatron_ext.policy import ResumePolicy
 from tests.support.policy_strategies import POLICIES
 
@@ -151,3 +152,17 @@ def test_a_changed_batch_size_by_hand() -> None:
     fresh, offset = begin(ResumePolicy(reset_dataloader=True), SAVED, 0)
     assert last_iteration(fresh, offset, 192, 16) == 17
     assert samples_needed(fresh, 17, 16) == 7 * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({}, None),
+        ({"rampup_batch_size": None, "step_batch_size_schedule": None}, None),
+        ({"rampup_batch_size": ["4", "2", "40"]}, "rampup_batch_size"),
+        ({"step_batch_size_schedule": "0:4 100:8"}, "step_batch_size_schedule"),
+    ],
+    ids=["no such flag", "not given", "a ramp", "steps"],
+)
+def test_a_batch_size_that_changes(arguments: dict[str, object], found: str | None) -> None:
+    assert ramp_of(SimpleNamespace(**arguments)) == found

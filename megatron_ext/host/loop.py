@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import agree
 from ..checkpoint import read_optimizer
-from ..counters import Counters, begin, last_iteration, samples_needed
+from ..counters import Counters, begin, last_iteration, ramp_of, samples_needed
 from ..directories import name_of
 from ..errors import CheckpointError, MegatronExtError
 from ..log import say
@@ -87,7 +87,7 @@ def length_of_run(resume: Resume, args: Any) -> dict[str, Any]:
         args: Megatron's, or None where its training loop does not run.
     """
     sizes = resume.global_batch_size or (None, None)
-    constant = args is not None and _constant_batch(args)
+    constant = args is not None and ramp_of(args) is None
     return {
         "train_iters": None if args is None else _last_iteration(resume, args),
         "global_batch_size": {
@@ -134,7 +134,7 @@ def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
     def count(*rest: Any, **kwargs: Any) -> Any:
         train, valid, test = original(*rest, **kwargs)
         resume, args = state.resumed, global_args()
-        if resume is None or resume.counters is None or not _constant_batch(args):
+        if resume is None or resume.counters is None or ramp_of(args) is not None:
             return train, valid, test
         if args.phase_transition_iterations or not args.train_iters:
             return train, valid, test
@@ -150,7 +150,7 @@ def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
 def _last_iteration(resume: Resume, args: Any) -> int | None:
     """The iteration at which the run ends, as stock would have it with the right counters."""
     samples = getattr(args, "train_samples", None)
-    if not samples or resume.counters is None or not _constant_batch(args):
+    if not samples or resume.counters is None or ramp_of(args) is not None:
         return getattr(args, "train_iters", None)
     mark = None if resume.phase is None else resume.phase.mark
     offset = 0 if mark is None else mark.offset
@@ -224,11 +224,6 @@ def _valid_needed(args: Any, now: Counters, valid: int | None) -> int | None:
     size = getattr(args, "eval_global_batch_size", args.global_batch_size)
     left = args.train_iters // args.eval_interval + 1 - now.iteration // args.eval_interval
     return max(valid, now.consumed_valid_samples + left * args.eval_iters * size)
-
-
-def _constant_batch(args: Any) -> bool:
-    ramps = (getattr(args, n, None) for n in ("rampup_batch_size", "step_batch_size_schedule"))
-    return all(ramp is None for ramp in ramps)
 
 
 @contextlib.contextmanager
