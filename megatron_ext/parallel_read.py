@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,11 +58,20 @@ def _read_storages(
         for key, storage in memory.items()
         for begin, part in _parts(storage)
     ]
+    threads = min(_THREADS, len(os.sched_getaffinity(0)))
+    each = -(-len(parts) // threads) or 1
+    # One stretch of the file and one descriptor a thread: what is read ahead is kept by descriptor.
+    stretches = [parts[i : i + each] for i in range(0, len(parts), each)]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda stretch: _read_stretch(path, stretch), stretches):
+            pass
+
+
+def _read_stretch(path: str, parts: Sequence[tuple[memoryview, int]]) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
-        with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as threads:
-            for _ in threads.map(lambda part: _read(file, *part), parts):
-                pass
+        for part, offset in parts:
+            _read(file, part, offset)
     finally:
         os.close(file)
 
