@@ -157,10 +157,42 @@ def test_a_short_read_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = tmp_path / "state.pt"
     torch.save(_nested(), path)
     wanted = torch.load(path)
-    monkeypatch.setattr("os.preadv", lambda f, into, at: original(f, [into[0][:1000003]], at))
+    monkeypatch.setattr(
+        "os.preadv", lambda f, into, at, *how: original(f, [into[0][:1000003]], at, *how)
+    )
     asked = _asked(monkeypatch)
     assert _same(parallel_read.load(str(path)), wanted) == 9
     assert asked == ["meta"]
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["page cache", "disk"])
+def test_threads_are_for_what_the_page_cache_has(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    torch.save(_nested(), path)
+    wanted = torch.load(path)
+    original, stretch, stretches, offsets = os.preadv, parallel_read._read_stretch, [], []
+
+    def preadv(file: int, into: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and not cached:
+            raise BlockingIOError
+        if not flags:
+            offsets.append(offset)
+        return original(file, into, offset)
+
+    def counting(*args: Any) -> None:
+        stretches.append(args)
+        stretch(*args)
+
+    monkeypatch.setattr("os.preadv", preadv)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(parallel_read, "_read_stretch", counting)
+    assert _same(parallel_read.load(str(path)), wanted) == 9
+    assert len(stretches) == (2 if cached else 1)
+    if not cached:
+        assert offsets == sorted(offsets)
+    assert len(offsets) > 5
 
 
 def test_what_is_no_plain_value_is_not_executed(tmp_path: Path) -> None:
