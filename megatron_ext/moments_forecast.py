@@ -85,7 +85,7 @@ def forecast_moments(
         rows: Rows of the embedding in the checkpoint and now, where these differ.
         decoupled: Whether embedding and output layer have a learning rate of their own.
     """
-    changes = policy.changes_moments or bool(policy.rules)
+    changes = policy.decides_moments
     if not (changes or policy.groups or rows):
         return MomentsForecast(((),) * len(plans))
     found = parameters_of(stored)
@@ -131,7 +131,7 @@ def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[Ru
     Returns:
         Empty where the policy keeps the moments.
     """
-    if not (policy.changes_moments or policy.rules):
+    if not policy.decides_moments:
         return ()
     told = policy.told_rules
     parameters, elements = [0] * len(told), [0] * len(told)

@@ -420,6 +420,11 @@ class ResumePolicy:
         return any(isinstance(o, Fill) for o in self._moment_operations())
 
     @property
+    def decides_moments(self) -> bool:
+        """Whether it has rules for the moments, or a preset that may change them."""
+        return self.changes_moments or bool(self.rules)
+
+    @property
     def told_rules(self) -> tuple[tuple[str, Operation, Operation], ...]:
         """Each rule's match, and the preset last, and what is done to each moment; for people."""
         effect = self.preset.effect

@@ -112,7 +112,7 @@ def mend_nonfinite(
     optimizer: Any,
     model_chunks: Sequence[Any],
     choice: str,
-    found: Mapping[str, int] | None = None,
+    bad: Mapping[str, int] | None = None,
 ) -> str:
     """Refuse, reset or keep NaN and infinite moments; collective, called where some rank has any.
 
@@ -120,7 +120,7 @@ def mend_nonfinite(
         optimizer: A Megatron optimizer with state.
         model_chunks: Its model, for the names.
         choice: ``error``, ``reset`` or ``keep`` (`ResumePolicy.nonfinite`).
-        found: Parameters on this rank -> elements that are not finite, where that is known.
+        bad: Parameters on this rank -> elements that are not finite, where that is known.
 
     Returns:
         What was done, for the report.
@@ -129,10 +129,10 @@ def mend_nonfinite(
         CheckpointError: For ``error``, on every rank that has one.
         AgreementError: For ``error``, on the others, with the messages.
     """
-    if found is None:
+    if bad is None:
         names = names_of(optimizer, model_chunks)
-        found = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
-    bad, error = found, None
+        bad = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
+    error = None
     if bad and choice == "error":
         listing = ", ".join(f"{name}: {n}" for name, n in list(bad.items())[:_MAX_NAMED])
         more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
@@ -207,24 +207,25 @@ def prepare(
     policy, unread = plan.policy, unread or {}
     if not policy.overwrites_moments:
         _require_read(unread, {})
-    if not (policy.changes_moments or policy.rules or policy.groups):
+    if not (policy.decides_moments or policy.groups):
         return None
     chain = [o for o in chain or [optimizer] if o.optimizer is not None]
-    of_chain = _shards_by_optimizer(chain if policy.rules else [optimizer], policy, model_chunks)
-    used = frozenset[int]()
-    if policy.rules:
-        used = used.union(
-            *(
-                used_rules(policy, (s.parameter for s in of_chain[id(o)]), o.optimizer.param_groups)
-                for o in chain
-            )
-        )
     used_groups = frozenset(
         used_group_rules(policy, [g for one in chain for g in one.optimizer.param_groups])
     )
-    if optimizer.optimizer is None or not (policy.changes_moments or policy.rules):
+    if not policy.decides_moments:
+        return MomentWork(policy, (), {}, frozenset(), used_groups)
+    members = chain if policy.rules else [o for o in chain if o is optimizer]
+    of_members = _shards_by_optimizer(members, model_chunks)
+    used = frozenset().union(
+        *(
+            used_rules(policy, (s.parameter for s in of_members[id(o)]), o.optimizer.param_groups)
+            for o in members
+        )
+    )
+    if optimizer.optimizer is None:
         return MomentWork(policy, (), {}, used, used_groups)
-    shards = of_chain[id(optimizer)]
+    shards = of_members[id(optimizer)]
     if not is_adam(optimizer.optimizer):
         _refuse_rules(policy, optimizer.optimizer, shards)
         return MomentWork(policy, (), {}, used, used_groups, kept=True)
@@ -374,7 +375,7 @@ def carry_out(work: MomentWork, done: MomentChange | None = None) -> MomentRepor
 
 
 def _changes(work: MomentWork) -> bool:
-    return not work.kept and bool(work.policy.changes_moments or work.policy.rules)
+    return not work.kept and work.policy.decides_moments
 
 
 def _change(work: MomentWork) -> MomentChange:
@@ -408,20 +409,11 @@ def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> 
 
 
 def _shards_by_optimizer(
-    optimizers: Sequence[Any], policy: ResumePolicy, model_chunks: Sequence[Any]
+    optimizers: Sequence[Any], model_chunks: Sequence[Any]
 ) -> dict[int, tuple[Shard, ...]]:
-    """Id of an optimizer -> what it holds on this rank; empty where no one asks.
-
-    One look at the model is enough for all.
-    """
-    if not (policy.changes_moments or policy.rules):
-        return {}
-    where = located(model_chunks)
-    return {
-        id(one): tuple(shards_of(one, model_chunks, where))
-        for one in optimizers
-        if one.optimizer is not None
-    }
+    """Id of an optimizer -> what it holds on this rank; one look at the model for all."""
+    where = located(model_chunks) if optimizers else {}
+    return {id(one): tuple(shards_of(one, model_chunks, where)) for one in optimizers}
 
 
 def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
