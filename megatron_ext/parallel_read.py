@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,18 @@ _THREADS = 4
 _BYTES_AT_A_TIME = 4 << 20
 #: Parts of a file that are asked for, to know whether it is in the page cache.
 _PROBES = 32
+
+
+class _Storage(NamedTuple):
+    """The bytes of a storage.
+
+    Args:
+        memory: Where they are to be.
+        offset: Where they lie in the file.
+    """
+
+    memory: torch.Tensor
+    offset: int
 
 
 class _NotPlain(Exception):
@@ -43,25 +55,18 @@ def load(path: str) -> Any:
 
 def _load(path: str) -> Any:
     try:
-        # Only where the elements are: torch/serialization.py, load_tensor, 2.10 to 2.15.
+        # Only where the elements are: torch/serialization.py, load_tensor, 2.15.
         places = torch.load(path, map_location="meta")
     except Exception as e:  # a foreign byte order too
         raise _NotPlain from e
-    memory: dict[int, torch.Tensor] = {}
-    offsets: dict[int, int] = {}
-    state = _fill_in(places, memory, offsets)
-    _read_storages(path, memory, offsets)
+    storages: dict[int, _Storage] = {}
+    state = _fill_in(places, storages)
+    _read_storages(path, storages.values())
     return state
 
 
-def _read_storages(
-    path: str, memory: Mapping[int, torch.Tensor], offsets: Mapping[int, int]
-) -> None:
-    parts = [
-        (part, offsets[key] + begin)
-        for key, storage in memory.items()
-        for begin, part in _parts(storage)
-    ]
+def _read_storages(path: str, storages: Iterable[_Storage]) -> None:
+    parts = [part for storage in storages for part in _parts(storage)]
     threads = min(_THREADS, len(os.sched_getaffinity(0))) if _is_cached(path, parts) else 1
     each = -(-len(parts) // threads) or 1
     # One stretch of the file and one descriptor a thread: what is read ahead is kept by descriptor.
@@ -93,42 +98,41 @@ def _read_stretch(path: str, parts: Sequence[tuple[memoryview, int]]) -> None:
         os.close(file)
 
 
-def _fill_in(value: Any, memory: dict[int, torch.Tensor], offsets: dict[int, int]) -> Any:
+def _fill_in(value: Any, storages: dict[int, _Storage]) -> Any:
     """The same with tensors in host memory for those without elements.
 
     Args:
         value: Dicts, lists and tuples of tensors on the meta device and plain values.
-        memory: Is given the bytes of every storage.
-        offsets: Is given where they lie in the file.
+        storages: Is given every storage that a tensor refers to.
     """
     if isinstance(value, torch.Tensor):
         if type(value) is not torch.Tensor or value.is_quantized or value.layout != torch.strided:
             raise _NotPlain
         storage = value.untyped_storage()
         key = storage._cdata
-        if key not in memory:
+        if key not in storages:
             offset = getattr(storage, "_checkpoint_offset", None)
             if offset is None:
                 raise _NotPlain
-            memory[key] = torch.empty(storage.nbytes(), dtype=torch.uint8)
-            offsets[key] = offset
+            storages[key] = _Storage(torch.empty(storage.nbytes(), dtype=torch.uint8), offset)
         target = torch.empty(0, dtype=value.dtype)
         begin = value.storage_offset()
-        target.set_(memory[key].untyped_storage(), begin, value.shape, value.stride())
+        target.set_(storages[key].memory.untyped_storage(), begin, value.shape, value.stride())
         return target.requires_grad_(value.requires_grad)
     if type(value) is dict:
-        return {k: _fill_in(v, memory, offsets) for k, v in value.items()}
+        return {k: _fill_in(v, storages) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_fill_in(v, memory, offsets) for v in value)
+        return type(value)(_fill_in(v, storages) for v in value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
     raise _NotPlain
 
 
-def _parts(storage: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
-    data = memoryview(storage.numpy())
+def _parts(storage: _Storage) -> Iterator[tuple[memoryview, int]]:
+    """Memory to be filled, and where its bytes lie in the file."""
+    data = memoryview(storage.memory.numpy())
     for begin in range(0, len(data), _BYTES_AT_A_TIME):
-        yield begin, data[begin : begin + _BYTES_AT_A_TIME]
+        yield data[begin : begin + _BYTES_AT_A_TIME], storage.offset + begin
 
 
 def _read(file: int, into: memoryview, offset: int) -> None:
