@@ -12,7 +12,9 @@ STOCK, KEEP, RESCALE, RESET, RESET_V, PATTERN = (
     "reset v",
     "by pattern",
 )
-STOCK_COLD, KEEP_COLD, RESET_COLD = "stock, cold", "keep, cold", "reset, cold"
+#: Ends the name of a variant that is another one with a cold cache.
+COLD = ", cold"
+STOCK_COLD, KEEP_COLD, RESET_COLD = STOCK + COLD, KEEP + COLD, RESET + COLD
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,6 @@ class Case:
         return (2 if self.dtype == "bf16" else 4) + 12
 
 
-#: What a cold variant is without the cold cache.
-COLD = ", cold"
 #: Repeats of a variant without a target for its time.
 FEW = 2
 QUICK = tuple(Case(f, 1, 1, 2) for f in FORMATS)

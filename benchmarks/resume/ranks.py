@@ -76,8 +76,9 @@ class Series:
         samples = []
         order = random.Random(0)
         for repeat in range(self.case.repeats + 1):
-            some = [v for v in VARIANTS if repeat or not v.cold] if repeat <= few else []
-            due = [v for v in VARIANTS if v.name in often or v in some]
+            due = [
+                v for v in VARIANTS if v.name in often or (repeat <= few and (repeat or not v.cold))
+            ]
             for variant in order.sample(due, len(due)):
                 sample = self._resume(variant, count=not repeat)
                 everyone: list[Any] = [None] * dist.get_world_size()
