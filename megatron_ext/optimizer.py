@@ -18,7 +18,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from . import merge, parallel_read, resized, selective_read, transition, vocabulary
+from . import merge, resized, selective_read, transition, vocabulary
 from .agree import agree, gather
 from .checkpoint import (
     FLATTENED,
@@ -273,7 +273,7 @@ class SelectiveAdam(_Selective, DistributedOptimizer):
         state_dict, error = None, None
         if self.data_parallel_group.rank() == 0:
             try:
-                state_dict = parallel_read.load(filename)
+                state_dict = torch.load(filename, map_location="cpu")
             except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
                 error = _unreadable(filename, e)
         agree(f"reading {Path(filename).name}", "0" * 32, error)

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Checkpoints
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 from tests.test_resume import SAME, SECOND
+from tests.test_stored import Evil
 
 pytestmark = pytest.mark.ranks
 
@@ -185,6 +187,30 @@ def test_a_missing_parameter_file(ext: RankPool, checkpoints: Checkpoints, tmp_p
     for result in results:
         assert "distrib_optim.pt" in result["message"]
         assert "--no-load-optim" in result["message"]
+
+
+def test_a_parameter_file_is_not_run(
+    ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """``torch.load`` refuses a pickle that holds more than tensors and plain values."""
+    layout, world = SAME["dp2-legacy"]
+    directory, _ = checkpoints.phase_1(layout, world)
+    copy, marker = tmp_path / "copy", tmp_path / "ran"
+    shutil.copytree(directory, copy)
+    path = next(copy.rglob("distrib_optim.pt"))
+    torch.save({**torch.load(path), "more": Evil(marker)}, path)
+    results = ext.run(
+        "tests.support.faults:resume_other_model",
+        world,
+        timeout=80,
+        layout=layout,
+        hyper=SECOND,
+        directory=str(copy),
+    )
+    assert [r["type"] for r in results] == ["CheckpointError", "AgreementError"]
+    for result in results:
+        assert "Weights only load failed" in result["message"]
+    assert not marker.exists()
 
 
 BUILD = {

@@ -138,13 +138,7 @@ class Series:
             optimizer.load_state_dict(state["optimizer"])
 
     def _load_legacy(self, optimizer: Any, sample: Sample) -> None:
-        from megatron_ext import parallel_read
-
-        with (
-            sample.part("load_state_dict"),
-            timed(torch, "load", sample, "read"),
-            timed(parallel_read, "_read_storages", sample, "read"),
-        ):
+        with sample.part("load_state_dict"), timed(torch, "load", sample, "read"):
             state = torch.load(str(self.directory / "model.pt"), weights_only=False)
             _bare(self.model).load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
