@@ -22,7 +22,6 @@ from .curves import Curve, Span, phase_curves
 from .errors import CheckpointError, MegatronExtError
 from .host.schedule import ScheduleValues, resumed, values_of, with_saved
 from .host.scheduling import NOT_SAVED, SCHEDULER_VALUES, saved_values
-from .host.stock import Case, Stock, stock
 from .inert import without_collection
 from .moment_plan import ParameterPlan
 from .moments_forecast import RuleForecast, forecast_moments, rules_of
@@ -40,7 +39,7 @@ from .planned_arguments import (
 from .policy import ResumePolicy
 from .preflight import findings, identity_of, padded_rows
 from .resized import ResizedParameter, resized_by, warnings_of
-from .stored import LEGACY_OPTIMIZER, StoredCheckpoint, open_checkpoint
+from .stored import StoredCheckpoint, open_checkpoint
 
 T = TypeVar("T")
 
@@ -90,7 +89,6 @@ class Forecast:
         optimizers: One for each optimizer of the chain; empty where nothing is loaded.
         scheduler: The scheduler's values after the load.
         curves: Of the checkpoint's run up to the checkpoint, then of the resumed run.
-        stock: What Megatron without this package does; None where that cannot be told.
         dropped: The flag with which the optimizer's state is dropped, if one is given.
         warnings: What a user should look at, beside the plans' warnings.
         notes: What was assumed or cannot be told offline.
@@ -105,7 +103,6 @@ class Forecast:
     optimizers: tuple[OptimizerForecast, ...] = ()
     scheduler: Mapping[str, ScheduledValue] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
-    stock: Stock | None = None
     dropped: str | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -224,7 +221,6 @@ class _Forecaster:
             optimizers=optimizers,
             scheduler=scheduler,
             curves=curves,
-            stock=self._stock(values, groups, dropped),
             dropped=dropped,
             warnings=tuple(self.warnings),
             notes=tuple(dict.fromkeys(self.notes)),
@@ -443,30 +439,6 @@ class _Forecaster:
         found = self._accepted(lambda: phase_curves(LABELS[1], 2, values, future, span))
         return (*out, *(found or ()))
 
-    def _stock(
-        self,
-        values: ScheduleValues | None,
-        groups: Sequence[Sequence[Mapping[str, Any]]],
-        dropped: str | None,
-    ) -> Stock | None:
-        stored, now = self.stored, self.now
-        if values is None or not stored.optimizers:
-            return None
-        kinds = [stored.args.get(name) for name in ("bf16", "fp16")]
-        case = Case(
-            saved=[o.groups for o in stored.optimizers],
-            current=groups,
-            distributed=_is_distributed(stored),
-            values=values,
-            state=state_of(stored),
-            whole_parameters=stored.sharding_type == "fully_reshardable",
-            fp32=None if None in kinds else not any(kinds),
-            override=bool(getattr(now, "override_opt_param_scheduler", False)),
-            use_checkpoint=bool(getattr(now, "use_checkpoint_opt_param_scheduler", False)),
-            dropped=dropped,
-        )
-        return self._tried(lambda: stock(host.megatron_version(), case), [])
-
 
 def _quietly(call: Callable[[], T]) -> T | None:
     """None for an error that the preflight has told already."""
@@ -474,13 +446,6 @@ def _quietly(call: Callable[[], T]) -> T | None:
         return call()
     except MegatronExtError:
         return None
-
-
-def _is_distributed(stored: StoredCheckpoint) -> bool:
-    """Whether the checkpoint is of a DistributedOptimizer."""
-    by_files = any(stored.directory.glob(f"mp_rank_*/{LEGACY_OPTIMIZER}"))
-    named = bool(stored.args.get("use_distributed_optimizer", False))
-    return named or stored.sharding_type is not None or by_files
 
 
 def _offset(optimizers: Sequence[OptimizerForecast]) -> int:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from ..curves import Curve
     from ..forecast import Forecast, OptimizerForecast
-    from ..host.stock import Stock
 
 SCHEMA = "megatron_ext/resume-plan/1"
 
@@ -28,25 +27,18 @@ _OUTCOMES = {
     "refused": "REFUSED: the run would stop before its first step",
 }
 
-_STOCK = {
-    "loads": "loads, as the arguments say",
-    "keeps": "loads, and keeps old values without a word",
-    "fails": "does not start",
-    "drops": "starts without the moments",
-}
-
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         usage="python -m megatron_ext plan CKPT [options] [Megatron arguments]",
-        help="what a resume would do, and what stock Megatron would",
-        description="What a resume from a checkpoint with these arguments would do, and what "
-        "Megatron without this package would do. Give the command line of the run, or only the "
-        "arguments that change: the rest is then the checkpoint's, and is listed. No tensor is "
-        "read, nothing in the checkpoint is run. Exit status: 0, 1 where there are warnings, 2 "
-        "where the resume would be refused or the checkpoint cannot be read.",
+        help="what a resume would do",
+        description="What a resume from a checkpoint with these arguments would do. Give the "
+        "command line of the run, or only the arguments that change: the rest is then the "
+        "checkpoint's, and is listed. No tensor is read, nothing in the checkpoint is run. Exit "
+        "status: 0, 1 where there are warnings, 2 where the resume would be refused or the "
+        "checkpoint cannot be read.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="the directory given to --load")
@@ -160,7 +152,6 @@ def document(found: Forecast) -> dict[str, Any]:
             ],
         },
         "curves": [dataclasses.asdict(c) for c in found.curves],
-        "stock": None if found.stock is None else dataclasses.asdict(found.stock),
     }
     plain_content: dict[str, Any] = plain(content)
     return plain_content
@@ -206,8 +197,6 @@ def _print(found: Forecast) -> None:
     output.print_table(to, "scheduler", columns, rows)
     _print_first_step(to, found)
     _print_curves(to, found.curves)
-    if found.stock is not None:
-        _print_stock(to, found.stock)
     for warning in found.all_warnings:
         to.print(output.cell(f"WARNING: {warning}"))
     for source in dict.fromkeys(a.source for a in found.arguments.assumed):
@@ -297,17 +286,11 @@ def _print_multiline(
 
 
 def _print_first_step(to: Console, found: Forecast) -> None:
-    stock = () if found.stock is None else found.stock.first_step
-    theirs = {(s.optimizer, s.group): s for s in stock}
-    rows = []
-    for curve, lr, decay in found.first_step:
-        row = [f"optimizer {curve.optimizer} group {curve.group}", lr, decay]
-        if theirs:
-            other = theirs[curve.optimizer, curve.group]
-            row += [other.lr, other.weight_decay]
-        rows.append(row)
-    columns = ["first resumed step", "lr", "weight decay"]
-    columns += ["lr, stock", "weight decay, stock"] if theirs else []
+    rows = [
+        (f"optimizer {curve.optimizer} group {curve.group}", lr, decay)
+        for curve, lr, decay in found.first_step
+    ]
+    columns = ("first resumed step", "lr", "weight decay")
     output.print_table(to, "first resumed step", columns, rows)
 
 
@@ -361,26 +344,3 @@ def _points(curve: Curve) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for index in sorted(chosen):
         at = curve.iterations[index], curve.samples[index], curve.lr[index]
         yield chosen[index], (*at, curve.weight_decay[index])
-
-
-def _print_stock(to: Console, stock: Stock) -> None:
-    title = f"stock megatron-core {stock.version} with the same arguments"
-    if not stock.tested:
-        title += " (a version that this package is not tested with)"
-    rows: list[tuple[str, Any]] = [("", _STOCK[stock.outcome])]
-    if stock.error is not None:
-        rows.append(("error", stock.error))
-    for group in stock.groups:
-        where = f"optimizer {group.optimizer} group {group.group}"
-        rows.append((where, _stock_group(group)))
-    rows += [("scheduler", stock.scheduler), ("source", stock.source)]
-    output.print_table(to, title, ("", ""), rows)
-
-
-def _stock_group(group: Any) -> str:
-    if group.outcome == "keeps":
-        kept = ", ".join(f"{k} {old} (argument {new})" for k, (old, new) in group.kept.items())
-        return f"keeps {kept}"
-    if group.outcome == "missing":
-        return f"not found: {group.identifier}"
-    return "loads" if group.outcome == "loads" else "not loaded: its moments are lost"

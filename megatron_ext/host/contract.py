@@ -85,11 +85,6 @@ CONTRACT = (
         reference="core/optimizer_param_scheduler.py:110; run without an optimizer, for curves",
     ),
     HostName(
-        f"{CORE}.optimizer",
-        "param_group_identifier_keys",
-        reference="core/optimizer/optimizer.py:151; by what stock pairs groups (stock.py)",
-    ),
-    HostName(
         "megatron.core.dist_checkpointing",
         "load",
         ("sharded_state_dict", "checkpoint_dir"),

@@ -99,10 +99,3 @@ def environment(moved: list[tuple[str, str, tuple[str, ...]]]) -> dict[str, Any]
         return env.environment()
     finally:
         names.CONTRACT, torch.cuda.device_count = before, count
-
-
-def identifier_keys() -> tuple[str, ...]:
-    """By what this Megatron pairs param_groups."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
-    return tuple(param_group_identifier_keys)
