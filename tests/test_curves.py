@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import plots
-from megatron_ext.cli.braille import plot
 from megatron_ext.curves import LIMIT, Curve, Span, phase_curves, points
 from megatron_ext.errors import PlanError, PolicyError
 from megatron_ext.host.schedule import ScheduleValues
@@ -237,19 +236,3 @@ def test_a_name_is_shown_as_it_is(name: str) -> None:
         False,
     )
     assert "\x1b" not in plots.svg(figure)
-
-
-def test_a_plot_in_a_terminal() -> None:
-    text = plot([[(0, 0.0), (50, 1.0), (100, 0.0)]], width=20, height=4)
-    assert len(text) == 4
-    assert {len(line) for line in text} == {len("1 ") + 20}
-    assert text[0].startswith("1 ")
-    assert text[-1].startswith("0 ")
-    dots = [[c != "\u2800" for c in line[2:]] for line in text]
-    # Up in the middle, down at both ends.
-    assert any(dots[0][8:12])
-    assert not any(dots[0][:4] + dots[0][-4:])
-    assert dots[-1][0]
-    assert dots[-1][-1]
-    assert plot([]) == []
-    assert len(plot([[(5, 0.0)]], width=4, height=2)) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -295,27 +294,7 @@ def _print_first_step(to: Console, found: Forecast) -> None:
 
 
 def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
-    """The first group's learning rate in a terminal; else some points of every curve."""
-    if not curves:
-        return
-    if sys.stdout.isatty():
-        from .braille import plot
-
-        first = {c.phase: c for c in reversed(curves)}
-        shift = _shift(first)
-        lines = [
-            [
-                (i + (shift if c.phase == 2 else 0), lr)
-                for i, lr in zip(c.iterations, c.lr, strict=True)
-            ]
-            for c in sorted(first.values(), key=lambda c: c.phase)
-        ]
-        ends = lines[0][0][0], lines[-1][-1][0]
-        begins = f", the new phase from {lines[1][0][0]}" if len(lines) > 1 else ""
-        to.print(f"learning rate of group 0, iterations {ends[0]} to {ends[1]}{begins}")
-        for text in plot(lines, width=max(20, min(100, to.width - 14))):
-            to.print(text)
-        return
+    """Some points of every curve."""
     columns = ("curve", "", "iteration", "samples", "lr", "weight decay")
     rows = [
         (f"{c.label}, optimizer {c.optimizer} group {c.group}", name, *at)
@@ -323,13 +302,6 @@ def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
         for name, at in _points(c)
     ]
     output.print_table(to, "learning rate and weight decay", columns, rows)
-
-
-def _shift(first: dict[int, Curve]) -> int:
-    """By how much the new phase is drawn to the right, where it counts from another number."""
-    if not {1, 2} <= first.keys():
-        return 0
-    return first[1].iterations[-1] - first[2].iterations[0]
 
 
 def _points(curve: Curve) -> Iterator[tuple[str, tuple[Any, ...]]]:
