@@ -201,8 +201,6 @@ def plan_resume(
     """
     circumstances = circumstances or Circumstances()
     _check_known(policy, saved, current_groups)
-    if circumstances.adam and not circumstances.decoupled_weight_decay:
-        _refuse_coupled(policy, current_groups)
     pairs = [_counterpart(policy, group, current_groups, saved.groups) for group in current_groups]
     used = {i for i, _ in pairs if i is not None}
     groups = tuple(
@@ -266,17 +264,6 @@ def _check_known(
         _require_known(f"--selective-{name.replace('_', '-')}", getattr(policy, name), known)
     for rule in policy.groups:
         _require_known(f"group rule {str(rule)!r}", (*rule.keep, *rule.take), known)
-
-
-def _refuse_coupled(policy: ResumePolicy, current_groups: Sequence[Mapping[str, Any]]) -> None:
-    """L2 in the gradient is not scaled with the loss, so the update would change."""
-    decays = {float(g.get("weight_decay") or 0.0) for g in current_groups}
-    if policy.preset.name == "gradient-scale" and decays - {0.0}:
-        raise PlanError(
-            f"preset {policy.preset}: weight decay {max(decays):g} is added to the gradient here "
-            "(decoupled_weight_decay is False) and does not scale with it; expected decoupled "
-            "weight decay, or none"
-        )
 
 
 def _require_known(where: str, keys: Sequence[str], known: set[str]) -> None:

@@ -167,11 +167,24 @@ def test_without_clipping_there_is_nothing_to_scale() -> None:
 def test_gradient_scale_needs_decoupled_weight_decay() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)))
     coupled = Circumstances(decoupled_weight_decay=False)
-    with pytest.raises(PlanError, match=r"weight decay 0\.1 is added to the gradient"):
+    with pytest.raises(PlanError, match=r"weight decay is coupled .*\[0\.1\]"):
         plan(policy, current=group(weight_decay=0.1), circumstances=coupled)
     found = plan(policy, current=group(weight_decay=0.0), circumstances=coupled)
     assert changed(found) == {"eps": 2e-8}
     assert changed(plan(ResumePolicy(), circumstances=coupled)) == {}
+
+
+def test_gradient_scale_with_coupled_decay_looks_at_the_decay_that_is_kept() -> None:
+    policy = ResumePolicy(
+        preset=Preset("gradient-scale", (2.0,)), keep_hyperparameters=("weight_decay",)
+    )
+    coupled = Circumstances(decoupled_weight_decay=False)
+    none, some = group(weight_decay=0.0), group(weight_decay=0.1)
+    found = plan(policy, saved=none, current=some, circumstances=coupled)
+    assert decision(found, "weight_decay").value == 0.0
+    assert changed(found) == {"eps": 2e-8}
+    with pytest.raises(PlanError, match=r"weight decay is coupled .*\[0\.1\]"):
+        plan(policy, saved=some, current=none, circumstances=coupled)
 
 
 @pytest.mark.parametrize("name", ["keep", "reset", "reset-momentum", "bias-consistent"])
