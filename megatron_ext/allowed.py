@@ -11,7 +11,6 @@ from __future__ import annotations
 import enum
 import importlib
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,21 +92,21 @@ def load_torch(file: BinaryIO, where: str, allow_pickle: bool = False) -> Any:
     """What ``torch.save`` wrote, tensors on the CPU.
 
     Args:
-        file: Seekable. A file on the disk in the zip format is mapped, not read.
+        file: Seekable. A file on the disk is mapped, not read.
         where: What the error calls it.
         allow_pickle: Whether whatever is in it may run.
 
     Raises:
         CheckpointError: It needs what is not on the list.
     """
-    mapped = isinstance(getattr(file, "name", None), str | Path) and zipfile.is_zipfile(file)
-    file.seek(0)
+    mapped = isinstance(getattr(file, "name", None), str | Path)
     source = file.name if mapped else file
     arguments: dict[str, Any] = {"map_location": "cpu", "mmap": True if mapped else None}
     if allow_pickle:
         return torch.load(source, weights_only=False, **arguments)
     try:
-        known = _classes(_needed(file), where)
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        known = _classes(list(needed), where)
         file.seek(0)
         with torch.serialization.safe_globals(known):
             return torch.load(source, weights_only=True, **arguments)
@@ -136,14 +135,6 @@ class _IndexUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype):
             return constant
         raise _refused(self._where, path)
-
-
-def _needed(file: BinaryIO) -> list[str]:
-    """The names that torch would refuse; in the format before zip it is not asked."""
-    if not zipfile.is_zipfile(file):
-        return ["argparse.Namespace"]
-    file.seek(0)
-    return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
 
 
 def _classes(names: list[str], where: str) -> list[Callable[..., Any] | tuple[Any, str]]:

@@ -260,8 +260,6 @@ def _copy_others(source: Path, target: Path, known: set[str]) -> None:
 
 def _rewrite_common(source: Path, target: Path) -> None:
     """``common.pt`` with the new sharding's name; all else as it is, enums and all."""
-    if not zipfile.is_zipfile(source):
-        raise CheckpointError(f"{source}: expected the zip format of torch.save")
     with source.open("rb") as file:
         metadata = inert.load_torch(file).get("content_metadata") or {}
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:

@@ -202,8 +202,8 @@ def load_torch(file: BinaryIO) -> Any:
     """What ``torch.save`` wrote, with 0-dim tensors as numbers and an `Inert` for other tensors.
 
     Args:
-        file: In the zip format or the one before it (torch 1.5 and earlier); seekable. Of a
-            tensor's elements none are read, but for those of one element.
+        file: In the zip format; seekable. Of a tensor's elements none are read, but for those of
+            one element.
 
     Returns:
         The object. A tensor is an `Inert` of the class ``torch.Tensor`` with ``shape`` and
@@ -212,9 +212,19 @@ def load_torch(file: BinaryIO) -> Any:
     Raises:
         Exception: Whatever a damaged file makes of itself.
     """
-    start = file.read(len(_ZIP))
-    file.seek(0)
-    return _load_zip(file) if start == _ZIP else _load_sequence(file)
+    with _archive(file) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        if "data.pkl" not in names:
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+        big = "byteorder" in names and archive.read(names["byteorder"]) == b"big"
+
+        def element(key: str, offset: int, size: int) -> bytes:
+            with archive.open(names[f"data/{key}"]) as record:
+                record.seek(offset)
+                data = record.read(size)
+            return data[::-1] if big else data
+
+        return _Unpickler(io.BytesIO(archive.read(names["data.pkl"])), element).load()
 
 
 def require_torch_file(file: BinaryIO) -> None:
@@ -226,13 +236,7 @@ def require_torch_file(file: BinaryIO) -> None:
     Raises:
         Exception: Whatever a damaged file makes of itself.
     """
-    start = file.read(len(_ZIP))
-    file.seek(0)
-    if start != _ZIP:
-        if load(file) != torch.serialization.MAGIC_NUMBER:
-            raise pickle.UnpicklingError("not a file of torch.save")
-        return
-    with zipfile.ZipFile(file) as archive:
+    with _archive(file) as archive:
         if not any(name.endswith("/data.pkl") for name in archive.namelist()):
             raise pickle.UnpicklingError("no data.pkl in the zip file")
 
@@ -246,7 +250,7 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
     Raises:
         Exception: Whatever a damaged file makes of itself.
     """
-    with zipfile.ZipFile(file) as archive:
+    with _archive(file) as archive:
         entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
         if "byteorder" in entries and archive.read(entries["byteorder"]) == b"big":
             raise pickle.UnpicklingError("a big-endian tensor")
@@ -261,6 +265,19 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
     begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     start = begin + found.offset * found.dtype.itemsize
     return TensorPlace(found.dtype, found.shape, found.stride, start, begin + record.file_size)
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    """The zip file that ``torch.save`` writes.
+
+    Raises:
+        UnpicklingError: It is another file, or one in the format of torch 1.5 and earlier.
+    """
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    if start != _ZIP:
+        raise pickle.UnpicklingError("not in the zip format that torch.save writes since torch 1.6")
+    return zipfile.ZipFile(file)
 
 
 class _Found(NamedTuple):
@@ -312,68 +329,19 @@ class _Window(io.RawIOBase):
         return done
 
 
-def _load_zip(file: BinaryIO) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        if "data.pkl" not in names:
-            raise pickle.UnpicklingError("no data.pkl in the zip file")
-        big = "byteorder" in names and archive.read(names["byteorder"]) == b"big"
-
-        def element(key: str, offset: int, size: int) -> bytes:
-            with archive.open(names[f"data/{key}"]) as record:
-                record.seek(offset)
-                data = record.read(size)
-            return data[::-1] if big else data
-
-        return _Unpickler(io.BytesIO(archive.read(names["data.pkl"])), element).load()
-
-
-def _load_sequence(file: BinaryIO) -> Any:
-    """The format before zip: pickles one after the other, then the storages."""
-    magic = load(file)
-    if magic != torch.serialization.MAGIC_NUMBER:
-        raise pickle.UnpicklingError("not a file of torch.save")
-    load(file)  # protocol version
-    load(file)  # sizes of C types
-    begin = file.tell()
-    sizes: dict[str, int] = {}
-    _Unpickler(file, sizes=sizes).load()
-    where = {}
-    for key in load(file):
-        (count,) = struct.unpack("<q", file.read(8))
-        where[key] = file.tell()
-        file.seek(count * sizes[key], io.SEEK_CUR)
-
-    def element(key: str, offset: int, size: int) -> bytes:
-        back = file.tell()
-        file.seek(where[key] + offset)
-        data = file.read(size)
-        file.seek(back)
-        return data
-
-    file.seek(begin)
-    # The unpickler reads ahead where it can peek: give it the rest, not the file.
-    return _Unpickler(io.BytesIO(file.read()), element).load()
-
-
 class _Unpickler(pickle.Unpickler):
     """`pickle.Unpickler` that knows nothing but `_HARMLESS`, torch's dtypes and `Inert`.
 
     Args:
         file: The pickle.
         element: Reads bytes of a storage: key, offset and size in bytes.
-        sizes: Is filled with the size of an element of each storage.
     """
 
     def __init__(
-        self,
-        file: BinaryIO,
-        element: Callable[[str, int, int], bytes] | None = None,
-        sizes: dict[str, int] | None = None,
+        self, file: BinaryIO, element: Callable[[str, int, int], bytes] | None = None
     ) -> None:
         super().__init__(file)
         self._element = element
-        self._sizes = {} if sizes is None else sizes
 
     def find_class(self, module: str, name: str) -> Any:
         """The harmless object of this name, or a stand-in class."""
@@ -395,7 +363,6 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
         dtype = _STORAGES.get(storage_type.inert_class.rpartition(".")[2], torch.uint8)
-        self._sizes[str(key)] = dtype.itemsize
         return _Storage(dtype, str(key))
 
     def _parameter(self, data: Any, *rest: Any) -> Any:

@@ -11,7 +11,8 @@ import pickle
 import sys
 import types
 from argparse import Namespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -130,16 +131,24 @@ STATE = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_of_tensors_only_those_without_dimensions_are_read(zipped: bool) -> None:
+def test_of_tensors_only_those_without_dimensions_are_read() -> None:
     file = io.BytesIO()
-    torch.save(STATE, file, _use_new_zipfile_serialization=zipped)
+    torch.save(STATE, file)
     file.seek(0)
     found = inert.load_torch(file)
     assert (found["step"], found["common"], found["half"]) == (7.0, 3, 0.5)
     assert (found["flag"], found["lr"]) == (True, 0.25)
     assert found["weight"].inert_class == "torch.Tensor"
     assert (found["weight"].shape, found["weight"].dtype) == ((4, 3), torch.bfloat16)
+
+
+@pytest.mark.parametrize("read", [inert.load_torch, inert.require_torch_file, inert.find_tensor])
+def test_the_format_before_zip_is_refused(read: Callable[[BinaryIO], Any]) -> None:
+    file = io.BytesIO()
+    torch.save(STATE, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match=r"zip format .* since torch 1\.6"):
+        read(file)
 
 
 class Counted(io.BytesIO):
