@@ -254,11 +254,6 @@ def request_from_args(args: argparse.Namespace | Any) -> Request:
     )
 
 
-def own_flags() -> frozenset[str]:
-    """The destinations of all flags of this package."""
-    return frozenset({*_policy_flags(), *_OTHER_FLAGS})
-
-
 def given_without_class(args: argparse.Namespace | Any) -> list[str]:
     """This package's flags that were given although ``--optimizer-class`` was not."""
     if getattr(args, "optimizer_class", None) is not None:

@@ -64,39 +64,6 @@ class Run:
     index: GlobalIndex
 
 
-def tensor_parallel_blocks(
-    shape: Sequence[int], dim: int | None, size: int, rank: int, halves: int = 1
-) -> tuple[Block, ...]:
-    """The blocks of a tensor-parallel rank's shard.
-
-    Args:
-        shape: Of the unsharded parameter.
-        dim: Partitioned dimension; None where every rank holds the whole.
-        size: Tensor-parallel ranks.
-        rank: One of them.
-        halves: Matrices that are stored one after the other along dim 0 and each cut by itself: 2
-            for a gated fc1 (gate and up projection).
-
-    Raises:
-        PlanError: The dimension cannot be cut that way.
-    """
-    total = math.prod(shape)
-    if dim is None or size == 1:
-        return (Block(total),)
-    if not 0 <= rank < size or not 0 <= dim < len(shape):
-        raise PlanError(f"no shard {rank} of {size} along dimension {dim} of shape {tuple(shape)}")
-    if shape[dim] % (size * halves) or (halves > 1 and dim != 0):
-        raise PlanError(
-            f"shape {tuple(shape)} cannot be cut along dimension {dim} into {size} equal shards"
-            + (f" of {halves} matrices each" if halves > 1 else "")
-        )
-    inner = math.prod(shape[dim:])
-    part = inner // (size * halves)
-    if dim == 0:
-        return tuple(Block(part, half * (inner // halves) + rank * part) for half in range(halves))
-    return (Block(total // size, rank * part, part, inner),)
-
-
 def runs(blocks: Sequence[Block], begin: int, end: int) -> Iterator[Run]:
     """Elements ``begin`` to ``end`` of a shard of these blocks, a run for each block they touch.
 

@@ -59,11 +59,6 @@ class LeftOut:
         tags = [getattr(entry, _TAG) for _, entry in self.entries]
         return {key: frozenset(t.name for t in tags if t.key == key and t.name) for key in _KEYS}
 
-    @property
-    def payload(self) -> int:
-        """Bytes that this rank does not request."""
-        return sum(e.data.numel() * e.data.element_size() for _, e in self.entries)
-
     def put_back(self, state_dict: Any) -> None:
         """Give the stock loader zeros where the entries were.
 

@@ -18,10 +18,10 @@ from megatron_ext.layout import (
     Run,
     block_of,
     runs,
-    tensor_parallel_blocks,
     within,
 )
 from tests.support.groups import STRUCTURE  # noqa: F401 (its hypothesis profile)
+from tests.support.shards import tensor_parallel
 
 
 def index_of(where: GlobalIndex, j: int) -> int:
@@ -53,7 +53,7 @@ def test_the_shards_of_all_ranks_are_the_parameter(
     shape[dim] *= ranks * halves
     found = []
     for rank in range(ranks):
-        blocks = tensor_parallel_blocks(shape, dim, ranks, rank, halves)
+        blocks = tensor_parallel(shape, dim, ranks, rank, halves)
         length = sum(b.length for b in blocks)
         whole = elements(blocks, 0, length)
         cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=3)))
@@ -64,36 +64,21 @@ def test_the_shards_of_all_ranks_are_the_parameter(
 
 
 def test_a_column_shard_by_hand() -> None:
-    blocks = tensor_parallel_blocks((2, 6), 1, 3, 1)
+    blocks = tensor_parallel((2, 6), 1, 3, 1)
     assert elements(blocks, 0, 4) == [2, 3, 8, 9]
     assert elements(blocks, 1, 3) == [3, 8]
 
 
 def test_a_gated_fc1_by_hand() -> None:
     # Gate rows 0 to 3, up rows 4 to 7; rank 1 of 2 holds gate rows 2, 3 and up rows 6, 7.
-    blocks = tensor_parallel_blocks((8, 2), 0, 2, 1, halves=2)
+    blocks = tensor_parallel((8, 2), 0, 2, 1, halves=2)
     assert elements(blocks, 0, 8) == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
 def test_an_unsharded_parameter_is_whole() -> None:
-    assert tensor_parallel_blocks((3, 5), None, 4, 2) == (Block(15),)
+    assert block_of((3, 5), (0, 0), (3, 5)) == Block(15)
     assert elements((Block(15),), 4, 9) == [4, 5, 6, 7, 8]
     assert index_of(WHOLE, 7) == 7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (((7, 4), 0, 2, 0), "cannot be cut along dimension 0 into 2 equal shards"),
-        (((6, 4), 0, 2, 0, 2), "into 2 equal shards of 2 matrices each"),
-        (((8, 4), 1, 2, 0, 2), "cannot be cut along dimension 1"),
-        (((8, 4), 2, 2, 0), "no shard 0 of 2 along dimension 2"),
-        (((8, 4), 0, 2, 2), "no shard 2 of 2"),
-    ],
-)
-def test_what_cannot_be_cut_is_refused(arguments: tuple, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        tensor_parallel_blocks(*arguments)
 
 
 # --- boxes cut from the parameter
@@ -117,27 +102,6 @@ def test_a_box_cut_along_one_dimension_is_the_same_slice_of_the_parameter(
     assert elements((block,), 0, block.length) == box.ravel().tolist()
 
 
-@given(
-    data=st.data(),
-    ranks=st.integers(1, 3),
-    halves=st.integers(1, 2),
-    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-)
-def test_boxes_and_tensor_parallel_shards_lie_in_the_same_places(
-    data: st.DataObject, ranks: int, halves: int, shape: list[int]
-) -> None:
-    dim = 0 if halves > 1 else data.draw(st.integers(0, len(shape) - 1))
-    matrix = [n * ranks if d == dim else n for d, n in enumerate(shape)]
-    parameter = [matrix[0] * halves, *matrix[1:]]
-    for rank in range(ranks):
-        offset = [rank * shape[dim] if d == dim else 0 for d in range(len(shape))]
-        boxes = tuple(block_of(matrix, offset, shape, half * matrix[0]) for half in range(halves))
-        shards = tensor_parallel_blocks(parameter, dim, ranks, rank, halves)
-        length = sum(b.length for b in shards)
-        assert sum(b.length for b in boxes) == length
-        assert elements(boxes, 0, length) == elements(shards, 0, length)
-
-
 def test_a_box_cut_along_two_dimensions_is_refused() -> None:
     with pytest.raises(PlanError) as caught:
         block_of((4, 6), (2, 3), (2, 3))
@@ -158,7 +122,7 @@ def test_within_is_the_part_of_a_run_in_a_range_of_the_parameter(
     dim = 0 if halves > 1 else data.draw(st.integers(0, len(shape) - 1))
     shape[dim] *= ranks * halves
     rank = data.draw(st.integers(0, ranks - 1))
-    blocks = tensor_parallel_blocks(shape, dim, ranks, rank, halves)
+    blocks = tensor_parallel(shape, dim, ranks, rank, halves)
     length = sum(b.length for b in blocks)
     begin = data.draw(st.integers(0, length))
     end = data.draw(st.integers(begin, length))

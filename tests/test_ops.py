@@ -20,7 +20,7 @@ from torch.library import opcheck
 from megatron_ext import _ops
 from megatron_ext._ops import Segment, Statistics, Transform, schema
 from megatron_ext._ops.segments import COLUMNS, Code, encode
-from megatron_ext.layout import GlobalIndex, runs, tensor_parallel_blocks
+from megatron_ext.layout import GlobalIndex, runs
 from megatron_ext.rules import BatchSize, Fill, Keep, PruneRandom, Scale
 from tests.support.moments import (
     DTYPES,
@@ -33,6 +33,7 @@ from tests.support.moments import (
     rule_pairs,
     same_bits,
 )
+from tests.support.shards import tensor_parallel
 
 RULES = rule_pairs()
 GPU_MARKS = (
@@ -359,7 +360,7 @@ def test_tensor_parallel_shards_of_a_distributed_optimizer_give_the_same_bits(
         return torch.cat([p.chunk(ranks, dim)[rank] for p in parts]).flatten()
 
     for rank in range(ranks):
-        blocks = tensor_parallel_blocks(shape, dim, ranks, rank, halves)
+        blocks = tensor_parallel(shape, dim, ranks, rank, halves)
         mine_m, mine_v = local(m, rank), local(v, rank)
         assert sum(b.length for b in blocks) == len(mine_m)
         for begin, end in shards_of(len(mine_m), 3, rank):
