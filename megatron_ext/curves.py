@@ -77,7 +77,6 @@ def phase_curves(
     values: ScheduleValues,
     optimizers: Sequence[Sequence[Mapping[str, Any]]],
     span: Span,
-    limit: int = LIMIT,
 ) -> tuple[Curve, ...]:
     """The curves of all param_groups of a phase.
 
@@ -87,7 +86,6 @@ def phase_curves(
         values: What its scheduler is built with.
         optimizers: For each optimizer of the chain its param_groups.
         span: The iterations to look at.
-        limit: Most points.
 
     Returns:
         One curve for each param_group, in order.
@@ -95,7 +93,7 @@ def phase_curves(
     Raises:
         PlanError: Megatron's scheduler does not accept the values.
     """
-    iterations = points(values, span, limit)
+    iterations = points(values, span)
     samples = [span.sample(i) for i in iterations]
     places = [(n, i, g) for n, groups in enumerate(optimizers) for i, g in enumerate(groups)]
     found = scheduled(values, [group for _, _, group in places], samples)
@@ -114,22 +112,19 @@ def phase_curves(
     )
 
 
-def points(values: ScheduleValues, span: Span, limit: int = LIMIT) -> list[int]:
+def points(values: ScheduleValues, span: Span) -> list[int]:
     """Iterations that show a schedule's form: evenly spread, and both sides of each corner.
 
     Args:
         values: What the scheduler is built with.
         span: The iterations to choose from.
-        limit: Most points; below 16 the corners may be left out.
     """
     length = span.last - span.first
     corners = {span.first, span.last}
     for sample in _corners(values):
         near = span.iteration(sample)
         corners |= {i for i in (near - 1, near, near + 1) if span.first <= i <= span.last}
-    if len(corners) > limit:
-        corners = {span.first, span.last}
-    evenly = max(1, min(length, limit - len(corners)))
+    evenly = max(1, min(length, LIMIT - len(corners)))
     return sorted(corners | {span.first + length * i // evenly for i in range(evenly)})
 
 

@@ -91,31 +91,29 @@ def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
         axes.legend(**place, ncols=2, fontsize=9, frameon=False, handlelength=3)
 
 
-def save(figure: Figure, path: str | Path, flag: str = "--plot") -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as its file's suffix says.
 
     Args:
         figure: What `curves_figure` gave.
         path: Ends in ``.png`` or ``.svg``.
-        flag: That named the file, for the message.
 
     Raises:
         PolicyError: Another suffix.
         OSError: The file cannot be written.
     """
-    require_format(path, flag)
+    require_format(path)
     if Path(path).suffix.lower() == ".svg":
         Path(path).write_text(svg(figure), encoding="utf-8")
     else:
         figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 
-def require_format(path: str | Path, flag: str = "--plot") -> None:
+def require_format(path: str | Path) -> None:
     """Raise if a figure cannot be written into such a file.
 
     Args:
-        path: The file.
-        flag: That named it, for the message.
+        path: The file, as ``--plot`` names it.
 
     Raises:
         PolicyError: It ends in neither ``.png`` nor ``.svg``.
@@ -123,7 +121,7 @@ def require_format(path: str | Path, flag: str = "--plot") -> None:
     suffix = Path(path).suffix
     if suffix.lower() not in _FORMATS:
         raise PolicyError(
-            f"{flag} {path}: expected a file that ends in .png or .svg, found "
+            f"--plot {path}: expected a file that ends in .png or .svg, found "
             f"{suffix or 'no suffix'}. Give it another name"
         )
 

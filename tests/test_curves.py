@@ -121,12 +121,6 @@ def test_the_number_of_points_is_bounded_and_corners_are_among_them(last: int) -
     assert {c for c in corners if 0 < c <= last} <= set(found)
 
 
-def test_fewer_points_than_corners() -> None:
-    found = points(VALUES, Span(0, 1000, 0, 8000), limit=5)
-    assert (found[0], found[-1]) == (0, 1000)
-    assert len(found) <= 5
-
-
 def test_nothing_left_to_train_is_one_point() -> None:
     (curve,) = phase_curves("a", 2, VALUES, [[{}]], Span(10, 10, 80, 80))
     assert (curve.iterations, curve.samples, curve.lr) == ((10,), (80,), (MAX,))

@@ -31,8 +31,6 @@ from tests.support.groups import (
 )
 from tests.support.policy_strategies import POLICIES
 
-DEFAULT = ResumePolicy()
-
 
 def plan(
     saved: list[dict[str, Any]],

@@ -11,9 +11,6 @@ from typing import Any
 from . import harness
 from .harness import Hyper, Layout
 
-#: Keys of a param_group that the arguments decide, per phase.
-_BETAS_AND_EPS = ("betas", "eps")
-
 
 def phase_1(layout: Layout, hyper: Hyper, steps: int, directory: str | None) -> dict[str, Any]:
     """Train with stock Megatron, save, and return what was saved."""

@@ -67,14 +67,6 @@ def build(
     )
 
 
-def train_and_save(layout: Layout, hyper: Hyper, steps: int, directory: str) -> dict[str, Any]:
-    """Phase 1 with this package's class."""
-    run = build(layout, hyper)
-    harness.train(run, steps)
-    harness.save(run, directory)
-    return harness.snapshot(run)
-
-
 def load_twice(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
     """Load, train, load again into the same optimizer."""
     run = build(layout, hyper)
