@@ -214,7 +214,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-report",
         metavar="DIR",
         default=None,
-        help="Directory for the resume report, written by rank 0: resume-report.json, .txt, .html.",
+        help="Directory for the resume report, which rank 0 writes: resume-report.json and .txt. "
+        "`python -m megatron_ext report DIR` makes an HTML page from them.",
     )
     group.add_argument(
         "--selective-dry-run",

@@ -1,7 +1,7 @@
 """The plots of the resume report's page: both phases' schedule, and the moments before and after.
 
-Made from the report's JSON document. A page without plots is better than a run that stops, so
-whatever fails here is told on the page and in the log.
+Made from the report's JSON document. A plot that cannot be made does not stop the others: the page
+says why it is missing.
 """
 
 from __future__ import annotations
@@ -36,13 +36,11 @@ class Plots:
         schedule: SVG element of learning rate and weight decay; empty where there is none.
         moments: SVG element of the moments before and after; empty where they were kept.
         absent: Why a plot is missing, in sentences.
-        failures: Those of them that are no property of the resume.
     """
 
     schedule: str = ""
     moments: str = ""
     absent: tuple[str, ...] = ()
-    failures: tuple[str, ...] = ()
 
 
 def draw(document: Mapping[str, Any]) -> Plots:
@@ -51,13 +49,7 @@ def draw(document: Mapping[str, Any]) -> Plots:
     Args:
         document: Of `ResumeReport.to_json`.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except Exception as e:  # whatever an installation does on import
-        why = f"no plots: matplotlib cannot be imported: {type(e).__name__}: {e}"
-        return Plots(absent=(why,), failures=(why,))
     absent: list[str] = []
-    failures: list[str] = []
 
     def attempt(what: str, make: Callable[[], str]) -> str:
         try:
@@ -66,12 +58,11 @@ def draw(document: Mapping[str, Any]) -> Plots:
             absent.append(f"no plot of {what}: {e}")
         except Exception as e:  # of matplotlib, or of a document from elsewhere
             absent.append(f"no plot of {what}: {type(e).__name__}: {e}")
-            failures.append(absent[-1])
         return ""
 
     schedule = attempt("the schedule", lambda: _schedule(document))
     moments = attempt("the moments", lambda: _moments(document))
-    return Plots(schedule, moments, tuple(absent), tuple(failures))
+    return Plots(schedule, moments, tuple(absent))
 
 
 def curves_of(document: Mapping[str, Any]) -> tuple[Curve, ...]:

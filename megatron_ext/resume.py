@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import report_files
 from .checkpoint import SavedOptimizer
 from .counters import Counters
 from .errors import CheckpointError
@@ -29,7 +27,8 @@ class Resume:
 
     Args:
         policy: What the user asked.
-        report_dir: Where rank 0 writes the report, or None.
+        write_report: Writes a report on rank 0 and returns a line for the log
+            (`megatron_ext.report_files.writer`), or None.
         megatron: Version of megatron-core, for the report.
         global_batch_size: Of the checkpoint's run and of this one, where both are known.
         where: Which directory the checkpoint lies in.
@@ -43,7 +42,7 @@ class Resume:
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
-    report_dir: Path | None = None
+    write_report: Callable[[ResumeReport], str] | None = None
     megatron: str = ""
     global_batch_size: tuple[int, int] | None = None
     where: Where = "load"
@@ -53,11 +52,6 @@ class Resume:
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     report: ResumeReport | None = None
     _done: dict[int, OptimizerReport] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
-    #: Whether Megatron is loading, and the scheduler may come after the optimizers.
-    _loading: bool = False
-    #: Whether the report of this load has no page yet.
-    _page_due: bool = False
     #: The saved mark that `phase` was decided from; it holds until the load is complete.
     _decided: list[str | None] = field(default_factory=list)
 
@@ -65,13 +59,6 @@ class Resume:
         """A checkpoint is about to be loaded."""
         self.phase, self.counters, self.unread = None, None, {}
         self._decided.clear()
-        self._loading, self._page_due = True, False
-
-    def end_load(self) -> None:
-        """Nothing more is loaded: without a scheduler the report has no page yet."""
-        self._loading = False
-        if self._page_due:
-            self._write()
 
     def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
         """Take what was decided for the whole run before the optimizers are loaded."""
@@ -121,25 +108,21 @@ class Resume:
                 self.megatron, reports, counters=self.counters, environment=_environment()
             )
             say(self.report.lines())
-            self._write(with_page=not self._loading)
+            say(self._write())
 
     def scheduler_loaded(self, section: dict[str, Any]) -> None:
-        """Add what the scheduler will use from the first resumed step on."""
+        """Add what the scheduler will use from the first resumed step on, and write once more."""
         if self.report is not None:
             self.report.scheduler = section
             say(self.report.scheduler_lines())
             self._write()
 
-    def _write(self, *, with_page: bool = True) -> None:
-        """Write the report; without the page it is for a run that stops during the load."""
-        self._page_due = False  # a write that fails is not tried again
+    def _write(self) -> list[str]:
+        """Write the report where that is asked for; returns lines for the log."""
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-        if self.report is not None and self.report_dir is not None and on_rank_0:
-            written = report_files.write(self.report, self.report_dir, with_page=with_page)
-            lines = written.lines() if with_page else []
-            say([line for line in lines if line not in self._told])
-            self._told.update(lines)
-        self._page_due = not with_page
+        if self.report is None or self.write_report is None or not on_rank_0:
+            return []
+        return [self.write_report(self.report)]
 
 
 def _environment() -> dict[str, str | int]:

@@ -38,7 +38,7 @@ from tests.support.reports import (
 )
 
 SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/resume-report.schema.json").read_text())
-FILES = ["resume-report.html", "resume-report.json", "resume-report.txt"]
+FILES = ["resume-report.json", "resume-report.txt"]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -179,7 +179,7 @@ def test_without_optimizers_there_is_no_policy() -> None:
 )
 def test_any_value_is_written_as_json(value: Any, written: Any, tmp_path: Path) -> None:
     report = ResumeReport("0.19.2", [optimizer_report(current=(group(custom=value),))])
-    read = json.loads(report_files.write(report, tmp_path).files[0].read_text())
+    read = json.loads(report_files.write(report, tmp_path)[0].read_text())
     custom = read["optimizers"][0]["groups"][0]["keys"]["custom"]
     assert custom["value"] == custom["argument"] == written
     assert type(custom["value"]) is type(written)
@@ -189,7 +189,7 @@ def test_any_value_is_written_as_json(value: Any, written: Any, tmp_path: Path) 
 def test_write_makes_the_directory_and_replaces_an_earlier_report(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     report = resume_report()
-    path = report_files.write(report, directory).files[0]
+    path = report_files.write(report, directory)[0]
     assert path == directory / "resume-report.json"
     assert json.loads(path.read_text())["scheduler"] is None
     report.scheduler = scheduler_section()

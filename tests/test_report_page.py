@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -352,7 +351,7 @@ def test_a_report_of_an_earlier_version_has_a_page() -> None:
     del old["scheduler"]["train_iters"], old["scheduler"]["global_batch_size"]
     plots = report_plots.draw(old)
     page = Parsed(report_page.page(old, plots))
-    assert plots.failures == ()
+    assert len(plots.absent) == 1
     assert "no plot of the schedule: the batch size ramps up, or the run's length" in page.text
 
 
@@ -406,7 +405,7 @@ def test_what_has_no_schedule_says_why() -> None:
     assert "ends at iteration 2" in why(train_iters=2)
     bare = ResumeReport("0.19.2", [optimizer_report()]).to_json()
     plots = report_plots.draw(bare)
-    assert (plots.schedule, plots.moments, plots.failures) == ("", "", ())
+    assert (plots.schedule, plots.moments) == ("", "")
     assert plots.absent == (
         "no plot of the schedule: Megatron's training loop and scheduler have not loaded the "
         "checkpoint",
@@ -434,23 +433,6 @@ def test_the_bars_are_the_moments() -> None:
     assert first.get_xlim()[1] > 0.125
 
 
-# --- a page is no reason to stop
-
-
-def test_without_matplotlib_the_page_has_no_plots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    written = report_files.write(report(), tmp_path)
-    page = Parsed((tmp_path / "resume-report.html").read_text())
-    assert "no plots: matplotlib cannot be imported: ModuleNotFoundError" in page.text
-    assert "svg" not in page.tags
-    told = written.lines()
-    assert told[0].startswith(f"megatron_ext: resume report written to {tmp_path}/resume-report.js")
-    assert [line for line in told if "matplotlib cannot be imported" in line] == told[1:]
-    assert len(told) == 2
-
-
 def test_a_figure_that_fails_is_told_and_the_other_one_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -461,24 +443,42 @@ def test_a_figure_that_fails_is_told_and_the_other_one_is_there(
     plots = report_plots.draw(document())
     assert plots.schedule == ""
     assert plots.moments.startswith("<svg")
-    assert plots.failures == ("no plot of the schedule: RuntimeError: no font",) == plots.absent
+    assert plots.absent == ("no plot of the schedule: RuntimeError: no font",)
 
 
-def test_a_page_that_fails_leaves_the_json_and_the_text_and_no_older_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report_files.write(report(), tmp_path)
+def test_the_page_says_when_the_resume_was() -> None:
+    page = report_page.page(document())
+    assert "<title>Transition applied: phase cool-down - resume report of 2026-01-02T03:04<" in page
+    assert (
+        Parsed(page).open.splitlines()[1:].index("megatron_ext resume report of 2026-01-02T03:04")
+    )
+    unknown = {**document(), "environment": None}
+    assert "resume report of" not in Parsed(report_page.page(unknown)).text
 
-    def fail(*args: Any) -> None:
-        raise RuntimeError("no template")
 
-    monkeypatch.setattr(report_page, "page", fail)
-    written = report_files.write(report(), tmp_path)
-    names = {p.name for p in tmp_path.iterdir()}
+# --- the files of a run
+
+
+def test_an_older_page_does_not_stand_beside_a_newer_report(tmp_path: Path) -> None:
     stems = ("resume-report", "transition-report-10")
-    assert names == {f"{stem}{suffix}" for stem in stems for suffix in (".json", ".txt")}
-    assert {f.name for f in written.files} == names
-    assert "resume-report.html: not written: RuntimeError: no template" in written.lines()[1]
+    others = ["transition-report-4.html", "notes.html"]
+    for name in [*(f"{stem}.html" for stem in stems), *others]:
+        (tmp_path / name).write_text("an older page")
+    written = report_files.write(report(), tmp_path)
+    names = {f"{stem}{suffix}" for stem in stems for suffix in (".json", ".txt")}
+    assert {p.name for p in tmp_path.iterdir()} == {*names, *others}
+    assert {f.name for f in written} == names
+    assert written[0].name == "resume-report.json"
+
+
+def test_the_line_for_the_log_names_the_files_and_the_command(tmp_path: Path) -> None:
+    directory = tmp_path / "of phase 2"
+    assert report_files.writer(directory)(report()) == (
+        f"megatron_ext: resume report written to {directory}/resume-report.json, "
+        "resume-report.txt, transition-report-10.json, transition-report-10.txt; "
+        f"page: python -m megatron_ext report '{directory}'"
+    )
+    assert (directory / "resume-report.json").is_file()
 
 
 def test_the_text_is_the_log(tmp_path: Path) -> None:
@@ -498,14 +498,26 @@ def test_the_text_escapes_what_is_not_printable(tmp_path: Path) -> None:
 # --- python -m megatron_ext report
 
 
-def test_the_command_makes_the_same_page(
+def test_the_command_makes_the_pages_of_a_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report_files.write(report(), tmp_path)
-    out = tmp_path / "again.html"
-    assert main(["report", str(tmp_path / "resume-report.json"), "--html", str(out)]) == 0
-    assert out.read_text() == (tmp_path / "resume-report.html").read_text()
-    assert capsys.readouterr().out == f"{out}: written from {tmp_path}/resume-report.json\n"
+    kept = ResumeReport("0.19.2", [optimizer_report()])
+    report_files.write(kept, tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    absent = (
+        "no plot of the schedule: Megatron's training loop and scheduler have not loaded the "
+        "checkpoint"
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"resume-report.html: {absent}",
+        f"{tmp_path}/resume-report.html: written from resume-report.json",
+        f"{tmp_path}/transition-report-10.html: written from transition-report-10.json",
+    ]
+    for name, of in (("resume-report", kept), ("transition-report-10", report())):
+        found = json.loads(json.dumps(of.to_json()))
+        page = report_page.page(found, report_plots.draw(found))
+        assert (tmp_path / f"{name}.html").read_text() == page + "\n"
 
 
 FOREIGN = {
@@ -523,18 +535,28 @@ FOREIGN = {
 def test_a_file_that_is_no_report_is_refused(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = tmp_path / "report.json", tmp_path / "page.html"
+    file = tmp_path / "resume-report.json"
     file.write_bytes(content.encode(errors="surrogateescape"))
-    assert main(["report", str(file), "--html", str(out)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"error: {file} is no resume report of this version: " in error
-    assert "Give the resume-report.json that --selective-report wrote" in error
-    assert not out.exists()
+    assert "Give a directory that --selective-report of this version wrote to" in error
+    assert list(tmp_path.glob("*.html")) == []
 
 
-def test_a_missing_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "no.json"), "--html", str(tmp_path / "x.html")]) == 2
-    assert "no.json" in capsys.readouterr().err
+@pytest.mark.parametrize("what", ["an empty directory", "nothing", "a file"])
+def test_a_directory_without_reports_is_refused(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "reports"
+    if what == "an empty directory":
+        directory.mkdir()
+    elif what == "a file":
+        directory.write_text(json.dumps(document()))
+    assert main(["report", str(directory)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {directory} holds no resume report: found neither ")
+    assert error.endswith("Give the directory that --selective-report named")
 
 
 # --- scalars

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_ext import report_page, report_plots
+from megatron_ext.cli import main
 from megatron_ext.report_scalars import scalars
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
@@ -61,10 +64,10 @@ def without_counts(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.reads("phase 2")
-def test_the_directory_holds_json_text_and_page(runs: Runs) -> None:
+def test_the_directory_holds_json_and_text(runs: Runs) -> None:
     found = ok(runs["phase 2"])
     files = {p.name: p.read_text() for p in directory(runs, "phase 2").iterdir()}
-    stems, suffixes = ("resume-report", "transition-report-10"), (".json", ".txt", ".html")
+    stems, suffixes = ("resume-report", "transition-report-10"), (".json", ".txt")
     assert set(files) == {f"{stem}{suffix}" for stem in stems for suffix in suffixes}
     for suffix in suffixes:
         assert files[f"resume-report{suffix}"] == files[f"transition-report-10{suffix}"]
@@ -73,9 +76,21 @@ def test_the_directory_holds_json_text_and_page(runs: Runs) -> None:
     assert len(lines) > 10
     (told,) = (x for x in found.ranks[0].splitlines() if "resume report written to" in x)
     assert all(name in told for name in files)
-    page = files["resume-report.html"]
-    assert page.count("<svg") == 2
-    assert report_page.page(found.report, report_plots.draw(found.report)) + "\n" == page
+    assert told.endswith(f"; page: python -m megatron_ext report {directory(runs, 'phase 2')}")
+
+
+@pytest.mark.reads("phase 2")
+def test_the_command_of_the_log_makes_the_page(runs: Runs, tmp_path: Path) -> None:
+    found = ok(runs["phase 2"])
+    (told,) = re.findall(r"page: (.*)", found.ranks[0])
+    words = shlex.split(told)
+    assert words[:4] == ["python", "-m", "megatron_ext", "report"]
+    reports = shutil.copytree(words[4], tmp_path / "reports")
+    assert main(["report", str(reports)]) == 0
+    for stem in ("resume-report", "transition-report-10"):
+        page = (reports / f"{stem}.html").read_text()
+        assert page.count("<svg") == 2
+        assert report_page.page(found.report, report_plots.draw(found.report)) + "\n" == page
 
 
 @pytest.mark.reads("phase 2")
@@ -198,13 +213,19 @@ def test_wandb_has_them_too(runs: Runs) -> None:
 
 
 @pytest.mark.reads("broken")
-def test_a_run_that_cannot_draw_or_write_goes_on(runs: Runs) -> None:
+def test_a_run_writes_its_report_without_what_makes_the_page(runs: Runs) -> None:
+    found = ok(runs["broken"])
+    assert found.report["phase"]["state"] == "applied"
+    stems = ("resume-report", "transition-report-10")
+    written = {f"{stem}{suffix}" for stem in stems for suffix in (".json", ".txt")}
+    assert {p.name for p in directory(runs, "broken").iterdir()} == written
+    assert "REFUSED: import of" not in found.log
+
+
+@pytest.mark.reads("broken")
+def test_a_run_whose_writer_refuses_goes_on(runs: Runs) -> None:
     found = ok(runs["broken"])
     assert list(found.iterations) == [11, 12, 13, 14]
-    page = (directory(runs, "broken") / "resume-report.html").read_text()
-    assert "no plots: matplotlib cannot be imported" in page
-    assert "<svg" not in page
-    assert found.log.count("resume-report.html: no plots: matplotlib cannot be imported") == 1
     assert (
         "megatron_ext: not all written to TensorBoard: OSError: no space left for megatron_ext/plan"
     ) in found.log

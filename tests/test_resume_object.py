@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from megatron_ext import report_plots
-from megatron_ext.host import loading
+from megatron_ext import report_files
 from megatron_ext.report import OptimizerReport
 from megatron_ext.resume import Resume
 from tests.support.reports import optimizer_report, scheduler_section
@@ -22,7 +19,8 @@ def reports(*steps: int) -> list[OptimizerReport]:
 
 
 def chain(length: int, report_dir: Path | None = None) -> tuple[Resume, list[object]]:
-    resume = Resume(megatron="0.19.2", report_dir=report_dir)
+    write = None if report_dir is None else report_files.writer(report_dir)
+    resume = Resume(megatron="0.19.2", write_report=write)
     members = [object() for _ in range(length)]
     for member in members:
         resume.join(member)
@@ -102,65 +100,18 @@ def test_the_scheduler_is_added_to_the_report_and_to_the_file(
     assert "first resumed step, optimizer 0 group 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scheduler", [True, False])
-def test_the_page_is_drawn_once_a_load_and_of_the_whole_report(
-    scheduler: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_each_load_names_its_report_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn: list[Any] = []
-    draw = report_plots.draw
-
-    def noted(document: Any) -> report_plots.Plots:
-        drawn.append(document)
-        return draw({})
-
-    monkeypatch.setattr(report_plots, "draw", noted)
     resume, (only,) = chain(1, tmp_path)
-    for number in (1, 2):
+    for step in (1, 2):
         resume.begin_load()
-        resume.done(only, reports(number)[0])
-        names = sorted(p.name for p in tmp_path.iterdir())
-        assert names == ["resume-report.json", "resume-report.txt"]  # and no earlier load's page
-        if scheduler:
-            resume.scheduler_loaded(scheduler_section())
-        resume.end_load()
-        assert len(drawn) == number
-        assert (drawn[-1]["scheduler"] is not None) == scheduler
-        assert (tmp_path / "resume-report.html").is_file()
-    assert capsys.readouterr().out.count("resume report written to") == 1
-
-
-def test_a_load_without_a_scheduler_has_its_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resume, (only,) = chain(1, tmp_path)
-    monkeypatch.setattr(loading, "members_of", lambda optimizer: [SimpleNamespace(resume=resume)])
-    monkeypatch.setattr(loading, "global_args", lambda: SimpleNamespace(load=str(tmp_path)))
-    for name in ("_require_legacy_files", "_loaded_iteration"):
-        monkeypatch.setattr(loading, name, lambda *args: 0)
-    monkeypatch.setattr(loading.loop, "after_the_load", lambda *args: None)
-    monkeypatch.setattr(loading.state, "resumed", None)
-
-    @loading.load_checkpoint
-    def load(model: Any, optimizer: Any, scheduler: Any) -> tuple[int, int]:
-        resume.done(only, reports(1)[0])
-        return 10, 0
-
-    assert load(None, only, None) == (10, 0)
-    assert (tmp_path / "resume-report.html").is_file()
-
-
-def test_a_load_that_brings_no_optimizer_writes_nothing(tmp_path: Path) -> None:
-    resume, (only,) = chain(1, tmp_path)
-    resume.begin_load()
-    resume.done(only, reports(1)[0])
-    resume.end_load()
-    (tmp_path / "resume-report.html").unlink()
-    resume.begin_load()
-    resume.end_load()
-    assert not (tmp_path / "resume-report.html").exists()
+        resume.done(only, reports(step)[0])
+        resume.scheduler_loaded(scheduler_section())
+        written = json.loads((tmp_path / "resume-report.json").read_text())
+        assert written["optimizers"][0]["step"]["value"] == step
+        assert written["scheduler"] == scheduler_section()
+        assert capsys.readouterr().out.count("resume report written to") == 1
 
 
 def test_a_scheduler_without_a_resume_is_no_news(

@@ -1,4 +1,4 @@
-"""``python -m megatron_ext report``: the HTML page of a resume report, made again from its JSON."""
+"""``python -m megatron_ext report``: the HTML pages of the resume reports that a run wrote."""
 
 from __future__ import annotations
 
@@ -16,38 +16,58 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "report",
-        help="make the HTML page of a resume report from its JSON",
-        description="Make the HTML page of a resume report from its JSON, with plots where "
-        "matplotlib and megatron-core can be imported. Exit status: 0, 2 where the file is no "
-        "resume report or the page cannot be written.",
+        help="make the HTML pages of the resume reports in a directory",
+        description="Make resume-report.html from the resume-report.json in a directory, and a "
+        "page from each transition-report-<iteration>.json. Exit status: 0, 2 where "
+        "there is no report or a page cannot be written.",
     )
-    parser.add_argument("report", help="resume-report.json or transition-report-<iteration>.json")
-    parser.add_argument("--html", required=True, metavar="FILE", help="the page to write")
+    parser.add_argument("directory", metavar="DIR", help="what --selective-report named")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the page; see the description for the exit status."""
-    return output.guarded(lambda: _report(options))
+    """Make the pages; see the description for the exit status."""
+    return output.guarded(lambda: _report(Path(options.directory)))
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(directory: Path) -> int:
+    for source in _reports_in(directory):
+        _make_page(source)
+    return 0
+
+
+def _reports_in(directory: Path) -> list[Path]:
+    """The JSON files of a directory that a run wrote, the latest resume's first."""
+    from ..report_files import NAME, TRANSITION_NAME
+
+    latest = directory / f"{NAME}.json"
+    transitions = sorted(directory.glob(f"{TRANSITION_NAME.format(iteration='*')}.json"))
+    found = [*([latest] if latest.is_file() else []), *transitions]
+    if not found:
+        raise MegatronExtError(
+            f"{directory} holds no resume report: found neither {latest.name} nor "
+            "transition-report-<iteration>.json. Give the directory that --selective-report named"
+        )
+    return found
+
+
+def _make_page(source: Path) -> None:
     from .. import report_page, report_plots
     from ..files import replace
 
-    document = _read(Path(options.report))
+    document = _read(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, about what it does without a GPU
         plots = report_plots.draw(document)
     try:
         page = report_page.page(document, plots)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-        raise _no_report(options.report, f"{type(e).__name__}: {e}") from e
-    replace(Path(options.html), page)
+        raise _no_report(source, f"{type(e).__name__}: {e}") from e
+    target = source.with_suffix(".html")
+    replace(target, page)
     for line in plots.absent:
-        print(output.printable(line))
-    print(output.printable(f"{options.html}: written from {options.report}"))
-    return 0
+        print(output.printable(f"{target.name}: {line}"))
+    print(output.printable(f"{target}: written from {source.name}"))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -63,8 +83,8 @@ def _read(file: Path) -> dict[str, Any]:
     return document
 
 
-def _no_report(file: str | Path, why: str) -> MegatronExtError:
+def _no_report(file: Path, why: str) -> MegatronExtError:
     return MegatronExtError(
-        f"{file} is no resume report of this version: {why}. Give the resume-report.json that "
-        "--selective-report wrote"
+        f"{file} is no resume report of this version: {why}. Give a directory that "
+        "--selective-report of this version wrote to"
     )

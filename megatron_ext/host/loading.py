@@ -51,7 +51,6 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             _raise_no_optimizer_state(getattr(megatron_args, kwargs.get("load_arg", "load")), e)
         finally:
             state.loading = None
-            resume.end_load()
         if not dropped and _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "

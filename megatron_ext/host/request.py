@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import report_files
 from ..errors import HostError
 from ..phase import Where
 from ..policy import ResumePolicy
@@ -43,7 +44,8 @@ class Request:
 
     def resume(self) -> Resume:
         """A resume to be shared by the optimizers of a chain."""
-        return Resume(self.policy, self.report_dir, megatron_version(), where=self.where)
+        write = None if self.report_dir is None else report_files.writer(self.report_dir)
+        return Resume(self.policy, write, megatron_version(), where=self.where)
 
 
 @dataclass

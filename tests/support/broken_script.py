@@ -1,12 +1,12 @@
-"""The demo's training script without matplotlib, with a TensorBoard that refuses our text."""
+"""The demo's training script without what makes a page; its TensorBoard refuses our text."""
 
 import runpy
-import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 import megatron_ext
+from tests.support.refused import refuse_page_packages
 
 add_text = SummaryWriter.add_text
 
@@ -18,7 +18,7 @@ def refuse(self, tag, *args, **kwargs):
 
 
 if __name__ == "__main__":
-    sys.modules["matplotlib"] = None
+    refuse_page_packages()
     SummaryWriter.add_text = refuse
     script = Path(megatron_ext.__file__).parent / "demo" / "pretrain_gpt.py"
     runpy.run_path(str(script), run_name="__main__")
