@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_the_table_shows_what_the_runs_logged() -> None:
     assert rows[2] == ("a run", "failed: KeyError: x", "-", "-", "-", "-")
     assert rows[3][1] == "moments lost"
     assert table.markdown([_run(points)]).count("\n| ") == 2
+
+
+def test_without_matplotlib_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert "pip install 'megatron_ext[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_directory_is_left_alone(tmp_path: Path) -> None:

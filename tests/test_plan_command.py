@@ -760,6 +760,16 @@ def test_parameters_are_in_the_groups_that_megatron_makes() -> None:
 # --- what it is like
 
 
+def test_a_plot_without_matplotlib_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plan", str(tmp_path), "--plot", str(tmp_path / "curves.svg")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --plot needs the package matplotlib, which cannot be imported:")
+    assert error.endswith("Install it with pip install 'megatron_ext[report]'")
+
+
 def test_the_command_imports_neither_torch_nor_matplotlib() -> None:
     code = (
         "import sys, megatron_ext.cli.plan; print([m for m in "

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -518,6 +519,24 @@ def test_the_command_makes_the_pages_of_a_directory(
         found = json.loads(json.dumps(of.to_json()))
         page = report_page.page(found, report_plots.draw(found))
         assert (tmp_path / f"{name}.html").read_text() == page + "\n"
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_package_that_is_missing_is_named_with_the_remedy(
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report_files.write(report(), tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(
+        f"error: the page of a resume report needs the package {package}, which cannot be imported:"
+    )
+    assert error.endswith("Install it with pip install 'megatron_ext[report]'")
+    assert list(tmp_path.glob("*.html")) == []
 
 
 FOREIGN = {

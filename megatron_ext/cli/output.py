@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
 
 #: Columns where stdout is no terminal: a line in a log is not to be broken.
 _WIDE = 200
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Import a package that only some commands need.
+
+    Args:
+        name: Of the package, as it is imported and, but for letter case, installed.
+        purpose: What needs it.
+
+    Raises:
+        MegatronExtError: It cannot be imported.
+    """
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        raise MegatronExtError(
+            f"{purpose} needs the package {name}, which cannot be imported: {e}. Install it with "
+            "pip install 'megatron_ext[report]'"
+        ) from e
 
 
 def guarded(command: Callable[[], int]) -> int:

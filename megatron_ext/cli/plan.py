@@ -73,6 +73,7 @@ def _plan(options: argparse.Namespace) -> int:
         from ..plots import require_format
 
         require_format(options.plot)
+        output.require_package("matplotlib", "--plot")
     from ..forecast import forecast
 
     with warnings.catch_warnings():

@@ -18,8 +18,9 @@ def add_to(commands: Any) -> None:
         "report",
         help="make the HTML pages of the resume reports in a directory",
         description="Make resume-report.html from the resume-report.json in a directory, and a "
-        "page from each transition-report-<iteration>.json. Exit status: 0, 2 where "
-        "there is no report or a page cannot be written.",
+        "page from each transition-report-<iteration>.json. It needs matplotlib and Jinja2: pip "
+        "install 'megatron_ext[report]'. Exit status: 0, 2 where there is no report or a page "
+        "cannot be written.",
     )
     parser.add_argument("directory", metavar="DIR", help="what --selective-report named")
     parser.set_defaults(run=run)
@@ -31,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(directory: Path) -> int:
+    for package in ("jinja2", "matplotlib"):
+        output.require_package(package, "the page of a resume report")
     for source in _reports_in(directory):
         _make_page(source)
     return 0

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from ..cli.output import require_package
+from ..errors import MegatronExtError
 from . import corpus, plot, table
 from .runs import Run, run
 
@@ -47,6 +49,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_ext.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="output directory")
     out = parser.parse_args().out.resolve()
+    try:
+        require_package("matplotlib", "the figure of the demo")
+    except MegatronExtError as e:
+        parser.error(str(e))
     _empty(out)
     tokens = corpus.build(out / "data" / "stdlib")
     print(f"data: {tokens / 1e6:.1f} million bytes of Python's standard library", flush=True)
