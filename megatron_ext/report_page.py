@@ -1,6 +1,6 @@
 """The resume report as one HTML page that needs nothing else: no script, no other file. Pure.
 
-It is made from the report's JSON document, so that it can be made again where the run is not. The
+It is made from the report's JSON document alone, so that it can be made on another machine. The
 document's texts are names of parameters, files and phases: none is trusted.
 """
 
