@@ -58,7 +58,7 @@ _Found = tuple[str, tuple[Step, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Change:
+class EditedValue:
     """One value in one place of a checkpoint.
 
     Args:
@@ -96,7 +96,7 @@ class Edited:
 
     directory: Path
     iteration: int
-    changes: tuple[Change, ...]
+    changes: tuple[EditedValue, ...]
     written: tuple[str, ...]
     linked: int
     copied: int
@@ -174,7 +174,7 @@ def plan(
     places: Mapping[str, Any],
     settings: Mapping[str, Value],
     group: Mapping[str, Scalar] | None = None,
-) -> tuple[Change, ...]:
+) -> tuple[EditedValue, ...]:
     """Decide what is changed.
 
     Args:
@@ -217,7 +217,7 @@ def plan(
     return tuple(sorted(changes, key=lambda c: c.in_scheduler))
 
 
-def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) -> list[Change]:
+def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) -> list[EditedValue]:
     if key in NOT_HYPERPARAMETERS:
         raise PolicyError(
             f"--set {key}: it is state of the optimizer, not a hyperparameter: expected a key such "
@@ -231,7 +231,7 @@ def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) ->
             if key == "weight_decay" and _is_number(value):
                 own = value * canonical(group).get("wd_mult", 1.0)
             new = _typed(key, group[saved], own, f"a param_group of {where}")
-            out.append(Change(where, path, saved, group[saved], new))
+            out.append(EditedValue(where, path, saved, group[saved], new))
     values = sorted({repr(c.old) for c in out})
     if len(values) > 1 and not named and key not in _COMPUTED:
         # Several values are no attribute to choose by.
@@ -245,8 +245,8 @@ def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) ->
 
 
 def _scheduler_changes(
-    key: str, value: Value, schedulers: list[_Found], mine: list[Change], others: list[_Found]
-) -> list[Change]:
+    key: str, value: Value, schedulers: list[_Found], mine: list[EditedValue], others: list[_Found]
+) -> list[EditedValue]:
     """The scheduler's own value, which follows groups that had it; with `others`, all of them."""
     out = []
     for where, path, state in schedulers:
@@ -256,7 +256,7 @@ def _scheduler_changes(
         if others and (not chosen or any(g.get(key) == state[key] for _, _, g in others)):
             continue
         new = _typed(key, state[key], value, f"{path[0]} of {where}")
-        out.append(Change(where, path, key, state[key], new))
+        out.append(EditedValue(where, path, key, state[key], new))
     return out
 
 
@@ -297,7 +297,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_range(places: Mapping[str, Any], changes: Iterable[Change]) -> None:
+def _check_range(places: Mapping[str, Any], changes: Iterable[EditedValue]) -> None:
     """That no group and no scheduler would decay from a lower to a higher rate, or so."""
     owners: dict[tuple[str, tuple[Step, ...]], dict[str, Any]] = defaultdict(dict)
     for change in changes:
@@ -361,7 +361,7 @@ def _at(state: Any, path: Iterable[Step]) -> Any:
     return state
 
 
-def _set(state: Any, change: Change) -> Any:
+def _set(state: Any, change: EditedValue) -> Any:
     """Set one value; returns it as it reads, which a tensor rounds."""
     owner = _at(state, change.path)
     old = owner[change.key]
@@ -394,13 +394,13 @@ def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
 
 
 def _write(
-    stored: StoredCheckpoint, made: Path, changes: Iterable[Change], allow_pickle: bool
-) -> tuple[list[str], dict[str, list[Change]]]:
+    stored: StoredCheckpoint, made: Path, changes: Iterable[EditedValue], allow_pickle: bool
+) -> tuple[list[str], dict[str, list[EditedValue]]]:
     """Write what changes; the files, and by place the changes with the values as they read."""
-    by_place: dict[str, list[Change]] = defaultdict(list)
+    by_place: dict[str, list[EditedValue]] = defaultdict(list)
     for change in changes:
         by_place[change.where].append(change)
-    done: dict[str, list[Change]] = {}
+    done: dict[str, list[EditedValue]] = {}
     files, objects = [], {}
     for where, mine in by_place.items():
         in_store = where == COMMON_KEY or GroupsKey.parse(where) is not None
@@ -480,7 +480,7 @@ def _check(
     stored: StoredCheckpoint,
     made: Path,
     places: Mapping[str, Any],
-    values: Mapping[str, Iterable[Change]],
+    values: Mapping[str, Iterable[EditedValue]],
 ) -> None:
     """That what was written reads as the source with the changes, before it gets its name."""
     expected = copy.deepcopy(dict(places))

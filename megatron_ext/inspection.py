@@ -154,7 +154,7 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class Change:
+class Difference:
     """One difference.
 
     Args:
@@ -260,7 +260,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def compare(a: Inspection, b: Inspection) -> tuple[Change, ...]:
+def compare(a: Inspection, b: Inspection) -> tuple[Difference, ...]:
     """How two checkpoints differ; the moments' elements aside.
 
     Args:
@@ -392,24 +392,24 @@ def _described(moments: Sequence[StateTensors]) -> dict[str, str]:
     return described
 
 
-def _compare_scalars(a: Inspection, b: Inspection) -> Iterator[Change]:
+def _compare_scalars(a: Inspection, b: Inspection) -> Iterator[Difference]:
     for name in ("iteration", "release", "format", "megatron_core", "sharding_type"):
         one, other = getattr(a, name), getattr(b, name)
         if one != other:
-            yield Change("checkpoint", name, one, other)
+            yield Difference("checkpoint", name, one, other)
 
 
 def _compare_mappings(
     section: str, a: Mapping[Any, Any], b: Mapping[Any, Any], prefix: str = ""
-) -> Iterator[Change]:
+) -> Iterator[Difference]:
     for key in [*a, *(k for k in b if k not in a)]:
         name = f"{prefix}{key}"
         if key not in b:
-            yield Change(section, name, a[key], None, "a")
+            yield Difference(section, name, a[key], None, "a")
         elif key not in a:
-            yield Change(section, name, None, b[key], "b")
+            yield Difference(section, name, None, b[key], "b")
         elif not _same(a[key], b[key]):
-            yield Change(section, name, a[key], b[key])
+            yield Difference(section, name, a[key], b[key])
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -419,24 +419,24 @@ def _same(a: Any, b: Any) -> bool:
 
 def _compare_optimizers(
     a: Sequence[OptimizerState], b: Sequence[OptimizerState]
-) -> Iterator[Change]:
+) -> Iterator[Difference]:
     for number in range(max(len(a), len(b))):
         where = f"optimizer {number}" if max(len(a), len(b)) > 1 else "optimizer"
         if number >= len(b):
-            yield Change("optimizers", where, f"{len(a[number].groups)} groups", None, "a")
+            yield Difference("optimizers", where, f"{len(a[number].groups)} groups", None, "a")
         elif number >= len(a):
-            yield Change("optimizers", where, None, f"{len(b[number].groups)} groups", "b")
+            yield Difference("optimizers", where, None, f"{len(b[number].groups)} groups", "b")
         else:
             yield from _compare_optimizer(where, a[number], b[number])
 
 
-def _compare_optimizer(where: str, a: OptimizerState, b: OptimizerState) -> Iterator[Change]:
+def _compare_optimizer(where: str, a: OptimizerState, b: OptimizerState) -> Iterator[Difference]:
     if a.step != b.step:
-        yield Change("optimizers", f"{where} step", a.step, b.step)
+        yield Difference("optimizers", f"{where} step", a.step, b.step)
     marks = [None if mark is None else str(mark) for mark in (a.mark, b.mark)]
     # Their own comparison leaves the words of a phase out.
     if marks[0] != marks[1]:
-        yield Change("optimizers", f"{where} phase", marks[0], marks[1])
+        yield Difference("optimizers", f"{where} phase", marks[0], marks[1])
     scalers = a.grad_scaler or {}, b.grad_scaler or {}
     yield from _compare_mappings("optimizers", *scalers, prefix=f"{where} grad_scaler ")
     pairs = pair_groups(a.groups, b.groups)
@@ -445,9 +445,9 @@ def _compare_optimizer(where: str, a: OptimizerState, b: OptimizerState) -> Iter
             name = f"{where} group {i}" + ("" if i == j else f" -> {j}")
             yield from _compare_mappings("groups", a.groups[i], b.groups[j], prefix=f"{name} ")
         elif i is not None:
-            yield Change("groups", f"{where} group {i}", dict(a.groups[i]), None, "a")
+            yield Difference("groups", f"{where} group {i}", dict(a.groups[i]), None, "a")
         elif j is not None:
-            yield Change("groups", f"{where} group {j}", None, dict(b.groups[j]), "b")
+            yield Difference("groups", f"{where} group {j}", None, dict(b.groups[j]), "b")
 
 
 def pair_groups(

@@ -11,7 +11,7 @@ from . import output
 
 if TYPE_CHECKING:
     from ..bucket_layout import BucketLayout
-    from ..inspection import Change
+    from ..inspection import Difference
     from ..moment_scan import TensorDistance
     from ..stored import StoredCheckpoint
 
@@ -79,7 +79,7 @@ def _distances(
 def _print(
     a: StoredCheckpoint,
     b: StoredCheckpoint,
-    changes: Sequence[Change],
+    changes: Sequence[Difference],
     distances: Sequence[TensorDistance] | None,
 ) -> None:
     to = output.console()
@@ -97,7 +97,7 @@ def _print(
             to.print("no moments of the same key and shape")
 
 
-def _side(change: Change, side: str) -> str:
+def _side(change: Difference, side: str) -> str:
     if change.only not in (None, side):
         return "-"
     return str(getattr(change, side))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
-    from ..edit import Change, Edited
+    from ..edit import Edited, EditedValue
 
 
 def add_to(commands: Any) -> None:
@@ -86,7 +86,7 @@ def _as_json(done: Edited) -> dict[str, Any]:
 def _lines(done: Edited) -> list[str]:
     """What was changed in groups and in the scheduler, equal changes once."""
 
-    def said(change: Change) -> tuple[bool, str]:
+    def said(change: EditedValue) -> tuple[bool, str]:
         return change.in_scheduler, f"{change.key} {change.old!r} -> {change.new!r}"
 
     lines = [f"{done.directory}: iteration {done.iteration}"]
