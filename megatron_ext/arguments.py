@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import directories, operations, policy_file, presets
+from . import directories, policy_file, presets, rules
 from .errors import MegatronExtError, PolicyError
 from .host import DEFAULT_CLASS, Request
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
@@ -151,7 +151,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="What is done to the moments of some parameters, for example: "
         "'output_layer.weight[32000:]' reset 'fill column-mean'. MATCH is a glob, or re: and a "
         "regular expression, then [rows], ndim=N and KEY=VALUE of the param_group. Operations: "
-        f"{', '.join(operations.GRAMMAR)}. May be given again.",
+        f"{', '.join(rules.GRAMMAR)}. May be given again.",
     )
     group.add_argument(
         "--selective-step",
@@ -322,7 +322,7 @@ def _from_flags(values: dict[str, Any]) -> ResumePolicy:
         groups=tuple(_group_rule(words) for words in values["selective_group_rule"]),
         preset=presets.Preset(name, tuple(numbers), tuple(values["selective_decline"])),
         rules=tuple(
-            MomentRule(Match.parse(match), operations.parse(m), operations.parse(v))
+            MomentRule(Match.parse(match), rules.parse(m), rules.parse(v))
             for match, m, v in values["selective_rule"]
         ),
         step=int(step) if isinstance(step, str) and step.isdecimal() else step,

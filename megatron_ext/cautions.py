@@ -10,19 +10,15 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .operations import RESET, BatchRatio, BiasConsistent, Operation, Prune
 from .policy import Match, ResumePolicy
 from .presets import KEEP_ALL
-from .rules import Floor, Keep, PruneRandom, Scale
+from .rules import RESET, BatchRatio, BiasConsistent, Rule
 
 if TYPE_CHECKING:
     from .plan import Circumstances, ResumePlan
 
 #: Beyond this ratio the batch-size rule's bias is worth a word.
 _LARGE_RATIO = 4.0
-
-#: What leaves a moment with the bias it has.
-_GOES_ON = (Keep, Scale, Floor, Prune, PruneRandom, BatchRatio)
 
 
 def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
@@ -99,7 +95,7 @@ def _step(plan: ResumePlan) -> Iterator[str]:
                 "exp_avg_sq and step are reset and exp_avg is not: the first update divides the "
                 f"old momentum by 1 - b1 and by one gradient, about {1.0 / (1.0 - b1):.0f}x"
             )
-    if any(isinstance(m, _GOES_ON) and isinstance(v, _GOES_ON) for m, v in operations):
+    if any(m.keeps_bias and v.keeps_bias for m, v in operations):
         for betas in betas_of(plan):
             growth = step_growth(betas, t, after)
             verb = "grows" if growth > 1.0 else "shrinks"
@@ -191,7 +187,7 @@ def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[
         )
 
 
-def _operations(policy: ResumePolicy) -> list[tuple[Operation, Operation]]:
+def _operations(policy: ResumePolicy) -> list[tuple[Rule, Rule]]:
     effect = policy.preset.effect
     pairs = [(r.exp_avg, r.exp_avg_sq) for r in policy.rules]
     everything = any(r.match == Match() for r in policy.rules)

@@ -9,25 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .errors import PlanError, PolicyError
-from .operations import (
-    BatchRatio,
-    BiasConsistent,
-    FillFrom,
-    Operation,
-    Prune,
-    RowStatistic,
-    write,
-)
+from .errors import PlanError
 from .plan import ResumePlan
-from .policy import MomentRule as PolicyRule
-from .policy import ResumePolicy
-from .rules import KEEP, BatchSize, Fill, Keep, Scale, SecondMomentRule
-
-Key = Literal["exp_avg", "exp_avg_sq"]
+from .policy import MomentRule, ResumePolicy
+from .rules import KEEP, ElementRule, Key, Rule, Statistic
 
 
 @dataclass(frozen=True)
@@ -67,27 +55,6 @@ class Parameter:
         return tuple((first, min(last, end)) for first, last in spans if first < end)
 
 
-@dataclass(frozen=True, order=True)
-class Statistic:
-    """A number about one moment of one unsharded parameter, before anything is changed.
-
-    Args:
-        parameter: Its name.
-        key: Which moment.
-        kind: ``mean``, ``median`` or ``column-mean``; ``quantile``: of abs(x).
-        rows: First row and one past the last of each range that is looked at.
-        fraction: p of the quantile.
-        factor: The statistic is multiplied by it: what those rows are multiplied by.
-    """
-
-    parameter: str
-    key: Key
-    kind: Literal[RowStatistic, "quantile"]
-    rows: tuple[tuple[int, int], ...]
-    fraction: float = 0.0
-    factor: float = 1.0
-
-
 @dataclass(frozen=True)
 class Rows:
     """What is done to some rows of a parameter.
@@ -102,8 +69,8 @@ class Rows:
 
     first: int
     last: int
-    exp_avg: SecondMomentRule | Statistic
-    exp_avg_sq: SecondMomentRule | Statistic
+    exp_avg: ElementRule | Statistic
+    exp_avg_sq: ElementRule | Statistic
     rule: int | None
 
 
@@ -165,11 +132,11 @@ def overwritten(
         rows = _operations(policy, parameter, group or {})
     except PlanError:
         return frozenset()
-    by_key: dict[Key, list[Operation]] = {
+    by_key: dict[Key, list[Rule]] = {
         "exp_avg": [m for _, _, m, _, _ in rows],
         "exp_avg_sq": [v for _, _, _, v, _ in rows],
     }
-    return frozenset(k for k, done in by_key.items() if all(isinstance(o, Fill) for o in done))
+    return frozenset(k for k, done in by_key.items() if not any(o.reads_old for o in done))
 
 
 def used_rules(
@@ -233,15 +200,18 @@ def _plan(
     group: Mapping[str, Any],
 ) -> ParameterPlan:
     rows = _operations(plan.policy, parameter, group)
-    facts = _Facts(plan, parameter, saved_groups)
-    first_moments = _resolve(facts, "exp_avg", [(a, b, m, n) for a, b, m, _, n in rows])
-    second_moments = _resolve(facts, "exp_avg_sq", [(a, b, v, n) for a, b, _, v, n in rows])
+    of_exp_avg = tuple((a, b, m, n) for a, b, m, _, n in rows)
+    of_exp_avg_sq = tuple((a, b, v, n) for a, b, _, v, n in rows)
     out = []
-    for (first, last, _, _, chosen), m, v in zip(rows, first_moments, second_moments, strict=True):
-        if isinstance(v, BatchSize) and not isinstance(m, Keep):
-            raise PlanError(
-                f"{facts.who(chosen)}: the batch-size rule for exp_avg_sq reads exp_avg, which "
-                "must be kept. Do the two in two steps"
+    for first, last, exp_avg, exp_avg_sq, chosen in rows:
+        context = PlanContext(plan, parameter, saved_groups, "exp_avg", of_exp_avg, chosen)
+        m = exp_avg.resolve(context)
+        context = replace(context, key="exp_avg_sq", rows=of_exp_avg_sq)
+        v = exp_avg_sq.resolve(context)
+        if isinstance(v, ElementRule) and v.kind == "joint" and m != KEEP:
+            raise context.error(
+                f"the {v.name.replace('_', '-')} rule for exp_avg_sq reads exp_avg, which must be "
+                "kept. Do the two in two steps"
             )
         out.append(Rows(first, last, m, v, chosen))
     return ParameterPlan(parameter, tuple(out))
@@ -249,7 +219,7 @@ def _plan(
 
 def _operations(
     policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any]
-) -> list[tuple[int, int, Operation, Operation, int | None]]:
+) -> list[tuple[int, int, Rule, Rule, int | None]]:
     """First row and one past the last, what is done to both moments, and which rule says so."""
     rules = policy.rules
     pieces: list[tuple[int, int, int]] = []
@@ -264,7 +234,7 @@ def _operations(
                 f"to {min(last, end) - 1}; expected one. Narrow one of them"
             )
     effect = policy.preset.effect
-    rows: list[tuple[int, int, Operation, Operation, int | None]] = []
+    rows: list[tuple[int, int, Rule, Rule, int | None]] = []
     at = 0
     for first, last, number in [*pieces, (parameter.rows, parameter.rows, -1)]:
         if at < first:
@@ -276,7 +246,7 @@ def _operations(
     return rows
 
 
-def _rows(rule: PolicyRule, parameter: Parameter) -> tuple[int, int]:
+def _rows(rule: MomentRule, parameter: Parameter) -> tuple[int, int]:
     if rule.match.rows is None:
         return 0, parameter.rows
     first, last = rule.match.rows
@@ -290,125 +260,104 @@ def _rows(rule: PolicyRule, parameter: Parameter) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What the rules of one parameter may ask of the plan."""
+class PlanContext:
+    """`megatron_ext.rules.base.Context`, for one rule and one moment of one parameter.
+
+    Args:
+        plan: Of the optimizer.
+        parameter: Whose moment.
+        saved_groups: The checkpoint's param_groups.
+        key: Which moment.
+        rows: All rows of the parameter: first, one past the last, what is done to the moment, and
+            the position of the policy's rule.
+        number: Position of the rule that is resolved, None for the preset.
+    """
 
     plan: ResumePlan
     parameter: Parameter
     saved_groups: Sequence[Mapping[str, Any]]
+    key: Key
+    rows: tuple[tuple[int, int, Rule, int | None], ...]
+    number: int | None
 
-    def who(self, number: int | None) -> str:
-        """The rule, for messages."""
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.parameter.name
+
+    @property
+    def saved_step(self) -> int | None:
+        """T of the moments."""
+        return self.plan.saved_step
+
+    @property
+    def next_step(self) -> int | None:
+        """T after the resume."""
+        return self.plan.step
+
+    def error(self, text: str) -> PlanError:
+        """An error that names the rule and the parameter."""
         policy = self.plan.policy
-        rule = f"preset {policy.preset}" if number is None else f"rule {policy.rules[number]}"
-        return f"{rule}, {self.parameter.name}"
+        chosen = self.number
+        rule = f"preset {policy.preset}" if chosen is None else f"rule {policy.rules[chosen]}"
+        return PlanError(f"{rule}, {self.name}: {text}")
 
-    def step(self, number: int | None) -> int:
+    def step(self) -> int:
         """T of the moments, at least 1."""
         t = self.plan.saved_step
         if not t:
-            raise PlanError(
-                f"{self.who(number)}: the checkpoint was written before the first step, so its "
-                "moments are 0 and say nothing about the gradient. Leave the rule out"
+            raise self.error(
+                "the checkpoint was written before the first step, so its moments are 0 and say "
+                "nothing about the gradient. Leave the rule out"
             )
         return t
 
-    def saved_betas(self, number: int | None) -> tuple[float, float]:
+    def saved_betas(self) -> tuple[float, float]:
         """b1 and b2 with which the moments were made."""
         index = self.plan.groups[self.parameter.group].saved_index
         found = [self.saved_groups[index]] if index is not None else list(self.saved_groups)
         betas = {tuple(float(b) for b in g["betas"]) for g in found if g.get("betas") is not None}
         if len(betas) != 1:
-            raise PlanError(
-                f"{self.who(number)}: needs the betas of the checkpoint; the parameter's group has "
-                f"no counterpart there and the saved groups have {sorted(betas) or 'none'}"
+            raise self.error(
+                "needs the betas of the checkpoint; the parameter's group has no counterpart there "
+                f"and the saved groups have {sorted(betas) or 'none'}"
             )
         b1, b2 = betas.pop()
         return b1, b2
 
-    def next_betas(self, number: int | None) -> tuple[float, float]:
+    def next_betas(self) -> tuple[float, float]:
         """b1 and b2 after the resume."""
         betas = self.plan.groups[self.parameter.group].values.get("betas")
         if betas is None:
-            raise PlanError(f"{self.who(number)}: needs betas, and its param_group has none")
+            raise self.error("needs betas, and its param_group has none")
         b1, b2 = betas
         return float(b1), float(b2)
 
+    def own_rows(self) -> tuple[tuple[int, int], ...]:
+        """The rows that the rule is for and the checkpoint has."""
+        return self.parameter.old([(a, b) for a, b, _, other in self.rows if other == self.number])
 
-def _resolve(
-    facts: _Facts, key: Key, rows: Sequence[tuple[int, int, Operation, int | None]]
-) -> list[SecondMomentRule | Statistic]:
-    """Element rules for one moment of all rows of a parameter."""
-    simple = [_element_rule(facts, key, o, number) for _, _, o, number in rows]
-    out: list[SecondMomentRule | Statistic] = []
-    for (_, _, operation, number), rule in zip(rows, simple, strict=True):
-        if isinstance(operation, Prune):
-            span = facts.parameter.old([(a, b) for a, b, _, other in rows if other == number])
-            name = facts.parameter.name
-            quantile = Statistic(name, key, "quantile", span, operation.fraction)
-            out.append(quantile if span else KEEP)  # new rows are 0 already
-        elif isinstance(operation, FillFrom):
-            out.append(_fill(facts, key, operation, number, rows, simple))
-        else:
-            assert rule is not None
-            out.append(rule)
-    return out
-
-
-def _element_rule(
-    facts: _Facts, key: Key, operation: Operation, number: int | None
-) -> SecondMomentRule | None:
-    if isinstance(operation, Prune | FillFrom):
-        return None
-    if isinstance(operation, BatchRatio):
-        try:
-            return BatchSize(operation.ratio, facts.saved_betas(number), facts.step(number))
-        except PolicyError as e:
-            raise PlanError(f"{facts.who(number)}: {e}") from None
-    if not isinstance(operation, BiasConsistent):
-        return operation
-    t, after = facts.plan.saved_step, facts.plan.step
-    if not t:
-        return KEEP
-    if not after:
-        raise PlanError(
-            f"{facts.who(number)}: with step 0 the bias-consistent moments are all 0. Keep step, "
-            "give it a number, or reset the moments"
-        )
-    which = 0 if key == "exp_avg" else 1
-    old, new = facts.saved_betas(number)[which], facts.next_betas(number)[which]
-    factor = (1.0 - new**after) / (1.0 - old**t)
-    return KEEP if factor == 1.0 else Scale(factor)
-
-
-def _fill(
-    facts: _Facts,
-    key: Key,
-    operation: FillFrom,
-    number: int | None,
-    rows: Sequence[tuple[int, int, Operation, int | None]],
-    simple: Sequence[SecondMomentRule | None],
-) -> Statistic:
-    """The statistic of the rows that are kept."""
-    name = facts.parameter.name
-    if len(rows) == 1:
-        span = facts.parameter.old([(0, facts.parameter.rows)])
-        return Statistic(name, key, operation.statistic, span)
-    spans, factors = [], set()
-    for (first, last, _, _), rule in zip(rows, simple, strict=True):
-        if isinstance(rule, Keep | Scale) and facts.parameter.old([(first, last)]):
-            spans.append((first, last))
-            factors.add(rule.factor if isinstance(rule, Scale) else 1.0)
-    if not spans:
-        raise PlanError(
-            f"{facts.who(number)}: {write(operation)!r} needs rows that are kept or scaled, and "
-            f"{name} has none{' that the checkpoint has' if facts.parameter.grown else ''}. Fill "
-            "with a number, or keep some rows"
-        )
-    if len(factors) > 1:
-        raise PlanError(
-            f"{facts.who(number)}: {write(operation)!r}: the other rows are scaled by different "
-            f"factors, {sorted(factors)}; expected one. Do it in two steps"
-        )
-    old = facts.parameter.old(spans)
-    return Statistic(name, key, operation.statistic, old, factor=factors.pop())
+    def kept_rows(self, text: str) -> tuple[tuple[tuple[int, int], ...], float]:
+        """The rows that are kept or scaled, and their factor; all where one rule has them all."""
+        if len(self.rows) == 1:
+            return self.parameter.old([(0, self.parameter.rows)]), 1.0
+        spans, factors = [], set()
+        for first, last, rule, number in self.rows:
+            if rule.statistics:
+                continue
+            found = rule.resolve(replace(self, number=number))
+            if found.multiplier is not None and self.parameter.old([(first, last)]):
+                spans.append((first, last))
+                factors.add(found.multiplier)
+        if not spans:
+            raise self.error(
+                f"{text!r} needs rows that are kept or scaled, and {self.name} has none"
+                f"{' that the checkpoint has' if self.parameter.grown else ''}. Fill with a "
+                "number, or keep some rows"
+            )
+        if len(factors) > 1:
+            raise self.error(
+                f"{text!r}: the other rows are scaled by different factors, {sorted(factors)}; "
+                "expected one. Do it in two steps"
+            )
+        return self.parameter.old(spans), factors.pop()

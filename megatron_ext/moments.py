@@ -24,7 +24,7 @@ from .errors import CheckpointError, PlanError
 from .layout import WHOLE, GlobalIndex, Run
 from .log import say
 from .row_statistics import columns
-from .rules import KEEP, Keep, MomentRule, Scale, SecondMomentRule
+from .rules import KEEP, ElementRule
 
 #: The tensors of Adam's state; `param` is Megatron's name for the fp32 master weight.
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -117,8 +117,8 @@ class RangeRule:
 
     begin: int
     end: int
-    exp_avg: MomentRule | FillColumns = KEEP
-    exp_avg_sq: SecondMomentRule | FillColumns = KEEP
+    exp_avg: ElementRule | FillColumns = KEEP
+    exp_avg_sq: ElementRule | FillColumns = KEEP
     index: GlobalIndex = WHOLE
 
 
@@ -324,7 +324,7 @@ def _open(shard: MomentShard, which: int) -> _Moment:
     if factor is not None:
         rescale = functools.partial(_rescale, shard.inner, shard.param, key, factor)
         return _Moment(unscaled, rescale, only_scale=True)
-    if all(isinstance(r, Keep) for r in rules):
+    if all(r == KEEP for r in rules):
         return _Moment(unscaled, only_scale=True)
     return _Moment(unscaled, lambda: shard.inner.set_scaled_state(shard.param, key, unscaled()))
 
@@ -335,18 +335,20 @@ def _is_scaled(inner: Any, key: str) -> bool:
     return dtypes.get(key) in (torch.float16, torch.uint8)
 
 
-def _rules(shard: MomentShard, which: int) -> list[SecondMomentRule | FillColumns]:
+def _rules(shard: MomentShard, which: int) -> list[ElementRule | FillColumns]:
     return [r.exp_avg_sq if which else r.exp_avg for r in shard.rules]
 
 
 def _whole_scale(
-    shard: MomentShard, rules: Sequence[SecondMomentRule | FillColumns], numel: int
+    shard: MomentShard, rules: Sequence[ElementRule | FillColumns], numel: int
 ) -> float | None:
     """The factor, if the one thing that is done is to multiply all elements by one above 0."""
     if len(rules) != 1 or (shard.rules[0].begin, shard.rules[0].end) != (0, numel):
         return None
     rule = rules[0]
-    return rule.factor if isinstance(rule, Scale) and rule.factor > 0.0 else None
+    if isinstance(rule, FillColumns) or rule == KEEP:
+        return None
+    return rule.multiplier if rule.multiplier is not None and rule.multiplier > 0.0 else None
 
 
 def _rescale(inner: Any, param: torch.Tensor, key: str, factor: float) -> None:

@@ -15,9 +15,9 @@ from .moment_plan import (
     used_group_rules,
     used_rules,
 )
-from .operations import write
 from .plan import ResumePlan
 from .policy import ResumePolicy
+from .rules import write
 from .stored import StoredCheckpoint
 from .stored_parameters import Stored, in_groups, parameters_of
 

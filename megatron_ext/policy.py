@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .errors import PolicyError
-from .operations import Operation, check_moment, write
 from .presets import KEEP_ALL, Preset, Step
-from .rules import KEEP, Fill, Keep
+from .rules import KEEP, Rule, check_moment, write
 
 #: Keys that `megatron.core.optimizer_param_scheduler.OptimizerParamScheduler` writes or reads in
 #: a param_group. ``--use-checkpoint-opt_param-scheduler`` takes exactly these from the checkpoint.
@@ -198,8 +197,8 @@ class MomentRule:
     """
 
     match: Match
-    exp_avg: Operation = KEEP
-    exp_avg_sq: Operation = KEEP
+    exp_avg: Rule = KEEP
+    exp_avg_sq: Rule = KEEP
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning for its moment."""
@@ -412,12 +411,12 @@ class ResumePolicy:
     @property
     def changes_moments(self) -> bool:
         """Whether any element of the moments may get another value."""
-        return not all(isinstance(o, Keep) for o in self._moment_operations())
+        return any(o != KEEP for o in self._moment_operations())
 
     @property
     def overwrites_moments(self) -> bool:
         """Whether any element of the moments may be set without a look at its old value."""
-        return any(isinstance(o, Fill) for o in self._moment_operations())
+        return not all(o.reads_old for o in self._moment_operations())
 
     @property
     def decides_moments(self) -> bool:
@@ -425,13 +424,13 @@ class ResumePolicy:
         return self.changes_moments or bool(self.rules)
 
     @property
-    def told_rules(self) -> tuple[tuple[str, Operation, Operation], ...]:
+    def told_rules(self) -> tuple[tuple[str, Rule, Rule], ...]:
         """Each rule's match, and the preset last, and what is done to each moment; for people."""
         effect = self.preset.effect
         rules = ((str(r.match), r.exp_avg, r.exp_avg_sq) for r in self.rules)
         return (*rules, (f"preset {self.preset}", effect.exp_avg, effect.exp_avg_sq))
 
-    def _moment_operations(self) -> list[Operation]:
+    def _moment_operations(self) -> list[Rule]:
         effect = self.preset.effect
         operations = [effect.exp_avg, effect.exp_avg_sq]
         return operations + [o for r in self.rules for o in (r.exp_avg, r.exp_avg_sq)]
@@ -538,9 +537,9 @@ def _with_plain_numbers(rule: MomentRule) -> MomentRule:
     def whole(value: Scalar) -> Scalar:
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    def real(operation: Operation) -> Operation:
+    def real(operation: Rule) -> Rule:
         numbers = {k: v + 0.0 for k, v in vars(operation).items() if k != "seed" and _number(v)}
-        return replace(operation, **numbers)
+        return type(operation)(**{**vars(operation), **numbers})
 
     group = tuple((key, whole(value)) for key, value in rule.match.group)
     return MomentRule(replace(rule.match, group=group), real(rule.exp_avg), real(rule.exp_avg_sq))

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from .errors import PolicyError
-from .operations import parse, write
 from .policy import GroupRule, Match, MomentRule, ResumePolicy
 from .presets import CATALOGUE, KEEP_ALL, Preset
+from .rules import parse, write
 
 _TOP = (
     *("hyperparameters", "schedule", "preset", "moments", "step", "nonfinite", "strict"),

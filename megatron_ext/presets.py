@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import PolicyError
-from .operations import DECIMAL, RESET, BatchRatio, BiasConsistent, Operation, Prune
-from .rules import KEEP, Scale
+from .rules import DECIMAL, KEEP, RESET, BatchRatio, BiasConsistent, Prune, Rule, Scale
 
 Step = int | Literal["keep", "reset"]
 
@@ -72,8 +71,8 @@ class Effect:
         changes: Hyperparameters that follow.
     """
 
-    exp_avg: Operation = KEEP
-    exp_avg_sq: Operation = KEEP
+    exp_avg: Rule = KEEP
+    exp_avg_sq: Rule = KEEP
     step: Step = "keep"
     changes: tuple[Change, ...] = ()
 

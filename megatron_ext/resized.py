@@ -8,10 +8,10 @@ from typing import Any
 
 from . import vocabulary
 from .cautions import betas_of, fresh_update
-from .moment_plan import ParameterPlan, Rows, Statistic, plan_moments
+from .moment_plan import ParameterPlan, Rows, plan_moments
 from .parameters import held_by, shards_of
 from .plan import ResumePlan
-from .rules import Fill, Floor
+from .rules import Statistic, registry
 from .steps import is_adam
 
 
@@ -129,9 +129,6 @@ def forget(optimizer: Any) -> None:
 def _bare(rows: Rows, first_new: int) -> int:
     """New rows among some whose exp_avg_sq is 0 afterwards, and nobody asked for that."""
     v = rows.exp_avg_sq
-    given = (
-        isinstance(v, Fill)
-        or (isinstance(v, Floor) and v.minimum > 0.0)
-        or (isinstance(v, Statistic) and v.kind != "quantile")
-    )
-    return 0 if given else max(rows.last - max(rows.first, first_new), 0)
+    # Whether a rule from a statistic gives new rows a value does not depend on the value.
+    rule = registry.of_statistic(v, 1.0) if isinstance(v, Statistic) else v
+    return 0 if rule.fills_zeros else max(rows.last - max(rows.first, first_new), 0)

@@ -15,10 +15,10 @@ from .checkpoint import SavedOptimizer
 from .counters import Counters
 from .errors import CheckpointError
 from .log import say
-from .moment_plan import Key
 from .phase import Mark, Phase, Where, decide, identity
 from .policy import ResumePolicy
 from .report import OptimizerReport, ResumeReport
+from .rules import Key
 
 
 @dataclass

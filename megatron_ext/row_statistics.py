@@ -13,8 +13,8 @@ import torch
 
 from . import _ops
 from .layout import Run, within
-from .moment_plan import Statistic
 from .parameters import Shard
+from .rules import Statistic
 
 #: fp32 exponents that share one integer sum: 2^31 a value leaves room for 2^32 of them.
 _WINDOW = 8

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .moment_plan import Key, Parameter, overwritten
+from .moment_plan import Parameter, overwritten
 from .parameters import held_by, located
 from .resume import Resume
+from .rules import Key
 from .steps import is_adam, is_hybrid
 from .vocabulary import walk
 

@@ -17,9 +17,7 @@ from . import agree
 from .errors import CheckpointError, PlanError
 from .layout import WHOLE
 from .moment_plan import (
-    Key,
     ParameterPlan,
-    Statistic,
     plan_moments,
     unmatched,
     used_group_rules,
@@ -37,12 +35,11 @@ from .moments import (
     transform,
     values,
 )
-from .operations import Prune, write
 from .parameters import Shard, held_by, located, names_of, shards_of
 from .plan import ResumePlan
 from .policy import ResumePolicy
 from .row_statistics import Value, find, pieces
-from .rules import KEEP, Fill, Keep, PruneMagnitude, PruneRandom, Scale, SecondMomentRule
+from .rules import KEEP, ElementRule, Key, Statistic, registry, write
 from .steps import is_adam, is_hybrid
 
 #: Columns that are added up over the ranks, per moment.
@@ -247,7 +244,7 @@ def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, Para
     for key, names in unread.items():
         for name in names if not plans else names & plans.keys():
             done = [getattr(rows, key) for rows in plans[name].rows] if plans else [KEEP]
-            if not all(isinstance(rule, Fill) for rule in done):
+            if any(rule.reads_old for rule in done):
                 raise CheckpointError(
                     f"{key} of {name} was not read from the checkpoint, for it was to be "
                     f"overwritten, but now the plan is {done}; expected the same plan before and "
@@ -265,7 +262,7 @@ def meet(work: MomentWork) -> MomentWork:
         PlanError: A rule matches nothing on any rank (strict policies); on every rank.
     """
     policy, effect = work.policy, work.policy.preset.effect
-    selects = any(isinstance(o, Prune) for o in (effect.exp_avg, effect.exp_avg_sq))
+    selects = effect.exp_avg.statistics or effect.exp_avg_sq.statistics
     if not policy.rules and not policy.groups and not selects:
         return work
     needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
@@ -350,7 +347,7 @@ def change_unseen(work: MomentWork | None) -> MomentChange | None:
     if work is None or not _changes(work) or work.wanted or work.policy.nonfinite != "error":
         return None
     rules = (x for p in work.plans.values() for r in p.rows for x in (r.exp_avg, r.exp_avg_sq))
-    if not all(isinstance(rule, Keep | Scale) for rule in rules):
+    if any(rule.multiplier is None for rule in rules):
         return None
     states = (s.inner.state[s.key] for s in work.shards if _has_moments(s))
     if any(state[key].dtype != torch.float32 for state in states for key in MOMENT_KEYS):
@@ -421,9 +418,9 @@ def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -
     rules: list[RangeRule] = []
     for rows in plan.rows:
         m, v = (_rule(x, found) for x in (rows.exp_avg, rows.exp_avg_sq))
-        if isinstance(m, Keep) and isinstance(v, Keep):
+        if m == v == KEEP:
             continue
-        by_position = any(isinstance(x, PruneRandom | FillColumns) for x in (m, v))
+        by_position = any(isinstance(x, FillColumns) or x.kind == "positional" for x in (m, v))
         if len(plan.rows) == 1 and not by_position:
             # One range: a rescale of a scaled moment is then a change of its scale.
             rules.append(RangeRule(0, shard.end - shard.begin, m, v, WHOLE))
@@ -434,13 +431,15 @@ def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -
     return MomentShard(shard.parameter.name, shard.inner, shard.key, tuple(rules))
 
 
-def _rule(decided: SecondMomentRule | Statistic, found: Mapping[Statistic, Value]) -> Any:
+def _rule(
+    decided: ElementRule | Statistic, found: Mapping[Statistic, Value]
+) -> ElementRule | FillColumns:
     if not isinstance(decided, Statistic):
         return decided
     value = found[decided]
     if isinstance(value, torch.Tensor):
         return FillColumns(value)
-    return PruneMagnitude(value) if decided.kind == "quantile" else Fill(value)
+    return registry.of_statistic(decided, value)
 
 
 def _report(work: MomentWork, done: MomentChange) -> MomentReport:

@@ -10,10 +10,9 @@ import pytest
 
 from megatron_ext import arguments, host
 from megatron_ext.errors import PolicyError
-from megatron_ext.operations import FillFrom
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, Scale
+from megatron_ext.rules import KEEP, FillFrom, Scale
 
 
 def parse(*argv: str) -> argparse.Namespace:

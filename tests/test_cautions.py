@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from megatron_ext.cautions import fresh_update, step_growth
 from megatron_ext.checkpoint import SavedOptimizer
-from megatron_ext.operations import RESET, BatchRatio, FillFrom, Operation
 from megatron_ext.plan import Circumstances, plan_resume
 from megatron_ext.policy import Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, Fill, Scale
+from megatron_ext.rules import KEEP, RESET, BatchRatio, Fill, FillFrom, Rule, Scale
 from tests.support.groups import GROUPS, LISTS, STEPS, group
 
 LATE = 1_000_000
@@ -37,7 +36,7 @@ def warnings(
     ).warnings
 
 
-def rules(*pairs: tuple[Operation, Operation], match: str = "w*") -> ResumePolicy:
+def rules(*pairs: tuple[Rule, Rule], match: str = "w*") -> ResumePolicy:
     return ResumePolicy(
         rules=tuple(MomentRule(Match(f"{match}{i}"), *p) for i, p in enumerate(pairs))
     )

@@ -20,8 +20,8 @@ import pytest
 import megatron_ext
 from megatron_ext import arguments, cli, launch, policy_file
 from megatron_ext.host import CONTRACT, TESTED
-from megatron_ext.operations import GRAMMAR
 from megatron_ext.presets import forms
+from megatron_ext.rules import GRAMMAR
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -336,6 +336,8 @@ def test_every_preset_and_operation_is_in_the_reference(site: Path) -> None:
         assert written in page.text
     for what in GRAMMAR.values():
         assert what in page.text
+    formulas = Text(site / "formulas.html").text
+    assert [form for form in GRAMMAR if form not in formulas] == []
 
 
 def test_every_environment_variable_is_in_the_reference(site: Path) -> None:

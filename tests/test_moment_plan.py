@@ -15,15 +15,27 @@ from megatron_ext.moment_plan import (
     Parameter,
     ParameterPlan,
     Rows,
-    Statistic,
     plan_moments,
     unmatched,
 )
-from megatron_ext.operations import RESET, BatchRatio, BiasConsistent, FillFrom, Operation, Prune
 from megatron_ext.plan import Circumstances, plan_resume
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, BatchSize, Fill, Floor, PruneRandom, Scale
+from megatron_ext.rules import (
+    KEEP,
+    RESET,
+    BatchRatio,
+    BatchSize,
+    BiasConsistent,
+    Fill,
+    FillFrom,
+    Floor,
+    Prune,
+    PruneRandom,
+    Rule,
+    Scale,
+    Statistic,
+)
 from tests.support.groups import group, without
 
 BETAS = (0.9, 0.95)
@@ -32,7 +44,7 @@ B = Parameter("output_layer.bias", (10,), 0)
 SCALAR = Parameter("temperature", (), 0)
 
 
-def rule(text: str, exp_avg: Operation = KEEP, exp_avg_sq: Operation = KEEP) -> MomentRule:
+def rule(text: str, exp_avg: Rule = KEEP, exp_avg_sq: Rule = KEEP) -> MomentRule:
     return MomentRule(Match.parse(text), exp_avg, exp_avg_sq)
 
 
@@ -354,7 +366,7 @@ def test_the_batch_size_rule_has_the_checkpoints_betas_and_step() -> None:
 
 
 @pytest.mark.parametrize("exp_avg", [RESET, Scale(2.0), FillFrom("mean"), Prune(0.5)])
-def test_the_batch_size_rule_needs_exp_avg_as_it_is(exp_avg: Operation) -> None:
+def test_the_batch_size_rule_needs_exp_avg_as_it_is(exp_avg: Rule) -> None:
     text = "*" if exp_avg != FillFrom("mean") else "*[:]"
     message = refusal(ResumePolicy(rules=(rule(text, exp_avg, BatchRatio(4.0)),)))
     assert message.startswith(f"rule '{text}' (exp_avg: ")

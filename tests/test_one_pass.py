@@ -9,13 +9,13 @@ from megatron_ext import policy_file
 from megatron_ext.layout import block_of
 from megatron_ext.moment_plan import Parameter, ParameterPlan, Rows
 from megatron_ext.parameters import Shard
-from megatron_ext.rules import KEEP, Fill, Scale, SecondMomentRule
+from megatron_ext.rules import KEEP, ElementRule, Fill, Scale
 from megatron_ext.transition import MomentWork, change_unseen
 
 SCALE = "moments: [{match: '*', exp_avg: keep, exp_avg_sq: scale 4}]"
 
 
-def _work(rule: SecondMomentRule, dtype: torch.dtype, policy: str = SCALE) -> MomentWork:
+def _work(rule: ElementRule, dtype: torch.dtype, policy: str = SCALE) -> MomentWork:
     """Two parameters; the second has a NaN, an infinite element and one that the rule makes so."""
     shards, plans = [], {}
     for name, values in {

@@ -19,9 +19,9 @@ from torch.library import opcheck
 
 from megatron_ext import _ops
 from megatron_ext._ops import Segment, Statistics, Transform, schema
-from megatron_ext._ops.segments import COLUMNS, Code, encode
+from megatron_ext._ops.segments import COLUMNS, encode
 from megatron_ext.layout import GlobalIndex, runs
-from megatron_ext.rules import BatchSize, Fill, Keep, PruneRandom, Scale
+from megatron_ext.rules import BatchSize, Fill, Keep, PruneRandom, Scale, registry
 from tests.support.moments import (
     DTYPES,
     REFERENCE,
@@ -211,7 +211,7 @@ def cases(draw: st.DrawFn) -> tuple[list[tuple[list[float], list[float], int, in
         cuts = sorted(draw(st.lists(st.integers(0, n), max_size=5)))
         for begin, end in itertools.pairwise(cuts):
             m, v = draw(rules_m), draw(rules_v)
-            m = Keep() if isinstance(v, BatchSize) else m
+            m = Keep() if v.kind == "joint" else m
             where = GlobalIndex(*draw(st.tuples(*[st.integers(0, 1 << 40)] * 4)))
             segments.append(
                 Segment(t, begin, end, m, v, where, draw(st.integers(0, (1 << 64) - 1)))
@@ -537,6 +537,7 @@ def two(a: tuple[int, int], b: tuple[int, int]) -> tuple[torch.Tensor, torch.Ten
     return encode([Segment(0, *a, Scale(2.0), Scale(2.0)), Segment(0, *b, Scale(2.0), Scale(2.0))])
 
 
+NO_CODE = 250
 shared = torch.ones(12)
 overlapping = two((0, 5), (4, 8))
 BAD: dict[str, tuple[tuple, str]] = {
@@ -553,7 +554,7 @@ BAD: dict[str, tuple[tuple, str]] = {
     "begin": (bad(segments=row(begin=-1)), "segment 0: elements -1 to 8 are not within"),
     "reversed": (bad(segments=row(begin=5, end=4)), "segment 0: elements 5 to 4 are not within"),
     "overlap": (bad(None, None, *overlapping), "segments overlap in tensor 0: 0 to 5 and 4 to 8"),
-    "rule": (bad(segments=row(exp_avg_rule=7)), "segment 0: 7 is no rule for exp_avg"),
+    "rule": (bad(segments=row(exp_avg_rule=NO_CODE)), "0: 250 is no rule for exp_avg"),
     "negative rule": (bad(segments=row(exp_avg_sq_rule=-1)), "-1 is no rule for exp_avg_sq"),
     "batch size for exp_avg": (bad(segments=row(exp_avg_rule=6)), "not for exp_avg"),
     "batch size beside": (bad(segments=row(exp_avg_sq_rule=6)), "must be kept beside it"),
@@ -708,5 +709,6 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
 
 
 def test_the_cases_cover_every_rule() -> None:
-    used = {type(rule).__name__ for pair in RULES.values() for rule in pair}
-    assert used == {code.name.title().replace("_", "") for code in Code}
+    used = {type(rule) for pair in RULES.values() for rule in pair}
+    assert used == set(registry.element_rules().values())
+    assert NO_CODE not in registry.element_rules()

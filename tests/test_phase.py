@@ -18,7 +18,7 @@ from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.phase import Mark, Where, decide, digest_of, identity, same_checkpoint
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, Scale
+from megatron_ext.rules import KEEP, Scale, parse
 from tests.support.groups import group
 from tests.support.policy_strategies import POLICIES
 
@@ -245,6 +245,48 @@ def test_the_digest_knows_no_hyperparameter_and_no_order(
     )
     assert digest_of(changed) == digest_of(policy)
     assert (digest_of(policy) == "none") == (policy.operations == ())
+
+
+#: What saved checkpoints say of these rules: neither the words nor the digest may ever change.
+WRITTEN = (
+    ("reset", "reset", "reset", "reset"),
+    ("scale 2", "scale 4", "scale 2.0", "scale 4.0"),
+    ("scale -0.5", "fill 1e-8", "scale -0.5", "fill 1e-08"),
+    ("fill 0.25", "fill median", "fill 0.25", "fill median"),
+    ("fill mean", "fill column-mean", "fill mean", "fill column-mean"),
+    ("fill column-mean", "floor 1e-12", "fill column-mean", "floor 1e-12"),
+    ("prune 0.9", "prune 0.9", "prune 0.9", "prune 0.9"),
+    (
+        *("prune-random 0.5", "prune-random 0.5 seed -7"),
+        *("prune-random 0.5", "prune-random 0.5 seed -7"),
+    ),
+    ("prune-random 0.5 seed 7", "batch-size 4", "prune-random 0.5 seed 7", "batch-size 4.0"),
+    ("bias-consistent", "bias-consistent", "bias-consistent", "bias-consistent"),
+)
+
+
+def test_the_digests_in_saved_checkpoints_hold() -> None:
+    rules = (MomentRule(Match(f"w{i}"), parse(m), parse(v)) for i, (m, v, *_) in enumerate(WRITTEN))
+    policy = ResumePolicy(rules=tuple(rules))
+    assert policy.operations == tuple(
+        f"rule 'w{i}' (exp_avg: {m}, exp_avg_sq: {v})" for i, (*_, m, v) in enumerate(WRITTEN)
+    )
+    assert digest_of(policy) == "1cfc5768afde96c9"
+
+
+@pytest.mark.parametrize(
+    ("preset", "digest"),
+    [
+        (Preset("reset"), "86c7815db9d21234"),
+        (Preset("gradient-scale", (0.125,)), "dd22e60fef7c6a5c"),
+        (Preset("batch-size", (256, 1024)), "aba1657527a68c7b"),
+        (Preset("relora", (0.9,)), "5122d0255d49e106"),
+        (Preset("bias-consistent"), "f9051641c79043ec"),
+    ],
+    ids=str,
+)
+def test_the_digests_of_presets_in_saved_checkpoints_hold(preset: Preset, digest: str) -> None:
+    assert digest_of(ResumePolicy(preset=preset)) == digest
 
 
 def test_what_a_preset_does_to_hyperparameters_is_no_part_of_the_digest() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support.harness import Hyper, Layout
-from tests.support.moments import splitmix64
 from tests.support.pool import RankPool
+from tests.support.rule_oracles import splitmix64
 from tests.support.unsharded import State
 
 SECOND = Hyper(lr=1e-3, min_lr=1e-4, betas=(0.8, 0.9), eps=1e-6, train_iters=60)

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.errors import MegatronExtError, PolicyError
-from megatron_ext.operations import BatchRatio, FillFrom
 from megatron_ext.policy import SCHEDULER_ATTRIBUTES, GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, Fill, Floor, Scale
+from megatron_ext.rules import KEEP, BatchRatio, Fill, FillFrom, Floor, Scale
 from tests.support.groups import group
 from tests.support.policy_strategies import MATCHES, POLICIES
 

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from megatron_ext import arguments
 from megatron_ext.errors import PolicyError
-from megatron_ext.operations import BatchRatio, FillFrom
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.policy_file import dumps, from_dict, loads, read, to_dict
 from megatron_ext.presets import CATALOGUE, Preset
-from megatron_ext.rules import Fill, PruneRandom, Scale
+from megatron_ext.rules import BatchRatio, Fill, FillFrom, PruneRandom, Scale
 from tests.support.groups import KEEPABLE
 from tests.support.policy_strategies import POLICIES
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from megatron_ext.checkpoint import SavedOptimizer
 from megatron_ext.errors import PlanError, PolicyError
-from megatron_ext.operations import RESET, BatchRatio, BiasConsistent, Prune
 from megatron_ext.plan import Circumstances, Decision, ResumePlan, plan_resume
 from megatron_ext.policy import ResumePolicy
 from megatron_ext.presets import CATALOGUE, KEEP_ALL, Effect, Preset, forms
-from megatron_ext.rules import KEEP, Scale
+from megatron_ext.rules import KEEP, RESET, BatchRatio, BiasConsistent, Prune, Scale
 from tests.support.groups import group
 
 CLIPPING = Circumstances(clip_grad=1.0)

@@ -20,13 +20,12 @@ from megatron_ext.checkpoint import SavedOptimizer
 from megatron_ext.counters import Counters
 from megatron_ext.log import say
 from megatron_ext.moments import LoadedState
-from megatron_ext.operations import BiasConsistent, FillFrom
 from megatron_ext.phase import Mark, Phase, decide
 from megatron_ext.plan import Circumstances, Decision, plan_resume
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
 from megatron_ext.report import OptimizerReport, ResumeReport
-from megatron_ext.rules import PruneRandom, Scale
+from megatron_ext.rules import BiasConsistent, FillFrom, PruneRandom, Scale
 from megatron_ext.transition import MomentReport, RuleReport
 from tests.support.groups import group
 from tests.support.reports import (

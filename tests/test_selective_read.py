@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.moment_plan import Parameter, overwritten
-from megatron_ext.operations import parse
 from megatron_ext.policy import Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
+from megatron_ext.rules import parse
 from tests.conftest import FIRST, Checkpoints
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool

@@ -9,9 +9,9 @@ import torch
 
 from megatron_ext._ops import Segment, Statistics
 from megatron_ext._ops.segments import encode
-from megatron_ext.rules import BatchSize, Fill, Keep, MomentRule, Scale, SecondMomentRule
+from megatron_ext.rules import BatchSize, ElementRule, Fill, Keep, Scale
 
-Rules = tuple[MomentRule, SecondMomentRule]
+Rules = tuple[ElementRule, ElementRule]
 RESCALE, RESET, BATCH_SIZE, THRESHOLDS = "rescale", "reset", "batch size", "thresholds"
 
 #: Factors of two successive calls: nothing grows or vanishes, however often they are called.

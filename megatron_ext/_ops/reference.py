@@ -1,17 +1,19 @@
 """The ops in plain torch: default kernels, fallback, and what the others are tested against.
 
-Each rule is written down here once. Arithmetic is fp32, every operation rounded by itself, so that
-the kernels of ``csrc/`` can be compared bit for bit.
+What a rule does is its own `megatron_ext.rules.ElementRule.reference`. Arithmetic is fp32, every
+operation rounded by itself, so that the kernels of ``csrc/`` can be compared bit for bit.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .segments import COEFFICIENTS, COLUMNS, STATISTICS_COLUMNS, Code, Statistics
+from ..rules import registry
+from .segments import COEFFICIENTS, COLUMNS, STATISTICS_COLUMNS, Statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,11 +21,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Bits of abs(x) as fp32 that each level of the histogram sorts by, and those below.
 LEVELS = ((11, 20), (10, 10), (10, 0))
 BINS = 2048
-
-# The constants of splitmix64 as signed 64-bit numbers, as torch's int64 wants them.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def transform_moments_(
@@ -45,15 +42,18 @@ def transform_moments_(
     like = exp_avg[0] if exp_avg else segments
     count = len(exp_avg) if statistics else 0
     out = like.new_zeros((count, 2, len(STATISTICS_COLUMNS)), dtype=torch.float64)
-    for row, values in zip(rows, coefficients.float().tolist(), strict=True):
+    for row, values, exact in zip(
+        rows, coefficients.float().tolist(), coefficients.tolist(), strict=True
+    ):
         tensor, begin, end = row["tensor"], row["begin"], row["end"]
         m = exp_avg[tensor].view(-1)[begin:end]
         v = exp_avg_sq[tensor].view(-1)[begin:end]
         old = tuple(x.to(torch.float32, copy=True) for x in (m, v))
-        new_v = _apply(row, "exp_avg_sq", old[1], old[0], values[COEFFICIENTS:], coefficients)
-        new_m = _apply(row, "exp_avg", old[0], old[0], values[:COEFFICIENTS], coefficients)
-        for moment, (stored, before, after) in enumerate(((m, old[0], new_m), (v, old[1], new_v))):
-            if row[f"{MOMENTS[moment]}_rule"] != Code.KEEP:
+        for moment, (stored, before) in enumerate(zip((m, v), old, strict=True)):
+            mine = slice(moment * COEFFICIENTS, (moment + 1) * COEFFICIENTS)
+            segment = SegmentOperands(row, MOMENTS[moment], old[0], values[mine], exact[mine])
+            after = segment.apply(before)
+            if after is not before:
                 stored.copy_(after)
             if statistics:
                 _count(out[tensor, moment], before, stored.float())
@@ -102,70 +102,41 @@ def magnitude_histogram(
     return out
 
 
-def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
-    """53 random bits for each global index: splitmix64 as a counter-based generator.
+@dataclass(frozen=True)
+class SegmentOperands:
+    """`megatron_ext.rules.base.Operands`, for one moment of a segment.
 
     Args:
-        key: Of the seed and the parameter, as a signed 64-bit number.
-        index: int64, any shape.
-
-    References:
-        Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+        row: The segment's row of the table, by column.
+        moment: ``exp_avg`` or ``exp_avg_sq``.
+        exp_avg: The old exp_avg of the segment, fp32.
+        coefficients: The moment's, rounded to fp32.
+        exact: The same in float64.
     """
-    z = key + (index + 1) * _GOLDEN
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return _shift(z ^ _shift(z, 31), 11)
 
+    row: dict[str, int]
+    moment: str
+    exp_avg: torch.Tensor
+    coefficients: list[float]
+    exact: list[float]
 
-def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    @property
+    def stream_key(self) -> int:
+        """Of the random stream."""
+        return self.row[f"{self.moment}_key"]
 
+    def index(self) -> torch.Tensor:
+        """The elements' indices in the unsharded parameter."""
+        row, x = self.row, self.exp_avg
+        i = row["start"] + torch.arange(len(x), dtype=torch.int64, device=x.device)
+        if row["row_length"] == 0:
+            return row["base"] + i
+        return row["base"] + i // row["row_length"] * row["row_stride"] + i % row["row_length"]
 
-def _apply(
-    row: dict[str, int],
-    moment: str,
-    x: torch.Tensor,
-    m: torch.Tensor,
-    c: list[float],
-    coefficients: torch.Tensor,
-) -> torch.Tensor:
-    code = row[f"{moment}_rule"]
-    match code:
-        case Code.SCALE:
-            return x * c[0]
-        case Code.FILL:
-            return torch.full_like(x, c[0])
-        case Code.FLOOR:
-            y = x * c[0]
-            return torch.where(y < c[1], c[1], y)
-        case Code.PRUNE_MAGNITUDE:
-            return torch.where(x.abs() <= c[0], 0.0, x)
-        case Code.PRUNE_RANDOM:
-            # The probability is the one coefficient that is not rounded to fp32.
-            column = MOMENTS.index(moment) * COEFFICIENTS
-            limit = round(coefficients[row["row"], column].item() * 2**53)
-            bits = random_bits(row[f"{moment}_key"], _global_index(row, x))
-            return torch.where(bits < limit, 0.0, x)
-        case Code.BATCH_SIZE:
-            return _batch_size(m, x, c)
-    return x
-
-
-def _batch_size(m: torch.Tensor, v: torch.Tensor, c: list[float]) -> torch.Tensor:
-    """The formula of `megatron_ext.rules.BatchSize`."""
-    m_hat, v_hat = m * c[0], v * c[1]
-    g2 = (m_hat * m_hat - v_hat * c[2]) * c[3]
-    g2 = torch.where(g2 < 0.0, 0.0, g2)
-    g2 = torch.where(g2 > v_hat, v_hat, g2)
-    return (g2 + (v_hat - g2) * c[4]) * c[5]
-
-
-def _global_index(row: dict[str, int], x: torch.Tensor) -> torch.Tensor:
-    i = row["start"] + torch.arange(len(x), dtype=torch.int64, device=x.device)
-    if row["row_length"] == 0:
-        return row["base"] + i
-    return row["base"] + i // row["row_length"] * row["row_stride"] + i % row["row_length"]
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """The new values; `x` itself where they are kept."""
+        rule = registry.element_rules()[self.row[f"{self.moment}_rule"]]
+        return rule.reference(x, self)
 
 
 def _count(out: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -267,16 +238,18 @@ def _check_row(
     _check_range(what, row["tensor"], row["begin"], row["end"], exp_avg)
     if any(row[column] < 0 for column in ("start", "base", "row_length", "row_stride")):
         raise RuntimeError(f"{what}: start, base, row_length and row_stride must not be negative")
+    rules = []
     for i, moment in enumerate(MOMENTS):
         code = row[f"{moment}_rule"]
-        if code not in tuple(Code):
+        rule = registry.element_rules().get(code)
+        if rule is None:
             raise RuntimeError(f"{what}: {code} is no rule for {moment}")
-        probability = coefficients[row["row"], i * COEFFICIENTS].item()
-        if code == Code.PRUNE_RANDOM and not 0.0 <= probability <= 1.0:
-            raise RuntimeError(
-                f"prune_random: a probability of {probability:g} is not within 0 and 1"
-            )
-    if row["exp_avg_rule"] == Code.BATCH_SIZE:
-        raise RuntimeError(f"{what}: batch_size is a rule for exp_avg_sq, not for exp_avg")
-    if row["exp_avg_sq_rule"] == Code.BATCH_SIZE and row["exp_avg_rule"] != Code.KEEP:
-        raise RuntimeError(f"{what}: batch_size reads exp_avg, which must be kept beside it")
+        exact = coefficients[row["row"], i * COEFFICIENTS : (i + 1) * COEFFICIENTS].tolist()
+        if refusal := rule.coefficient_refusal(exact):
+            raise RuntimeError(f"{rule.name}: {refusal}")
+        rules.append(rule)
+    m, v = rules
+    if m.kind == "joint":
+        raise RuntimeError(f"{what}: {m.name} is a rule for exp_avg_sq, not for exp_avg")
+    if v.kind == "joint" and m.kind != "kept":
+        raise RuntimeError(f"{what}: {v.name} reads exp_avg, which must be kept beside it")

@@ -1,11 +1,10 @@
-"""What the tests of the moment ops share: kernels, inputs, and an oracle in numpy and float64."""
+"""What the tests of the moment ops share: kernels, inputs and expected results."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -13,16 +12,9 @@ import torch
 from megatron_ext import _ops
 from megatron_ext._ops import Segment, Statistics, reference
 from megatron_ext._ops.segments import encode
-from megatron_ext.rules import (
-    BatchSize,
-    Fill,
-    Floor,
-    Keep,
-    PruneMagnitude,
-    PruneRandom,
-    Scale,
-    SecondMomentRule,
-)
+from megatron_ext.rules import ElementRule, Fill, PruneRandom, Rule, registry
+
+from .rule_oracles import ORACLES, Elements
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,61 +48,27 @@ def active(device: str) -> Kernel:
     return Kernel(f"{native}-{device}", device, ops.transform_moments_, ops.magnitude_histogram)
 
 
-def rule_pairs(step: int = 100) -> dict[str, tuple[SecondMomentRule, SecondMomentRule]]:
-    """Every rule at least once, for exp_avg and exp_avg_sq."""
-    return {
-        "keep": (Keep(), Keep()),
-        "scale": (Scale(0.3), Scale(0.09)),
-        "fill": (Fill(0.0), Fill(1.7)),
-        "floor": (Floor(0.1, 0.7), Floor(0.25, 1.1)),
-        "prune-magnitude": (PruneMagnitude(0.4), PruneMagnitude(0.6)),
-        "prune-random": (PruneRandom(0.9, 3), PruneRandom(0.9, 3)),
-        "batch-size": (Keep(), BatchSize(4.0, (0.9, 0.95), step)),
-        "mixed": (PruneRandom(0.5, -1), Fill(0.0)),
-    }
+def rule_pairs() -> dict[str, tuple[ElementRule, ElementRule]]:
+    """Every registered element rule, for exp_avg and exp_avg_sq, and one pair of two rules.
 
-
-def splitmix64(key: int, index: int) -> int:
-    """Output `index` of the stream at `key`, in Python's own integers."""
-    mask = (1 << 64) - 1
-    z = (key + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
-
-
-def stream_key(seed: int, parameter: int) -> int:
-    """The key of a seed and a parameter, as megatron_ext._ops.segments documents it."""
-    mask = (1 << 64) - 1
-    return splitmix64(splitmix64(seed & mask, 0) ^ (parameter & mask), 0)
+    A rule without an oracle has no case; `tests/test_rules.py` fails for it.
+    """
+    cases = ((r.name, ORACLES[r]) for r in registry.element_rules().values() if r in ORACLES)
+    pairs = {name: (found.exp_avg, found.exp_avg_sq) for name, found in cases}
+    return {**pairs, "mixed": (PruneRandom(0.5, -1), Fill(0.0))}  # type: ignore[dict-item]
 
 
 def oracle(
-    rule: SecondMomentRule, x: np.ndarray, m: np.ndarray, index: np.ndarray, parameter: int
+    rule: Rule,
+    x: np.ndarray,
+    m: np.ndarray,
+    index: np.ndarray,
+    parameter: int,
+    key: str = "exp_avg_sq",
 ) -> np.ndarray:
     """A rule in float64 from its published formula."""
-    x, m = x.astype(np.float64), m.astype(np.float64)
-    match rule:
-        case Keep():
-            return x
-        case Scale(factor):
-            return factor * x
-        case Fill(value):
-            return np.full_like(x, value)
-        case Floor(minimum, factor):
-            return np.maximum(factor * x, minimum)
-        case PruneMagnitude(threshold):
-            return np.where(np.abs(x) > np.float32(threshold), x, 0.0)
-        case PruneRandom(probability, seed):
-            key = stream_key(seed, parameter)
-            gone = [Fraction(splitmix64(key, int(i)) >> 11, 1 << 53) < probability for i in index]
-            return np.where(gone, 0.0, x)
-        case BatchSize(ratio, (b1, b2), step):
-            m_hat, v_hat = m / (1 - b1**step), x / (1 - b2**step)
-            c = (1 - b1) / (1 + b1)
-            g2 = np.clip((m_hat**2 - c * v_hat) / (1 - c), 0.0, v_hat)
-            return (g2 + (v_hat - g2) / ratio) * (1 - b2**step)
-    raise AssertionError(rule)
+    elements = Elements(x.astype(np.float64), m.astype(np.float64), index, parameter, key)
+    return ORACLES[type(rule)].formula(rule, elements)
 
 
 def expected_statistics(before: torch.Tensor, after: torch.Tensor) -> list[float]:

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from megatron_ext.operations import RESET, BatchRatio, BiasConsistent, FillFrom, Prune
+from megatron_ext.errors import PolicyError
 from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
 from megatron_ext.presets import Preset
-from megatron_ext.rules import KEEP, Fill, Floor, PruneRandom, Scale
+from megatron_ext.rules import Key, Rule, check_moment, registry
 
 from .groups import KEEPABLE
 
-_FINITE = st.floats(allow_nan=False, allow_infinity=False)
-_AT_LEAST_0 = st.floats(0.0, allow_infinity=False)
+_NUMBERS = st.one_of(
+    st.floats(0.0, 1.0), st.floats(0.0, allow_infinity=False), st.floats(allow_nan=False)
+).filter(math.isfinite)
 _ABOVE_0 = st.floats(1e-6, 1e6)
 _FRACTIONS = st.floats(0.0, 1.0)
 
-_FOR_BOTH = st.one_of(
-    st.sampled_from((KEEP, RESET, BiasConsistent(), FillFrom("mean"), FillFrom("column-mean"))),
-    st.builds(Prune, _FRACTIONS),
-    st.builds(PruneRandom, _FRACTIONS, st.integers()),
-    st.builds(Scale, _AT_LEAST_0),
-    st.builds(Fill, _AT_LEAST_0),
-)
-FOR_EXP_AVG = _FOR_BOTH | st.builds(Scale, _FINITE) | st.builds(Fill, _FINITE)
-FOR_EXP_AVG_SQ = st.one_of(
-    _FOR_BOTH,
-    st.just(FillFrom("median")),
-    st.builds(Floor, _AT_LEAST_0),
-    st.builds(BatchRatio, st.floats(0.0, exclude_min=True, allow_infinity=False)),
-)
+
+def _rules(form: str, key: Key) -> st.SearchStrategy[Rule]:
+    """The rules of one form that have a meaning for a moment."""
+    rule, found = registry.forms()[form]
+    letters = [st.integers() if letter == "N" else _NUMBERS for letter in found.letters]
+
+    def make(numbers: tuple[float, ...]) -> Rule | None:
+        try:
+            made = rule(*found.values, *numbers)
+            check_moment(key, made, "")
+        except PolicyError:
+            return None
+        return made
+
+    return st.tuples(*letters).map(make).filter(lambda made: made is not None)
+
+
+def _of_moment(key: Key) -> st.SearchStrategy[Rule]:
+    forms = [text for text, (_, form) in registry.forms().items() if key in form.moments]
+    return st.one_of([_rules(text, key) for text in forms])
+
+
+FOR_EXP_AVG = _of_moment("exp_avg")
+FOR_EXP_AVG_SQ = _of_moment("exp_avg_sq")
 OPERATIONS = FOR_EXP_AVG | FOR_EXP_AVG_SQ
 
 _PLAIN = st.one_of(

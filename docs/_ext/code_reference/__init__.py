@@ -25,6 +25,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "reference-environment": environment.Environment,
         "reference-presets": policies.Presets,
         "reference-operations": policies.Operations,
+        "reference-formulas": policies.Formulas,
+        "reference-rules": policies.Rules,
         "reference-policy-file": schemas.PolicyFile,
         "reference-schemas": schemas.Schemas,
         "reference-versions": compatibility.Versions,

@@ -34,10 +34,42 @@ class Operations(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """How each is written, for which moment, and what it does."""
-        from megatron_ext.operations import GRAMMAR
+        from megatron_ext.rules import registry
 
-        rows = [([trees.code(form)], _moments(form), what) for form, what in GRAMMAR.items()]
+        rows = [
+            (
+                [trees.code(text)],
+                " and ".join(f"`{key}`" for key in form.moments),
+                form.what,
+            )
+            for text, (_, form) in registry.forms().items()
+        ]
         return [trees.table(("operation", "for", "what it does"), rows)]
+
+
+class Formulas(SphinxDirective):
+    """The formula of each operation."""
+
+    def run(self) -> list[nodes.Node]:
+        """How each is written, its formula, and where that comes from."""
+        from megatron_ext.rules import registry
+
+        rows = [
+            ([trees.code(text)], [nodes.math(form.formula, form.formula)], form.basis)
+            for text, (_, form) in registry.forms().items()
+        ]
+        return [trees.table(("operation", "formula", "basis"), rows)]
+
+
+class Rules(SphinxDirective):
+    """The classes of all rules."""
+
+    def run(self) -> list[nodes.Node]:
+        """As autodoc shows each; in a part that is reStructuredText."""
+        from megatron_ext.rules import registry
+
+        classes = (f".. autoclass:: {r.__module__}.{r.__qualname__}\n" for r in registry.rules())
+        return self.parse_text_to_nodes("\n".join(classes))
 
 
 def _mapping(name: str, arguments: tuple[str, ...]) -> str:
@@ -45,23 +77,3 @@ def _mapping(name: str, arguments: tuple[str, ...]) -> str:
         return f"preset: {name}"
     numbers = ", ".join(f"{a.lower()}: {a}" for a in arguments)
     return f"preset: {{name: {name}, {numbers}}}"
-
-
-def _moments(form: str) -> str:
-    """The moments an operation has a meaning for, found by asking the check."""
-    from megatron_ext.errors import PolicyError
-    from megatron_ext.operations import check_moment, parse
-
-    example = parse(form.split(" [")[0].translate(_NUMBERS))
-    allowed = []
-    for key in ("exp_avg", "exp_avg_sq"):
-        try:
-            check_moment(key, example, "")
-        except PolicyError:
-            continue
-        allowed.append(key)
-    return " and ".join(f"`{key}`" for key in allowed)
-
-
-#: A number in place of each letter that stands for one.
-_NUMBERS = str.maketrans({letter: "0.5" for letter in "AXPK"})

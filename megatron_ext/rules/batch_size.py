@@ -1,0 +1,113 @@
+r"""The rule for exp_avg_sq where the batch size changes; experimental."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import PolicyError
+from .base import Context, ElementRule, Operands, Rule, require
+from .form import Form
+from .registry import register
+
+if TYPE_CHECKING:
+    import torch
+
+
+@register
+@dataclass(frozen=True)
+class BatchSize(ElementRule):
+    r"""exp_avg_sq after the batch size was multiplied by k; experimental. exp_avg is kept.
+
+    v estimates the squared gradient plus its variance, and only the variance shrinks with the
+    batch. The mean of m over its window tells the two apart:
+
+    .. math::
+
+        \hat m = m / (1 - b_1^t), \quad \hat v = v / (1 - b_2^t), \quad c = (1 - b_1) / (1 + b_1)
+
+        g^2 = \operatorname{clip}\left((\hat m^2 - c \hat v) / (1 - c),\; 0,\; \hat v\right)
+
+        v' = (1 - b_2^t) \left(g^2 + (\hat v - g^2) / k\right)
+
+    Its bias grows with k: at a signal-to-noise ratio of 0 about -2% at k = 1/4, +8% at 4, +39% at
+    16.
+
+    Args:
+        ratio: k = new batch size / old batch size, > 0.
+        betas: b1 and b2 with which the moments were made; b1 in (0, 1), b2 in [0, 1).
+        step: t of the moments, at least 1.
+    """
+
+    ratio: float
+    betas: tuple[float, float]
+    step: int
+
+    forms = ()
+    keeps_bias = True
+    reads_old = True
+    name = "batch_size"
+    code = 6
+    kind = "joint"
+    #: c = (1-b1)/(1+b1)
+    coefficient_names = ("1/(1-b1^t)", "1/(1-b2^t)", "c", "1/(1-c)", "1/k", "1-b2^t")
+
+    def __post_init__(self) -> None:
+        ok = math.isfinite(self.ratio) and self.ratio > 0.0
+        require(ok, "BatchSize.ratio", self.ratio, "a finite number above 0")
+        ok = len(self.betas) == 2 and 0.0 < self.betas[0] < 1.0 and 0.0 <= self.betas[1] < 1.0
+        require(ok, "BatchSize.betas", self.betas, "two numbers, in (0, 1) and [0, 1)")
+        require(self.step >= 1, "BatchSize.step", self.step, "at least 1")
+
+    def coefficients(self) -> tuple[float, ...]:
+        """What of the formula does not depend on the element."""
+        (b1, b2), step = self.betas, self.step
+        c = (1 - b1) / (1 + b1)
+        corrections = (1 / (1 - b1**step), 1 / (1 - b2**step))
+        return (*corrections, c, 1 / (1 - c), 1 / self.ratio, 1 - b2**step)
+
+    @staticmethod
+    def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
+        """The formula, with a NaN that stays."""
+        c = operands.coefficients
+        m_hat, v_hat = operands.exp_avg * c[0], x * c[1]
+        g2 = (m_hat * m_hat - v_hat * c[2]) * c[3]
+        g2 = g2.masked_fill(g2 < 0.0, 0.0)
+        g2 = v_hat.where(g2 > v_hat, g2)
+        return (g2 + (v_hat - g2) * c[4]) * c[5]
+
+
+@register
+@dataclass(frozen=True)
+class BatchRatio(Rule):
+    """The batch-size rule for exp_avg_sq (`BatchSize`); experimental.
+
+    Args:
+        ratio: k = new / old global batch size.
+    """
+
+    ratio: float
+
+    forms = (
+        Form(
+            "batch-size K",
+            "exp_avg_sq for a batch K times as large (experimental)",
+            r"v' = (1 - b_2^t) \left(g^2 + \frac{\hat v - g^2}{K}\right)",
+            "X",
+            moments=("exp_avg_sq",),
+        ),
+    )
+    keeps_bias = True
+    reads_old = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 0.0):
+            raise PolicyError(f"batch-size: expected a ratio above 0, found {self.ratio!r}")
+
+    def resolve(self, context: Context) -> ElementRule:
+        """`BatchSize` with the betas and the step that the moments were made with."""
+        try:
+            return BatchSize(self.ratio, context.saved_betas(), context.step())
+        except PolicyError as e:
+            raise context.error(str(e)) from None

@@ -1,0 +1,230 @@
+"""Every moment rule that there is: what reads, writes, describes and applies one asks here.
+
+A rule is registered when its module is imported, and `megatron_ext.rules` imports them all. A
+rule that lacks something is refused then, by name: no other place has to know the rules, and none
+takes one that it does not know for a rule that keeps the moments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar, get_args
+
+from ..errors import PolicyError
+from .base import ElementRule, Kind, Rule, Statistic
+from .form import MOMENTS, Form, Key
+
+#: Coefficients that a rule may have (kCoefficients in ``csrc/element_rule.h``).
+COEFFICIENTS = 6
+
+_registered: list[type[Rule]] = []
+_R = TypeVar("_R", bound=type[Rule])
+
+
+def register(rule: _R) -> _R:
+    """Class decorator, above ``@dataclass(frozen=True)``: makes a rule known.
+
+    Raises:
+        TypeError: Something is missing, or is another rule's already; says what.
+    """
+    defects = [
+        *_defects(rule),
+        *(_element_defects(rule) if issubclass(rule, ElementRule) else _operation_defects(rule)),
+    ]
+    if defects:
+        raise TypeError(f"moment rule {rule.__name__}: {'; '.join(defects)}")
+    _registered.append(rule)
+    return rule
+
+
+def rules() -> tuple[type[Rule], ...]:
+    """Every registered rule."""
+    return tuple(_registered)
+
+
+def element_rules() -> dict[int, type[ElementRule]]:
+    """Code -> the element rule, in the order of the codes."""
+    found = [r for r in _registered if issubclass(r, ElementRule)]
+    return {r.code: r for r in sorted(found, key=lambda r: r.code)}
+
+
+def manifest() -> str:
+    """The element rules as the compiled libraries list them, a line each.
+
+    A line has name, code, number of coefficients, kind, and whether the old value is read
+    (MEGATRON_EXT_RULES in ``csrc/element_rule.h``).
+    """
+    return "".join(
+        f"\n{r.name} {r.code} {len(r.coefficient_names)} {r.kind} {str(r.reads_old).lower()}"
+        for r in element_rules().values()
+    )
+
+
+def forms() -> dict[str, tuple[type[Rule], Form]]:
+    """How each rule is written -> the rule and the form."""
+    return {form.text: (rule, form) for rule in _registered for form in rule.forms}
+
+
+def grammar() -> dict[str, str]:
+    """How each rule is written, and what it does."""
+    return {text: form.what for text, (_, form) in forms().items()}
+
+
+def pattern() -> str:
+    """A regular expression of what `parse` takes, for a JSON schema."""
+    return f"^ *({'|'.join(form.pattern for _, form in forms().values())}) *$"
+
+
+def parse(text: str) -> Rule:
+    """Read a rule.
+
+    Args:
+        text: As in `grammar`.
+
+    Raises:
+        PolicyError: It is none; the message suggests one or lists all.
+    """
+    name, _, rest = str(text).strip().partition(" ")
+    words = (name, *rest.split())
+    # A form of words alone comes before one that has a number in their place.
+    fitting = [(r, f) for r, f in forms().values() if f.matches(words)]
+    fitting.sort(key=lambda found: len(found[1].letters))
+    for rule, form in fitting:
+        return rule(*form.read(words, text))
+    same_name = [form.text for _, form in forms().values() if form.name == name]
+    if same_name:
+        raise PolicyError(f"{text!r}: expected {' or '.join(map(repr, same_name))}")
+    names = dict.fromkeys(form.name for _, form in forms().values())
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise PolicyError(f"unknown operation {text!r}; {hint}Operations: {', '.join(grammar())}")
+
+
+def write(rule: Rule) -> str:
+    """The text that `parse` reads back as the same rule.
+
+    Raises:
+        TypeError: The rule is not registered.
+        PolicyError: It has no form.
+    """
+    known(rule)
+    return rule.form.write(rule)
+
+
+def check_moment(key: Key, rule: Any, where: str) -> None:
+    """Refuse what is no rule of a policy, or has no meaning for this moment.
+
+    Args:
+        key: ``exp_avg`` or ``exp_avg_sq``.
+        rule: What is to be done to it.
+        where: The rule of the policy, for the message.
+
+    Raises:
+        PolicyError: exp_avg_sq would become negative; exp_avg is given a rule of exp_avg_sq.
+    """
+    if type(rule) not in _registered or not rule.forms:
+        raise PolicyError(
+            f"{where}: {key}: expected an operation of megatron_ext.rules, found {rule!r}"
+        )
+    if rule.refusal:
+        raise PolicyError(f"{where}: {rule.refusal}")
+    text, form = write(rule), rule.form
+    if key not in form.moments:
+        because = form.because or f"is a rule for {' and '.join(form.moments)}, not for {key}"
+        raise PolicyError(f"{where}: {text!r} {because}")
+    if key == "exp_avg_sq" and rule.makes_negative:
+        raise PolicyError(
+            f"{where}: {text!r} would make exp_avg_sq negative, and Adam takes its square root; "
+            "expected a number of at least 0"
+        )
+
+
+def check_pair(exp_avg: ElementRule, exp_avg_sq: ElementRule) -> None:
+    """Refuse element rules that cannot stand beside each other.
+
+    Raises:
+        TypeError: One is no registered element rule.
+        PolicyError: A joint rule for exp_avg, or beside an exp_avg that is not kept.
+    """
+    for rule in (exp_avg, exp_avg_sq):
+        if not isinstance(known(rule), ElementRule):
+            raise TypeError(f"{rule!r} is no element rule: it has to be resolved first")
+    if exp_avg.kind == "joint":
+        raise PolicyError(f"{type(exp_avg).__name__} is a rule for exp_avg_sq, not for exp_avg")
+    if exp_avg_sq.kind == "joint" and exp_avg.kind != "kept":
+        raise PolicyError(
+            f"{type(exp_avg_sq).__name__} for exp_avg_sq reads exp_avg, which must be kept, not "
+            f"{exp_avg}"
+        )
+
+
+def of_statistic(statistic: Statistic, value: float) -> ElementRule:
+    """The element rule that a statistic becomes once its value is known.
+
+    Raises:
+        TypeError: No registered rule has statistics of its kind.
+    """
+    for rule in _registered:
+        if statistic.kind in rule.statistics:
+            return rule.of_statistic(value)
+    raise TypeError(f"no moment rule is registered for a statistic of kind {statistic.kind!r}")
+
+
+def known(rule: Any) -> Rule:
+    """The rule itself.
+
+    Raises:
+        TypeError: Its class is not registered.
+    """
+    if type(rule) not in _registered:
+        raise TypeError(
+            f"{rule!r} is no registered moment rule; put @register above its class "
+            "(megatron_ext.rules.registry)"
+        )
+    found: Rule = rule
+    return found
+
+
+def _defects(rule: type[Rule]) -> list[str]:
+    out = [f"{n} is not set" for n in ("forms", "keeps_bias", "reads_old") if not hasattr(rule, n)]
+    taken = forms()
+    for form in getattr(rule, "forms", ()):
+        if form.text in taken:
+            out.append(f"{form.text!r} is a form of {taken[form.text][0].__name__} already")
+        out += [
+            f"form {form.text!r} has no {n}"
+            for n in ("what", "formula", "basis", "moments")
+            if not getattr(form, n)
+        ]
+        out += [f"form {form.text!r} gives no value to {n}" for n in form.unset(rule)]
+        out += [f"form {form.text!r}: no moment {k!r}" for k in form.moments if k not in MOMENTS]
+    if rule.statistics and rule.of_statistic is Rule.of_statistic:
+        out.append("of_statistic is not defined, and it has statistics")
+    return out
+
+
+def _operation_defects(rule: type[Rule]) -> list[str]:
+    """Of a rule that has to become an element rule."""
+    out = [] if getattr(rule, "forms", ()) else ["it has no form, and it is no element rule"]
+    return out + (["resolve is not defined"] if rule.resolve is Rule.resolve else [])
+
+
+def _element_defects(rule: type[ElementRule]) -> list[str]:
+    needed = ("name", "code", "kind", "coefficient_names")
+    out = [f"{name} is not set" for name in needed if not hasattr(rule, name)]
+    for name in ("coefficients", "reference"):
+        if getattr(rule, name) is getattr(ElementRule, name):
+            out.append(f"{name} is not defined")
+    if out:
+        return out
+    if rule.kind not in get_args(Kind):
+        out.append(f"kind is {rule.kind!r}; expected one of {', '.join(get_args(Kind))}")
+    if len(rule.coefficient_names) > COEFFICIENTS:
+        out.append(f"{len(rule.coefficient_names)} coefficients; at most {COEFFICIENTS} fit")
+    for other in element_rules().values():
+        out += [
+            f"{name} {getattr(rule, name)!r} is that of {other.__name__} already"
+            for name in ("name", "code")
+            if getattr(rule, name) == getattr(other, name)
+        ]
+    return out
