@@ -1,8 +1,8 @@
 // What is done to one element of Adam's state, for the CPU and the CUDA kernel alike.
 //
-// The same rules in plain torch are megatron_ext/_ops/reference.py; the two agree bit for bit,
-// which is why every operation is rounded by itself: no fused multiply-add (-ffp-contract=off on
-// the host, __f*_rn on the device).
+// The same rules in plain torch are megatron_ext/rules/ (`reference` of each); the two agree bit
+// for bit, which is why every operation is rounded by itself: no fused multiply-add
+// (-ffp-contract=off on the host, __f*_rn on the device).
 
 #pragma once
 
@@ -17,18 +17,58 @@
 
 namespace megatron_ext {
 
-// The numbers stand in the segment table (megatron_ext/_ops/segments.py, Code).
-enum class Rule : uint8_t {
-  keep = 0,
-  scale = 1,
-  fill = 2,
-  floor = 3,
-  prune_magnitude = 4,
-  prune_random = 5,
-  batch_size = 6,
-};
-inline constexpr int kRules = 7;
+// How a kernel goes through the elements of a rule: it leaves them alone; one value at a time; with
+// the element's global index; with exp_avg beside exp_avg_sq, which such a rule is for.
+enum class Kind : uint8_t { kept, pointwise, positional, joint };
+
+// Every rule: name, code in the segment table, number of coefficients, kind, and whether the old
+// value is read. Enum, checks and switches expand from it, and Python compares it with the
+// registered rules (megatron_ext/rules/registry.py, manifest) before it loads a library.
+#define MEGATRON_EXT_RULES(RULE)               \
+  RULE(keep, 0, 0, kept, true)                 \
+  RULE(scale, 1, 1, pointwise, true)           \
+  RULE(fill, 2, 1, pointwise, false)           \
+  RULE(floor, 3, 2, pointwise, true)           \
+  RULE(prune_magnitude, 4, 1, pointwise, true) \
+  RULE(prune_random, 5, 1, positional, true)   \
+  RULE(batch_size, 6, 6, joint, true)
+
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) name = code,
+enum class Rule : uint8_t { MEGATRON_EXT_RULES(MEGATRON_EXT_RULE) };
+#undef MEGATRON_EXT_RULE
+
 inline constexpr int kCoefficients = 6;
+
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
+  static_assert((coefficients) <= kCoefficients, #name " has too many coefficients");
+MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
+
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) value == (code) ||
+constexpr MEGATRON_EXT_INLINE bool is_rule(int64_t value) {
+  return MEGATRON_EXT_RULES(MEGATRON_EXT_RULE) false;
+}
+#undef MEGATRON_EXT_RULE
+
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
+  (rule == Rule::name && Kind::kind == wanted) ||
+constexpr MEGATRON_EXT_INLINE bool is_kind(Rule rule, Kind wanted) {
+  return MEGATRON_EXT_RULES(MEGATRON_EXT_RULE) false;
+}
+#undef MEGATRON_EXT_RULE
+
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) (rule == Rule::name && (reads)) ||
+constexpr MEGATRON_EXT_INLINE bool reads_old(Rule rule) {
+  return MEGATRON_EXT_RULES(MEGATRON_EXT_RULE) false;
+}
+#undef MEGATRON_EXT_RULE
+
+// The loops over both moments are written for one rule.
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)             \
+  static_assert(Kind::kind != Kind::joint || Rule::name == Rule::batch_size, \
+                "loops over both moments are missing for " #name);
+MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
 
 struct Coefficients {
   float c[kCoefficients];
@@ -88,11 +128,16 @@ MEGATRON_EXT_INLINE float sub(float a, float b) {
 #endif
 }
 
+template <Rule R>
+inline constexpr bool kUnhandled = false;
+
 // One moment by itself. A NaN stays a NaN: it is what a report should find.
 template <Rule R>
 MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const GlobalIndex& where,
                                     int64_t j) {
-  if constexpr (R == Rule::scale) {
+  if constexpr (R == Rule::keep) {
+    return x;
+  } else if constexpr (R == Rule::scale) {
     return mul(k.c[0], x);
   } else if constexpr (R == Rule::fill) {
     return k.c[0];
@@ -104,14 +149,14 @@ MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const Global
   } else if constexpr (R == Rule::prune_random) {
     return (random_bits(k.key, global_index(where, j)) >> 11) < k.limit ? 0.0f : x;
   } else {
-    return x;
+    static_assert(kUnhandled<R>, "a rule of MEGATRON_EXT_RULES has no arithmetic");
   }
 }
 
 // exp_avg_sq after a change of the batch size by k, from m = exp_avg and v = exp_avg_sq.
 // c = {1/(1-b1^t), 1/(1-b2^t), (1-b1)/(1+b1), 1/(1-c), 1/k, 1-b2^t}; the split of v into the
-// squared gradient and its variance, with the latter divided by k (Rule: BatchSize in
-// megatron_ext/rules.py has the formula and its limits).
+// squared gradient and its variance, with the latter divided by k (BatchSize in
+// megatron_ext/rules/batch_size.py has the formula and its limits).
 MEGATRON_EXT_INLINE float batch_size(float m, float v, const Coefficients& k) {
   const float m_hat = mul(m, k.c[0]);
   const float v_hat = mul(v, k.c[1]);

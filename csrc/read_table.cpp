@@ -11,6 +11,16 @@
 #include <stdexcept>
 #include <string>
 
+// The list of rules, which Python finds in the library's file by its first words: once a library is
+// loaded, its kernels cannot be taken back.
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
+  "\n" #name " " #code " " #coefficients " " #kind " " #reads
+extern "C" {
+__attribute__((visibility("default"))) extern const char megatron_ext_rules[];
+const char megatron_ext_rules[] = "megatron_ext rules:" MEGATRON_EXT_RULES(MEGATRON_EXT_RULE);
+}
+#undef MEGATRON_EXT_RULE
+
 namespace megatron_ext {
 namespace {
 
@@ -94,8 +104,19 @@ void check_table(const Tensor& x, const char* name, ScalarType dtype, const char
   }
 }
 
+const char* name(Rule rule) {
+  switch (rule) {
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
+  case Rule::name:                                               \
+    return #name;
+    MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
+  }
+  return "no rule";
+}
+
 Rule read_rule(int64_t value, int64_t segment, const char* moment) {
-  if (value < 0 || value >= kRules) {
+  if (!is_rule(value)) {
     fail("segment ", segment, ": ", value, " is no rule for ", moment);
   }
   return static_cast<Rule>(value);
@@ -213,11 +234,11 @@ Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tenso
     r.tensor = static_cast<int32_t>(tensor);
     r.rule[0] = read_rule(integers[kRuleM], s, "exp_avg");
     r.rule[1] = read_rule(integers[kRuleV], s, "exp_avg_sq");
-    if (r.rule[0] == Rule::batch_size) {
-      fail("segment ", s, ": batch_size is a rule for exp_avg_sq, not for exp_avg");
+    if (is_kind(r.rule[0], Kind::joint)) {
+      fail("segment ", s, ": ", name(r.rule[0]), " is a rule for exp_avg_sq, not for exp_avg");
     }
-    if (r.rule[1] == Rule::batch_size && r.rule[0] != Rule::keep) {
-      fail("segment ", s, ": batch_size reads exp_avg, which must be kept beside it");
+    if (is_kind(r.rule[1], Kind::joint) && !is_kind(r.rule[0], Kind::kept)) {
+      fail("segment ", s, ": ", name(r.rule[1]), " reads exp_avg, which must be kept beside it");
     }
     for (int moment = 0; moment < kMoments; ++moment) {
       r.data[moment] = pair.data[moment];

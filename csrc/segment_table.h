@@ -70,7 +70,7 @@ constexpr MEGATRON_EXT_INLINE bool visits(Rule rule, Statistics statistics) {
   return rule != Rule::keep || statistics != Statistics::none;
 }
 constexpr MEGATRON_EXT_INLINE bool reads(Rule rule, Statistics statistics) {
-  return rule != Rule::fill || statistics == Statistics::before_and_after;
+  return reads_old(rule) || statistics == Statistics::before_and_after;
 }
 
 }  // namespace megatron_ext

@@ -170,20 +170,15 @@ template <typename T, Statistics S>
 void transform_type(Rule rule, void* data, int64_t n, const Coefficients& k,
                     const GlobalIndex& where, int64_t first, Tally& tally) {
   switch (rule) {
-    case Rule::keep:
-      return transform_range<T, Rule::keep, S>(data, n, k, where, first, tally);
-    case Rule::scale:
-      return transform_range<T, Rule::scale, S>(data, n, k, where, first, tally);
-    case Rule::fill:
-      return transform_range<T, Rule::fill, S>(data, n, k, where, first, tally);
-    case Rule::floor:
-      return transform_range<T, Rule::floor, S>(data, n, k, where, first, tally);
-    case Rule::prune_magnitude:
-      return transform_range<T, Rule::prune_magnitude, S>(data, n, k, where, first, tally);
-    case Rule::prune_random:
-      return transform_range<T, Rule::prune_random, S>(data, n, k, where, first, tally);
-    case Rule::batch_size:
-      return;  // joint: batch_size_range
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)          \
+  case Rule::name:                                                        \
+    if constexpr (Kind::kind != Kind::joint) {                            \
+      transform_range<T, Rule::name, S>(data, n, k, where, first, tally); \
+    }                                                                     \
+    return;
+    // A joint rule has a loop over both moments: batch_size_range.
+    MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
   }
 }
 
@@ -208,7 +203,7 @@ inline void* element(const Record& r, int moment, int64_t index) {
 template <Statistics S>
 void transform_record(const Record& r, Range range, Tally tally[kMoments]) {
   const int64_t n = range.end - range.begin;
-  if (r.rule[1] == Rule::batch_size) {
+  if (is_kind(r.rule[1], Kind::joint)) {
     void* const m = element(r, 0, range.begin);
     void* const v = element(r, 1, range.begin);
     switch (r.type[0]) {

@@ -68,20 +68,19 @@ __device__ __forceinline__ void apply(float (&x)[C], const Coefficients& k) {
   }
 }
 
-// The rule is the same for a whole segment, so that the branch never diverges.
+// The rule is the same for a whole segment, so that the branch never diverges. A positional rule
+// goes element by element (transform_one), a joint one has a loop over both moments.
 template <int C>
 __device__ __forceinline__ void apply(Rule rule, float (&x)[C], const Coefficients& k) {
   switch (rule) {
-    case Rule::scale:
-      return apply<Rule::scale>(x, k);
-    case Rule::fill:
-      return apply<Rule::fill>(x, k);
-    case Rule::floor:
-      return apply<Rule::floor>(x, k);
-    case Rule::prune_magnitude:
-      return apply<Rule::prune_magnitude>(x, k);
-    default:
-      return;  // keep; prune_random and batch_size have loops of their own
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
+  case Rule::name:                                               \
+    if constexpr (Kind::kind == Kind::pointwise) {               \
+      apply<Rule::name>(x, k);                                   \
+    }                                                            \
+    return;
+    MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
   }
 }
 
@@ -97,8 +96,17 @@ __device__ __forceinline__ void transform_one(T* x, int at, const Unary& unary, 
   const bool needs = reads(unary.rule, S);
   const float old = needs ? load(x[at]) : 0.0f;
   float y[1] = {old};
-  if (unary.rule == Rule::prune_random) {
-    y[0] = transform<Rule::prune_random>(old, unary.k, unary.where, at - unary.segment_begin);
+  if (is_kind(unary.rule, Kind::positional)) {
+    switch (unary.rule) {
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)                         \
+  case Rule::name:                                                                       \
+    if constexpr (Kind::kind == Kind::positional) {                                      \
+      y[0] = transform<Rule::name>(old, unary.k, unary.where, at - unary.segment_begin); \
+    }                                                                                    \
+    break;
+      MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
+#undef MEGATRON_EXT_RULE
+    }
   } else {
     apply(unary.rule, y, unary.k);
   }
@@ -163,7 +171,7 @@ __device__ __forceinline__ void transform_moment(void* data, const Chunk& c, con
   for (int at = c.begin + threadIdx.x; at < begin; at += kThreads) {
     transform_one<T, S>(x, at, unary, tally);
   }
-  if (aligned(x) && unary.rule != Rule::prune_random) {
+  if (aligned(x) && !is_kind(unary.rule, Kind::positional)) {
     transform_vectors<T, S>(x, begin, end, unary, tally);
   } else {
     for (int base = begin + threadIdx.x * N; base < end; base += kThreads * N) {
@@ -273,7 +281,7 @@ __device__ __forceinline__ void batch_size_type(const Record& r, const Chunk& c,
 
 template <Statistics S>
 __device__ __forceinline__ void transform_record(const Record& r, const Chunk& c, Tally* sums) {
-  if (r.rule[1] == Rule::batch_size) {
+  if (is_kind(r.rule[1], Kind::joint)) {
     switch (r.type[0]) {
       case Type::float32:
         return batch_size_type<float, S>(r, c, sums);

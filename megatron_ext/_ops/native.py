@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from packaging.version import Version
 
 from ..errors import HostError
+from ..rules import registry
 from .schema import NAMESPACE, OPS
 
 ENVIRONMENT = "MEGATRON_EXT_KERNEL"
@@ -26,6 +28,8 @@ MINIMUM_TORCH = Version("2.10")
 DeviceType = Literal["cpu", "cuda"]
 DEVICES: tuple[DeviceType, ...] = ("cpu", "cuda")
 _DIRECTORY = Path(__file__).parent
+#: The rules that a library was built with, as ``csrc/read_table.cpp`` lists them.
+_RULES = re.compile(rb"megatron_ext rules:((?:\n[\w ]+)+)\0")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ def build_record() -> dict[str, str]:
     except FileNotFoundError:
         return {}
     return record
+
+
+def built_rules(path: Path) -> str | None:
+    """The rules that a library was built with, to be compared with the registry's manifest.
+
+    They are looked up in the file, because a library registers its kernels as it is loaded.
+
+    Returns:
+        A line each; None for a library without a list.
+    """
+    found = _RULES.search(path.read_bytes())
+    return found[1].decode() if found else None
 
 
 def is_native(device: DeviceType) -> bool:
@@ -106,6 +122,11 @@ def _load(device: DeviceType) -> str:
         return build_record().get(device, "not built: built without setup.py")
     if device == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if built_rules(library(device)) != registry.manifest():
+        return (
+            f"{library(device).name} was built with other moment rules than are registered: build "
+            "it again"
+        )
     try:
         torch.ops.load_library(str(library(device)))
     except OSError as e:
