@@ -31,7 +31,8 @@ enum class Kind : uint8_t { kept, pointwise, positional, joint };
   RULE(floor, 3, 2, pointwise, true)           \
   RULE(prune_magnitude, 4, 1, pointwise, true) \
   RULE(prune_random, 5, 1, positional, true)   \
-  RULE(batch_size, 6, 6, joint, true)
+  RULE(batch_size, 6, 6, joint, true)          \
+  RULE(clip, 7, 1, pointwise, true)
 
 #define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) name = code,
 enum class Rule : uint8_t { MEGATRON_EXT_RULES(MEGATRON_EXT_RULE) };
@@ -148,6 +149,8 @@ MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const Global
     return fabsf(x) <= k.c[0] ? 0.0f : x;
   } else if constexpr (R == Rule::prune_random) {
     return (random_bits(k.key, global_index(where, j)) >> 11) < k.limit ? 0.0f : x;
+  } else if constexpr (R == Rule::clip) {
+    return x > k.c[0] ? k.c[0] : x < -k.c[0] ? -k.c[0] : x;
   } else {
     static_assert(kUnhandled<R>, "a rule of MEGATRON_EXT_RULES has no arithmetic");
   }

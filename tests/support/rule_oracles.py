@@ -23,6 +23,7 @@ from megatron_ext.rules import (
     Rule,
     Scale,
 )
+from megatron_ext.rules.clip import Clip
 
 #: What the moments of the cases were made with, and what the resume goes on with.
 STEP, NEXT_STEP = 100, 7
@@ -134,6 +135,11 @@ def prune(rule: Prune, e: Elements) -> np.ndarray:
 def fill_from(rule: FillFrom, e: Elements) -> np.ndarray:
     found = {"mean": np.mean, "median": lambda x: np.quantile(x, 0.5, method="lower")}
     return np.full_like(e.x, found[rule.statistic](e.x))
+
+
+@oracle(Clip(0.4), Clip(0.6))
+def clip(rule: Clip, e: Elements) -> np.ndarray:
+    return np.sign(e.x) * np.minimum(np.abs(e.x), rule.limit)
 
 
 def splitmix64(key: int, index: int) -> int:
