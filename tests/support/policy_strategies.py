@@ -21,7 +21,7 @@ _ABOVE_0 = st.floats(1e-6, 1e6)
 _FRACTIONS = st.floats(0.0, 1.0)
 
 
-def _rules(form: str, key: Key) -> st.SearchStrategy[Rule]:
+def rules_of(form: str, key: Key) -> st.SearchStrategy[Rule]:
     """The rules of one form that have a meaning for a moment."""
     rule, found = registry.forms()[form]
     letters = [st.integers() if letter == "N" else _NUMBERS for letter in found.letters]
@@ -39,7 +39,7 @@ def _rules(form: str, key: Key) -> st.SearchStrategy[Rule]:
 
 def _of_moment(key: Key) -> st.SearchStrategy[Rule]:
     forms = [text for text, (_, form) in registry.forms().items() if key in form.moments]
-    return st.one_of([_rules(text, key) for text in forms])
+    return st.one_of([rules_of(text, key) for text in forms])
 
 
 FOR_EXP_AVG = _of_moment("exp_avg")
