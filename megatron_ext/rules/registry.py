@@ -52,7 +52,7 @@ def manifest() -> str:
     """The element rules as the compiled libraries list them, a line each.
 
     A line has name, code, number of coefficients, kind, and whether the old value is read
-    (MEGATRON_EXT_RULES in ``csrc/element_rule.h``).
+    (the list in ``csrc/element_rule.h``).
     """
     return "".join(
         f"\n{r.name} {r.code} {len(r.coefficient_names)} {r.kind} {str(r.reads_old).lower()}"
