@@ -42,7 +42,7 @@ test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against ea
 test-with-%: bootstrap
 	@echo "== megatron-core $*"
 	@overlay=$$(.ci/overlay $*) && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest tests \
-	    --ignore tests/test_agree.py -m "(ranks or matrix) and not latest" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(cells_$*:%=--cells=%))
+	    --ignore tests/base/test_agree.py -m "(ranks or matrix) and not latest" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(cells_$*:%=--cells=%))
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .arguments import add_arguments
-    from .build import get_megatron_optimizer
+    from .api import add_arguments, get_megatron_optimizer
     from .errors import (
         AgreementError,
         CheckpointError,
@@ -22,21 +21,22 @@ if TYPE_CHECKING:
         PlanError,
         PolicyError,
     )
-    from .live import transform_moments
-    from .optimizer import SelectiveAdam
-    from .policy import GroupRule, Match, MomentRule, ResumePolicy
-    from .presets import Preset
+    from .policy.match import GroupRule, Match, MomentRule
+    from .policy.policy import ResumePolicy
+    from .policy.presets import Preset
+    from .resume.live import transform_moments
+    from .resume.optimizer import SelectiveAdam
 
 _WHERE = {
-    "SelectiveAdam": "optimizer",
-    "ResumePolicy": "policy",
-    "GroupRule": "policy",
-    "Match": "policy",
-    "MomentRule": "policy",
-    "Preset": "presets",
-    "transform_moments": "live",
-    "get_megatron_optimizer": "build",
-    "add_arguments": "arguments",
+    "SelectiveAdam": "resume.optimizer",
+    "ResumePolicy": "policy.policy",
+    "GroupRule": "policy.match",
+    "Match": "policy.match",
+    "MomentRule": "policy.match",
+    "Preset": "policy.presets",
+    "transform_moments": "resume.live",
+    "get_megatron_optimizer": "api",
+    "add_arguments": "api",
     "MegatronExtError": "errors",
     "PolicyError": "errors",
     "PlanError": "errors",

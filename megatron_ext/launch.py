@@ -14,8 +14,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from . import arguments
 from .errors import HostError, MegatronExtError
+from .policy import flags, from_flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it
     # as it would without the launcher, and nothing of what is rebound here.
     runpy.run_path(options.script, run_name="__main__")
-    if "megatron_ext.host" in sys.modules:
-        from . import host
+    if "megatron_ext.hooks.session" in sys.modules:
+        from .hooks import session
 
-        host.require_built()
+        session.require_built()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="With --cpu: the inner optimizer, a stand-in for TE's and apex's FusedAdam "
         "(default) or torch's AdamW, Megatron's own fallback.",
     )
-    arguments.add_flags(parser)
+    flags.add_flags(parser)
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser
@@ -89,18 +89,18 @@ def _prepare(argv: list[str]) -> None:
     if args.optimizer_class is None:
         _refuse_without_class(args)
         return
-    from . import host
+    from .hooks import installing, session
+    from .host import arguments, classes, contract
+    from .plan import preflight
 
     if args.yaml_cfg is not None:
         raise _yaml(args)
-    host.install(arguments=True)
-    if host.has_training() and not {"-h", "--help"} & set(argv[1:]):
-        from . import preflight
-
-        preflight.check(host.parse_arguments(argv))
-    request = arguments.request_from_args(args)
-    host.resolve_class(request.optimizer_class)
-    host.launch_request(request)
+    installing.install(arguments=True)
+    if contract.has_training() and not {"-h", "--help"} & set(argv[1:]):
+        preflight.check(arguments.parse_arguments(argv))
+    request = from_flags.request_from_args(args)
+    classes.resolve_class(request.optimizer_class)
+    session.launch_request(request)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_ext: --optimizer-class {request.optimizer_class}", flush=True)
 
@@ -108,7 +108,7 @@ def _prepare(argv: list[str]) -> None:
 def _peek(words: list[str]) -> argparse.Namespace:
     """This package's flags, and the one that makes Megatron drop them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=True)
-    arguments.add_flags(parser)
+    flags.add_flags(parser)
     parser.add_argument("--yaml-cfg", default=None)
     parser.add_argument(
         "--use-checkpoint-opt_param-scheduler",
@@ -120,9 +120,9 @@ def _peek(words: list[str]) -> argparse.Namespace:
 
 
 def _refuse_without_class(args: argparse.Namespace) -> None:
-    given = arguments.given_without_class(args)
+    given = flags.given_without_class(args)
     if given:
-        raise HostError(arguments.without_class(given))
+        raise HostError(flags.without_class(given))
 
 
 def _yaml(args: argparse.Namespace) -> HostError:

@@ -12,8 +12,8 @@ from itertools import count
 
 import torch
 
-from megatron_ext._ops import Statistics, reference
-from megatron_ext._ops.segments import encode
+from megatron_ext._ops import reference
+from megatron_ext._ops.segments import Statistics, encode
 
 from .operations import CHECKED, QUANTILE, THRESHOLDS, TURNS, Operation, State, segments
 from .peers import Peer, Step, columns

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ext._ops import Segment, Statistics
-from megatron_ext._ops.segments import encode
-from megatron_ext.rules import BatchSize, ElementRule, Fill, Keep, Scale
+from megatron_ext._ops.segments import Segment, Statistics, encode
+from megatron_ext.rules.base import ElementRule
+from megatron_ext.rules.batch_size import BatchSize
+from megatron_ext.rules.elementwise import Fill, Keep, Scale
 
 Rules = tuple[ElementRule, ElementRule]
 RESCALE, RESET, BATCH_SIZE, THRESHOLDS = "rescale", "reset", "batch size", "thresholds"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_ext._ops import Statistics, reference
-from megatron_ext._ops.segments import STATISTICS_COLUMNS, encode
+from megatron_ext._ops import reference
+from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics, encode
 
 from .operations import BATCH_SIZE, RESCALE, RESET, THRESHOLDS, Operation, State, segments
 from .peers import Build, Peer, Step

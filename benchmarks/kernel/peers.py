@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_ext._ops import Statistics, Transform, magnitude_thresholds
-from megatron_ext._ops.segments import STATISTICS_COLUMNS
+from megatron_ext._ops import Transform, magnitude_thresholds
+from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics
 
 from .operations import (
     BATCH_SIZE,

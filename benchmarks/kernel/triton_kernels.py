@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ext._ops import Statistics
-from megatron_ext._ops.segments import STATISTICS_COLUMNS, encode
+from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics, encode
 
 from .operations import BATCH_SIZE, RESET, Operation, State, segments
 from .peers import Step

@@ -100,9 +100,9 @@ class Series:
         with contextlib.ExitStack() as stack:
             stack.enter_context(reads(sample))
             if variant.policy is not None:
-                from megatron_ext import transition
+                from megatron_ext.resume import apply_rules
 
-                stack.enter_context(timed(transition, "carry_out", sample, "transform"))
+                stack.enter_context(timed(apply_rules, "apply_rules", sample, "transform"))
             if self.case.format == "torch":
                 self._load_legacy(optimizer, sample)
             else:
@@ -183,10 +183,10 @@ class Series:
         if variant.policy is None:
             return get_megatron_optimizer(config, [self.model])
         import megatron_ext
-        from megatron_ext import policy_file
+        from megatron_ext.policy import yaml_file
 
         return megatron_ext.get_megatron_optimizer(
-            config, [self.model], policy=policy_file.loads(variant.policy)
+            config, [self.model], policy=yaml_file.loads(variant.policy)
         )
 
     def _check(self, optimizer: Any, variant: Variant) -> None:

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.moe import Experts
-from megatron_ext import agree
-from megatron_ext.checkpoint import SavedOptimizer
-from megatron_ext.merge import merge_distributed
-from megatron_ext.moment_plan import Parameter, plan_moments
-from megatron_ext.plan import Circumstances, ResumePlan, plan_resume
-from megatron_ext.policy import Match, MomentRule, ResumePolicy
-from megatron_ext.rules import Scale
+from megatron_ext.base import ranks
+from megatron_ext.checkpoint.state import SavedOptimizer
+from megatron_ext.plan.decisions import Circumstances, ResumePlan
+from megatron_ext.plan.hyperparameters import plan_resume
+from megatron_ext.plan.moments import plan_moments
+from megatron_ext.plan.parameters import Parameter
+from megatron_ext.policy.match import Match, MomentRule
+from megatron_ext.policy.policy import ResumePolicy
+from megatron_ext.resume.merge import merge_distributed
+from megatron_ext.rules.elementwise import Scale
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def simulate(moe: Moe | None = None) -> dict[str, Any]:
         "of experts, closed form": moe.expert_elements,
         "of experts, twice as many": _planned(replace(moe, experts=2 * moe.experts))[1],
         "digest": len(plan.digest()) // 2,
-        "agreement": agree.BYTES_PER_RANK,
+        "agreement": ranks.BYTES_PER_RANK,
     }
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import reference, schema
+from ..rules.registry import COEFFICIENTS
+from . import reference
 from .native import DEVICES, Kernel, is_native, kernel
-from .segments import COEFFICIENTS, COLUMNS, Segment, Statistics, encode
+from .segments import COLUMNS, Segment, Statistics, encode
 
 __all__ = [
     "DEVICES",

@@ -1,7 +1,7 @@
 """The ops in plain torch: default kernels, fallback, and what the others are tested against.
 
-What a rule does is its own `megatron_ext.rules.ElementRule.reference`. Arithmetic is fp32, every
-operation rounded by itself, so that the kernels of ``csrc/`` can be compared bit for bit.
+What a rule does is its own `megatron_ext.rules.base.ElementRule.reference`. Arithmetic is fp32,
+every operation rounded by itself, so that the kernels of ``csrc/`` can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ..rules import registry
-from .segments import COEFFICIENTS, COLUMNS, STATISTICS_COLUMNS, Statistics
+from ..rules.registry import COEFFICIENTS
+from .segments import COLUMNS, STATISTICS_COLUMNS, Statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")

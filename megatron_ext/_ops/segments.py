@@ -12,13 +12,15 @@ from enum import IntEnum
 
 import torch
 
-from ..layout import WHOLE, GlobalIndex
-from ..rules import KEEP, ElementRule, registry
+from ..base.placement import WHOLE, GlobalIndex
+from ..rules import registry
+from ..rules.base import ElementRule
+from ..rules.elementwise import KEEP
 from ..rules.registry import COEFFICIENTS as COEFFICIENTS
 
 #: Columns of the int64 table, one row a segment. Row r's elements are ``begin`` to ``end`` of
 #: tensor ``tensor``; ``start`` to ``row_stride`` say where they lie in the unsharded parameter
-#: (`megatron_ext.layout.GlobalIndex`); rules and keys are `ElementRule.code` and `stream_key`.
+#: (`base.placement.GlobalIndex`); rules and keys are `ElementRule.code` and `stream_key`.
 COLUMNS = (
     "tensor",
     "begin",

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ..convert import convert
+    from ..offline.convert import convert
 
     done = convert(options.source, options.target, options.iteration)
     if options.json:

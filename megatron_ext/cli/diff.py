@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
-    from ..bucket_layout import BucketLayout
-    from ..inspection import Difference
-    from ..moment_scan import TensorDistance
-    from ..stored import StoredCheckpoint
+    from ..checkpoint.bucket_layout import BucketLayout
+    from ..checkpoint.stored import StoredCheckpoint
+    from ..offline.comparison import Difference
+    from ..offline.moment_scan import TensorDistance
 
 #: ``megatron_ext/schemas/diff.schema.json``.
 SCHEMA = "megatron_ext/diff/1"
@@ -46,8 +46,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..inspection import compare, inspect_checkpoint, plain
-    from ..stored import open_checkpoint
+    from ..base.values import as_json
+    from ..checkpoint.stored import open_checkpoint
+    from ..offline.comparison import compare
+    from ..offline.inspection import inspect_checkpoint
 
     a, b = open_checkpoint(options.a), open_checkpoint(options.b)
     changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
@@ -60,7 +62,7 @@ def _diff(options: argparse.Namespace) -> int:
         ]
         if distances is not None:
             content["distances"] = [dataclasses.asdict(d) for d in distances]
-        output.print_json(plain(content))
+        output.print_json(as_json(content))
     else:
         _print(a, b, changes, distances)
     return int(bool(changes) or any(d.different for d in distances or ()))
@@ -69,7 +71,8 @@ def _diff(options: argparse.Namespace) -> int:
 def _distances(
     a: StoredCheckpoint, b: StoredCheckpoint, layout: BucketLayout | None
 ) -> list[TensorDistance]:
-    from ..moment_scan import common_keys, distances, total_bytes
+    from ..offline.moment_scan import distances
+    from ..offline.slabs import common_keys, total_bytes
 
     total = total_bytes(a, common_keys(a, b))
     with output.progress_bar(total, "moments") as progress:

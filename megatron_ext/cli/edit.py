@@ -7,10 +7,12 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import printable
 from . import output
 
 if TYPE_CHECKING:
-    from ..edit import Edited, EditedValue
+    from ..offline.edit import Edited
+    from ..offline.edit_settings import EditedValue
 
 
 def add_to(commands: Any) -> None:
@@ -56,8 +58,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _edit(options: argparse.Namespace) -> int:
-    from ..edit import edit, parse_settings
-    from ..inspection import plain
+    from ..base.values import as_json
+    from ..offline.edit import edit
+    from ..offline.edit_settings import parse_settings
 
     done = edit(
         options.source,
@@ -68,14 +71,14 @@ def _edit(options: argparse.Namespace) -> int:
         options.allow_pickle,
     )
     if options.json:
-        output.print_json(plain(_as_json(done)))
+        output.print_json(as_json(_document(done)))
     else:
         for line in _lines(done):
-            print(output.printable(line))
+            print(printable(line))
     return 0
 
 
-def _as_json(done: Edited) -> dict[str, Any]:
+def _document(done: Edited) -> dict[str, Any]:
     changes = [
         {**dataclasses.asdict(c), "in": "scheduler" if c.in_scheduler else "group"}
         for c in done.changes

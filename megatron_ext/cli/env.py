@@ -67,10 +67,10 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    from .. import _ops
+    from .._ops import native
     from .._ops.native import ENVIRONMENT
 
-    kernels = {device: _ops.kernel(device) for device in _ops.DEVICES}
+    kernels = {device: native.kernel(device) for device in native.DEVICES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     asked = os.environ.get(ENVIRONMENT, "auto")
     megatron = _megatron()
@@ -103,11 +103,11 @@ def environment() -> dict[str, Any]:
 
 def _megatron() -> dict[str, Any]:
     """What this package has to do with; ``contract`` lists what is missing."""
-    from .. import host
+    from ..host import contract
 
     found: dict[str, Any] = {
         "version": None,
-        "tested_versions": list(host.TESTED),
+        "tested_versions": list(contract.TESTED),
         "tested": False,
         "in_tested_range": False,
         "training": False,
@@ -115,13 +115,13 @@ def _megatron() -> dict[str, Any]:
     }
     with _quiet():
         try:
-            version = host.megatron_version()
+            version = contract.megatron_version()
             found |= {
                 "version": version,
-                "tested": version in host.TESTED,
-                "in_tested_range": host.in_tested_range(version),
-                "training": host.has_training(),
-                "contract": host.contract_problems(),
+                "tested": version in contract.TESTED,
+                "in_tested_range": contract.in_tested_range(version),
+                "training": contract.has_training(),
+                "contract": contract.contract_problems(),
             }
         except Exception as e:  # an installation may be broken in any way
             found["contract"] = [f"megatron.core cannot be imported: {type(e).__name__}: {e}"]
@@ -140,7 +140,7 @@ def _megatron_findings(megatron: dict[str, Any]) -> Iterator[str]:
 
 def _inner_optimizer(broken: bool) -> dict[str, Any]:
     """The Adam inside Megatron's optimizers, and why it is not a fused one."""
-    from .. import host
+    from ..host import contract
 
     with _quiet():
         problems = {
@@ -148,7 +148,7 @@ def _inner_optimizer(broken: bool) -> dict[str, Any]:
             for name, module in _FUSED.items()
             if _is_there(module) and (problem := _import_problem(module))
         }
-        name = None if broken else host.inner_adam()
+        name = None if broken else contract.inner_adam()
     if name is None or not name.startswith("torch."):
         reason = ""
     else:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection, OptimizerState
-    from ..moment_scan import TensorStatistics
+    from ..offline.inspection import Inspection, OptimizerState
+    from ..offline.moment_scan import TensorStatistics
 
 #: ``megatron_ext/schemas/inspect.schema.json``.
 SCHEMA = "megatron_ext/inspect/1"
@@ -45,9 +45,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..inspection import inspect_checkpoint
-    from ..moment_scan import scan, total_bytes
-    from ..stored import open_checkpoint
+    from ..checkpoint.stored import open_checkpoint
+    from ..offline.inspection import inspect_checkpoint
+    from ..offline.moment_scan import scan
+    from ..offline.slabs import total_bytes
 
     stored = open_checkpoint(options.checkpoint, options.iteration)
     found = inspect_checkpoint(stored)
@@ -70,7 +71,7 @@ def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -
         found: What a checkpoint says of itself.
         statistics: Of its moments; None where they were not read.
     """
-    from ..inspection import plain
+    from ..base.values import as_json
 
     fields: dict[str, Any] = {"schema": SCHEMA}
     fields |= {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
@@ -78,7 +79,7 @@ def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -
     fields["moments"] = [dataclasses.asdict(m) for m in found.moments]
     if statistics is not None:
         fields["statistics"] = [dataclasses.asdict(s) for s in statistics]
-    plain_fields: dict[str, Any] = plain(fields)
+    plain_fields: dict[str, Any] = as_json(fields)
     return plain_fields
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import printable as printable
 from ..errors import MegatronExtError, PolicyError
-from ..printable import printable as printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..bucket_layout import BucketLayout
+    from ..checkpoint.bucket_layout import BucketLayout
 
 #: Columns where stdout is no terminal: a line in a log is not to be broken.
 _WIDE = 200
@@ -59,7 +59,7 @@ def print_json(document: Any) -> None:
     """One document on stdout.
 
     Args:
-        document: Of what `megatron_ext.inspection.plain` gives.
+        document: Of what `megatron_ext.base.values.plain` gives.
     """
     print(json.dumps(document, indent=2, allow_nan=False))
 
@@ -159,6 +159,6 @@ def read_layout(options: argparse.Namespace) -> BucketLayout | None:
         return None
     if not options.moments:
         raise PolicyError("--layout without --moments: it says where moments are. Add --moments")
-    from ..bucket_layout import BucketLayout
+    from ..checkpoint.bucket_layout import BucketLayout
 
     return BucketLayout.read(options.layout)

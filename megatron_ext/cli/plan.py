@@ -13,10 +13,8 @@ from . import output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..curves import Curve
-    from ..forecast import Forecast, OptimizerForecast
-
-SCHEMA = "megatron_ext/resume-plan/1"
+    from ..offline.forecast_model import Forecast, OptimizerForecast
+    from ..report.curves import Curve
 
 _OUTCOMES = {
     "transition": "TRANSITION: a phase begins",
@@ -70,22 +68,24 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     words = _own_options(options)
     if options.plot is not None:
-        from ..plots import require_format
+        from ..report.figures import require_format
 
         require_format(options.plot)
         output.require_package("matplotlib", "--plot")
-    from ..forecast import forecast
+    from ..offline.forecast import forecast
 
     with warnings.catch_warnings():
         # Of what is not installed, which a plan does not need.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         found = forecast(options.checkpoint, words, options.iteration)
     if options.json:
+        from ..offline.plan_document import document
+
         output.print_json(document(found))
     else:
         _print(found)
     if options.plot is not None:
-        from ..plots import curves_figure, save
+        from ..report.figures import curves_figure, save
 
         save(curves_figure(found.curves), options.plot)
     return found.status
@@ -106,82 +106,6 @@ def _own_options(options: argparse.Namespace) -> list[str]:
     if options.policy is not None:
         words += ["--selective-policy", options.policy]
     return words
-
-
-def document(found: Forecast) -> dict[str, Any]:
-    """The JSON document (``megatron_ext/schemas/resume-plan.schema.json``).
-
-    Args:
-        found: The forecast.
-    """
-    from ..inspection import plain
-    from ..policy_file import to_dict
-    from ..report import counters_json, phase_json
-    from ..version import __version__
-
-    arguments, stored = found.arguments, found.stored
-    content = {
-        "schema": SCHEMA,
-        "megatron_ext": __version__,
-        "checkpoint": {
-            "directory": str(stored.directory),
-            "iteration": stored.iteration,
-            "format": stored.format,
-            "sharding_type": stored.sharding_type,
-        },
-        "outcome": found.outcome,
-        "errors": [str(e) for e in found.errors],
-        "warnings": list(found.all_warnings),
-        "notes": list(found.notes),
-        "arguments": {
-            "complete": arguments.complete,
-            "parsed_by": arguments.parsed_by,
-            "assumed": [dataclasses.asdict(a) for a in arguments.assumed],
-            "unknown": list(arguments.unknown),
-        },
-        "policy": None if found.policy is None else to_dict(found.policy),
-        "phase": phase_json(found.phase),
-        "counters": counters_json(found.counters),
-        "optimizers": [_optimizer_json(one) for one in found.optimizers],
-        "scheduler": {
-            "num_steps": None if found.counters is None else found.counters[1].num_steps,
-            "values": {k: dataclasses.asdict(v) for k, v in found.scheduler.items()},
-            "first_step": [
-                {"optimizer": c.optimizer, "group": c.group, "lr": lr, "weight_decay": decay}
-                for c, lr, decay in found.first_step
-            ],
-        },
-        "curves": [dataclasses.asdict(c) for c in found.curves],
-    }
-    plain_content: dict[str, Any] = plain(content)
-    return plain_content
-
-
-def _optimizer_json(one: OptimizerForecast) -> dict[str, Any]:
-    from ..report import decision_json
-
-    plan = one.plan
-    return {
-        "step": {
-            "value": plan.step,
-            "checkpoint": plan.saved_step,
-            "taken": "checkpoint" if plan.step == plan.saved_step else "policy",
-        },
-        "clip_grad": None if plan.clip_grad is None else decision_json(plan.clip_grad),
-        "groups": [
-            {
-                "index": group.index,
-                "saved_index": group.saved_index,
-                "note": group.note,
-                "dropped_keys": list(group.dropped),
-                "keys": {d.key: decision_json(d) for d in group.decisions},
-            }
-            for group in plan.groups
-        ],
-        "unused_saved_groups": list(plan.unused_saved_groups),
-        "rules": None if one.rules is None else [dataclasses.asdict(r) for r in one.rules],
-        "resized": [dataclasses.asdict(r) for r in one.resized],
-    }
 
 
 def _print(found: Forecast) -> None:

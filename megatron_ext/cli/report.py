@@ -8,7 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..base import text
 from ..errors import MegatronExtError
+from ..report.page import html_page
+from ..report.plots import draw
 from . import output
 
 
@@ -41,7 +44,7 @@ def _report(directory: Path) -> int:
 
 def _reports_in(directory: Path) -> list[Path]:
     """The JSON files of a directory that a run wrote, the latest resume's first."""
-    from ..report_files import NAME, TRANSITION_NAME
+    from ..report.files import NAME, TRANSITION_NAME
 
     latest = directory / f"{NAME}.json"
     transitions = sorted(directory.glob(f"{TRANSITION_NAME.format(iteration='*')}.json"))
@@ -55,26 +58,26 @@ def _reports_in(directory: Path) -> list[Path]:
 
 
 def _make_page(source: Path) -> None:
-    from .. import report_page, report_plots
-    from ..files import replace
+    pass
+    from ..base.files import replace
 
     document = _read(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, about what it does without a GPU
-        plots = report_plots.draw(document)
+        plots = draw(document)
     try:
-        page = report_page.page(document, plots)
+        page = html_page(document, plots)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise _no_report(source, f"{type(e).__name__}: {e}") from e
     target = source.with_suffix(".html")
     replace(target, page)
     for line in plots.absent:
-        print(output.printable(f"{target.name}: {line}"))
-    print(output.printable(f"{target}: written from {source.name}"))
+        print(text.printable(f"{target.name}: {line}"))
+    print(text.printable(f"{target}: written from {source.name}"))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    from ..report import SCHEMA
+    from ..report.resume_report import SCHEMA
 
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

@@ -262,8 +262,6 @@ CONTRACT = (
     ),
 )
 
-_warned_version = False
-
 
 def megatron_version() -> str:
     """Version of the megatron-core that is imported (`megatron.core.package_info`).
@@ -342,11 +340,11 @@ def _problem(name: HostName, found: Version) -> str | None:
     return None
 
 
+@functools.cache
 def _warn_if_untested(found: Version) -> None:
-    global _warned_version
+    """Warn once a process."""
     last = Version(TESTED[-1])
-    if not in_tested_range(found) and not _warned_version:
-        _warned_version = True
+    if not in_tested_range(found):
         warnings.warn(
             f"megatron-core {found} is outside the range megatron_ext is tested with "
             f"({TESTED[0]} to {last.major}.{last.minor}.x); every name it leans on is there",

@@ -9,8 +9,29 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import PlanError
-from ..policy import ResumePolicy
-from .scheduling import SCHEDULER_VALUES, saved_values
+from ..policy.policy import ResumePolicy
+
+#: What a checkpoint has of the scheduler, beside its position.
+SCHEDULER_VALUES = (
+    "max_lr",
+    "min_lr",
+    "lr_warmup_steps",
+    "lr_decay_steps",
+    "lr_decay_style",
+    "start_wd",
+    "end_wd",
+    "wd_incr_steps",
+    "wd_incr_style",
+)
+#: Not part of a checkpoint's scheduler state: as the arguments say, whatever is kept.
+NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+
+
+def saved_values(policy: ResumePolicy) -> frozenset[str]:
+    """The scheduler's values that come from the checkpoint."""
+    if policy.schedule == "checkpoint":
+        return frozenset(SCHEDULER_VALUES)
+    return frozenset(policy.kept_scheduler_attributes)
 
 
 @dataclass(frozen=True)

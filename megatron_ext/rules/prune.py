@@ -29,8 +29,8 @@ class PruneMagnitude(ElementRule):
     .. math:: x' = x \text{ if } |x| > \theta \text{ else } 0
 
     Args:
-        threshold: :math:`\theta \ge 0`; `megatron_ext.moments.magnitude_thresholds` finds the
-            p-quantile.
+        threshold: :math:`\theta \ge 0`; `resume.moments.magnitude_thresholds` finds
+            the p-quantile.
 
     References:
         ReLoRA, arXiv 2307.05695.

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_agree.py run."""
+"""What the ranks of tests/base/test_agree.py run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import agree as agreement
+from megatron_ext.base import ranks as agreement
 from megatron_ext.errors import MegatronExtError, PlanError
 
 
 def agree(
     digests: list[str], errors: dict[int, str] | None = None, what: str = "resume of X"
 ) -> dict[str, Any]:
-    """`megatron_ext.agree.agree` with this rank's digest and error: outcome and collectives."""
+    """`base.ranks.agree` with this rank's digest and error: outcome and collectives."""
     rank = dist.get_rank()
     message = (errors or {}).get(rank)
     error = None if message is None else PlanError(message)

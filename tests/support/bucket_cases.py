@@ -8,7 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext import host
+from megatron_ext.hooks import buckets
+from megatron_ext.resume import members
 
 from . import harness, subject
 from .harness import Hyper, Layout
@@ -21,7 +22,7 @@ def saved_both_ways(
     """Train and save in both formats; the unsharded state. With `more` train on, save ``later``."""
     run = subject.build(layout, hyper)
     harness.train(run, steps)
-    found = host.bucket_layout(host.members_of(run.optimizer))
+    found = buckets.bucket_layout(members.members_of(run.optimizer))
     assert found is not None
     if dist.get_rank() == 0:
         found.write(Path(directory))
@@ -39,4 +40,4 @@ def saved_both_ways(
 def layout_of_none(hyper: Hyper) -> Any:
     """Of an optimizer that is not distributed."""
     run = subject.build(Layout(distributed=False), hyper)
-    return host.bucket_layout(host.members_of(run.optimizer))
+    return buckets.bucket_layout(members.members_of(run.optimizer))

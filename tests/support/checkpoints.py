@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_ext.checkpoint import MARK_KEY
+from megatron_ext.checkpoint.state import MARK_KEY
 
 from .groups import group
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.edit import edit
+from megatron_ext.offline.edit import edit
 
 SETTINGS = {"max_lr": 1e-3, "min_lr": 1e-4, "betas": (0.8, 0.9)}
 

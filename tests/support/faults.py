@@ -9,7 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import ResumePolicy, host, optimizer, policy_file
+from megatron_ext.policy import request, yaml_file
+from megatron_ext.policy.policy import ResumePolicy
+from megatron_ext.resume import optimizer
+from megatron_ext.resume.members import members_of
 
 from . import harness, subject
 from .harness import Hyper, Layout
@@ -20,7 +23,7 @@ def on_one_rank(
 ) -> dict[str, Any]:
     """Load with `fault` on rank `faulty`; what this rank raised and whether it changed anything."""
     run = subject.build(layout, hyper)
-    members = host.members_of(run.optimizer)
+    members = members_of(run.optimizer)
     before = harness.snapshot(run)["groups"]
     if dist.get_rank() == faulty:
         _FAULTS[fault](members[0])
@@ -122,8 +125,8 @@ def build_error(layout: Layout, hyper: Hyper, **config: Any) -> tuple[str, str]:
 
     def get_optimizer(stock_config: Any, model: Any, **kwargs: Any) -> Any:
         arguments = dict(config)
-        optimizer_class = arguments.pop("optimizer_class", host.DEFAULT_CLASS)
-        policy = policy_file.loads(arguments.pop("policy", "{}"))
+        optimizer_class = arguments.pop("optimizer_class", request.DEFAULT_CLASS)
+        policy = yaml_file.loads(arguments.pop("policy", "{}"))
         if arguments.pop("use_megatron_fsdp", False):
             for chunk in model:
                 chunk.ddp_config.use_megatron_fsdp = True

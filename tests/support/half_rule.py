@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ext.rules import ElementRule, Form
+from megatron_ext.rules.base import ElementRule
+from megatron_ext.rules.form import Form
 
 
 def half(**missing: object) -> type:

@@ -6,10 +6,12 @@ import importlib
 import warnings
 from typing import Any
 
-from megatron_ext import host
+from megatron_ext.cli import env
 from megatron_ext.errors import HostError
-from megatron_ext.host import HostName
+from megatron_ext.hooks import installing
 from megatron_ext.host import contract as names
+from megatron_ext.host.contract import CONTRACT, HostName, check_contract, megatron_version
+from megatron_ext.resume import members
 
 from . import harness
 from .harness import Hyper, Layout
@@ -17,18 +19,18 @@ from .harness import Hyper, Layout
 
 def contract() -> dict[str, Any]:
     """The contract against the installed Megatron, and what is rebound after `install`."""
-    host.check_contract()
-    host.install()
-    host.install()
+    check_contract()
+    installing.install()
+    installing.install()
     rebound, layers = [], []
-    for name in host.CONTRACT:
+    for name in CONTRACT:
         target = _find(name)
         if target is not None:
             original = getattr(target, "__megatron_ext_original__", None)
             if original is not None:
                 rebound.append((name.module, name.attribute))
                 layers.append(hasattr(original, "__megatron_ext_original__"))
-    return {"version": host.megatron_version(), "rebound": rebound, "rebound twice": any(layers)}
+    return {"version": megatron_version(), "rebound": rebound, "rebound twice": any(layers)}
 
 
 def _find(name: HostName) -> Any:
@@ -46,7 +48,7 @@ def broken_contract(moved: list[tuple[str, str, tuple[str, ...]]]) -> str:
     before = names.CONTRACT
     names.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in moved))
     try:
-        host.check_contract()
+        check_contract()
     except HostError as e:
         return str(e)
     finally:
@@ -57,24 +59,24 @@ def broken_contract(moved: list[tuple[str, str, tuple[str, ...]]]) -> str:
 def version_warnings(version: str) -> list[str]:
     """The warnings of two checks with a Megatron of this version."""
     stock, names.megatron_version = names.megatron_version, lambda: version
-    before, names._warned_version = names._warned_version, False
+    names._warn_if_untested.cache_clear()
     # Only the version is another; the names of the installed one need not be those of that.
     contract, names.CONTRACT = names.CONTRACT, ()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            host.check_contract()
-            host.check_contract()
+            check_contract()
+            check_contract()
         return [str(w.message) for w in caught]
     finally:
         names.megatron_version = stock
         names.CONTRACT = contract
-        names._warned_version = before
+        names._warn_if_untested.cache_clear()
 
 
 def stock_after_install() -> dict[str, Any]:
     """A stock build, step and scheduler load where Megatron has been prepared but not asked."""
-    host.install()
+    installing.install()
     run = harness.build(Layout(), Hyper())
     harness.train(run, 1)
     core = importlib.import_module("megatron.core.optimizer")
@@ -82,15 +84,13 @@ def stock_after_install() -> dict[str, Any]:
         "types": [type(o).__name__ for o in run.optimizer.chained_optimizers],
         "module": type(run.optimizer.chained_optimizers[0]).__module__,
         "global": core.DistributedOptimizer.__module__,
-        "members": len(host.members_of(run.optimizer)),
+        "members": len(members.members_of(run.optimizer)),
     }
 
 
 def environment(moved: list[tuple[str, str, tuple[str, ...]]]) -> dict[str, Any]:
     """What the command env finds where upstream has moved these names, without the CPU's GPU."""
     import torch
-
-    from megatron_ext.cli import env
 
     before, count = names.CONTRACT, torch.cuda.device_count
     names.CONTRACT = (*before, *(HostName(m, a, p, reference="a test") for m, a, p in moved))

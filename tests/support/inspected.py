@@ -1,4 +1,4 @@
-"""Checkpoints without a Megatron for `tests/test_inspect.py` and `tests/test_diff.py`."""
+"""Checkpoints without a Megatron, for the tests of inspect and diff."""
 
 from __future__ import annotations
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_ext import _ops
-from megatron_ext._ops import Segment, Statistics, reference
-from megatron_ext._ops.segments import encode
-from megatron_ext.rules import ElementRule, Fill, PruneRandom, Rule, registry
+from megatron_ext._ops import reference
+from megatron_ext._ops.native import is_native
+from megatron_ext._ops.segments import Segment, Statistics, encode
+from megatron_ext.rules import registry
+from megatron_ext.rules.base import ElementRule, Rule
+from megatron_ext.rules.elementwise import Fill
+from megatron_ext.rules.prune import PruneRandom
 
 from .rule_oracles import ORACLES, Elements
 
@@ -44,14 +47,14 @@ REFERENCE = Kernel("reference", "cpu", reference.transform_moments_, reference.m
 def active(device: str) -> Kernel:
     """What the dispatcher takes on a device."""
     ops = torch.ops.megatron_ext
-    native = "native" if _ops.is_native(device) else "reference"  # type: ignore[arg-type]
+    native = "native" if is_native(device) else "reference"  # type: ignore[arg-type]
     return Kernel(f"{native}-{device}", device, ops.transform_moments_, ops.magnitude_histogram)
 
 
 def rule_pairs() -> dict[str, tuple[ElementRule, ElementRule]]:
     """Every registered element rule, for exp_avg and exp_avg_sq, and one pair of two rules.
 
-    A rule without an oracle has no case; `tests/test_rules.py` fails for it.
+    A rule without an oracle has no case; `tests/rules/test_rules.py` fails for it.
     """
     cases = ((r.name, ORACLES[r]) for r in registry.element_rules().values() if r in ORACLES)
     pairs = {name: (found.exp_avg, found.exp_avg_sq) for name, found in cases}

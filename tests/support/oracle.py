@@ -1,7 +1,7 @@
 """What a resume has to give, computed by stock Megatron with the groups corrected by hand.
 
-This file does not import megatron_ext (`tests/test_host.py` checks it), and the processes it runs
-in cannot.
+This file does not import megatron_ext (`tests/host/test_host.py` checks it), and the processes it
+runs in cannot.
 """
 
 from __future__ import annotations

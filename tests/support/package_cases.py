@@ -1,4 +1,4 @@
-"""What a rank of tests/test_package.py runs: it has torch and Megatron already."""
+"""What a rank of tests/project/test_package.py runs: it has torch and Megatron already."""
 
 from __future__ import annotations
 

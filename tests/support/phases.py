@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ext import host
+from megatron_ext.resume import members
 
 from . import harness
 from .harness import Hyper, Layout
@@ -13,7 +13,7 @@ from .unsharded import gather
 
 
 def _phase(run: harness.Run) -> dict[str, Any]:
-    report = host.members_of(run.optimizer)[0].resume.report
+    report = members.members_of(run.optimizer)[0].resume.report
     return {
         "phase": report.to_json()["phase"],
         "step": [o.plan.step for o in report.optimizers],
@@ -81,7 +81,9 @@ def loaded(
                 **_phase(run),
                 "num_steps": run.scheduler.num_steps,
                 "lr": harness.snapshot_groups(run)[0]["lr"],
-                "loss_scale": [float(o.get_loss_scale()) for o in host.members_of(run.optimizer)],
+                "loss_scale": [
+                    float(o.get_loss_scale()) for o in members.members_of(run.optimizer)
+                ],
             }
         )
     return out

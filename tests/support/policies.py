@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import megatron_ext
-from megatron_ext import policy_file
+from megatron_ext.policy import yaml_file
 
 from . import harness, muon
 from .harness import Hyper, Layout
@@ -19,7 +19,7 @@ from .unsharded import gather
 def build(layout: Layout, hyper: Hyper, policy: str) -> harness.Run:
     """A run of this package with a policy in YAML."""
     get_optimizer = functools.partial(
-        megatron_ext.get_megatron_optimizer, policy=policy_file.loads(policy)
+        megatron_ext.get_megatron_optimizer, policy=yaml_file.loads(policy)
     )
     return harness.build(layout, hyper, get_optimizer)
 
@@ -53,7 +53,7 @@ def transformed(
         harness.load(run, directory)
         before = [_address(t) for t in _moments(run)]
         report = megatron_ext.transform_moments(
-            run.optimizer, policy_file.loads(text), model_chunks=None if ours else run.model
+            run.optimizer, yaml_file.loads(text), model_chunks=None if ours else run.model
         )
         out[name] = {
             "state": gather(run),
@@ -78,9 +78,9 @@ def _address(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _report(run: harness.Run) -> Any:
-    from megatron_ext import host
+    from megatron_ext.resume import members
 
-    return host.members_of(run.optimizer)[0].resume.report
+    return members.members_of(run.optimizer)[0].resume.report
 
 
 def trained(
@@ -149,7 +149,7 @@ def live_refused(layout: Layout, hyper: Hyper, directory: str, policy: str) -> d
     run = build(layout, hyper, "{}")
     harness.load(run, directory)
     try:
-        megatron_ext.transform_moments(run.optimizer, policy_file.loads(policy))
+        megatron_ext.transform_moments(run.optimizer, yaml_file.loads(policy))
     except Exception as e:
         return _error(e, "live", True)
     return {}
@@ -159,23 +159,23 @@ def reductions(layout: Layout, hyper: Hyper, directory: str, policy: str) -> lis
     """The collectives that a load with a policy adds, with the bytes of each reduction."""
     import torch.distributed as dist
 
-    from megatron_ext import agree
+    from megatron_ext.base import ranks
 
     seen: list[str] = []
     reduce, gathered, sent = dist.all_reduce, dist.all_gather_object, dist.broadcast
 
     def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+        if sys._getframe(1).f_globals["__name__"] == ranks.__name__:
             seen.append(f"all_reduce {tensor.numel() * tensor.element_size()}")
         return reduce(tensor, *args, **kwargs)
 
     def gathering(everyone: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+        if sys._getframe(1).f_globals["__name__"] == ranks.__name__:
             seen.append("gather")
         return gathered(everyone, value, *args, **kwargs)
 
     def sending(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == agree.__name__:
+        if sys._getframe(1).f_globals["__name__"] == ranks.__name__:
             seen.append(f"broadcast {tensor.numel() * tensor.element_size()}")
         return sent(tensor, *args, **kwargs)
 
@@ -198,9 +198,9 @@ def chained_with_muon(layout: Layout, hyper: Hyper, directory: str, policy: str)
 
 
 def _members(run: harness.Run) -> list[Any]:
-    from megatron_ext import host
+    from megatron_ext.resume import members
 
-    return host.members_of(run.optimizer)
+    return members.members_of(run.optimizer)
 
 
 def _error(e: Exception, where: str, unchanged: bool) -> dict[str, Any]:

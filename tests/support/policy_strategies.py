@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from megatron_ext.errors import PolicyError
-from megatron_ext.policy import GroupRule, Match, MomentRule, ResumePolicy
-from megatron_ext.presets import Preset
-from megatron_ext.rules import Key, Rule, check_moment, registry
+from megatron_ext.policy.match import GroupRule, Match, MomentRule
+from megatron_ext.policy.policy import ResumePolicy
+from megatron_ext.policy.presets import Preset
+from megatron_ext.rules import registry
+from megatron_ext.rules.base import Rule
+from megatron_ext.rules.form import Key
+from megatron_ext.rules.registry import check_moment
 
 from .groups import KEEPABLE
 

@@ -110,7 +110,7 @@ def strictness() -> dict[str | None, bool]:
     """For each value of --dist-ckpt-strictness whether all has to be asked for."""
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from megatron_ext.host import sharded
+    from megatron_ext.hooks import sharded
 
     named: dict[str | None, Any] = {s.value: {"strict": s.value} for s in StrictHandling}
     return {name: sharded._strict(call) for name, call in {None: {}, **named}.items()}
@@ -118,10 +118,10 @@ def strictness() -> dict[str | None, bool]:
 
 def planned_otherwise(layout: Layout, hyper: Hyper, directory: str, policy: str) -> str:
     """The error where a moment was not read that the plan keeps."""
-    from megatron_ext import host
+    from megatron_ext.resume import members
 
     run = policies.build(layout, hyper, policy)
-    (member,) = host.members_of(run.optimizer)
+    (member,) = members.members_of(run.optimizer)
     original = member.load_state_dict
 
     def load_state_dict(state_dict: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_ext.checkpoint import SavedOptimizer
-from megatron_ext.moments import LoadedState
-from megatron_ext.plan import plan_resume
-from megatron_ext.policy import ResumePolicy
-from megatron_ext.report import OptimizerReport, ResumeReport
+from megatron_ext.checkpoint.state import SavedOptimizer
+from megatron_ext.plan.hyperparameters import plan_resume
+from megatron_ext.policy.policy import ResumePolicy
+from megatron_ext.report.model import LoadedState, OptimizerReport
+from megatron_ext.report.resume_report import ResumeReport
 
 from .groups import group
 
@@ -41,7 +41,7 @@ def optimizer_report(
 
 def scheduler_section(policy: ResumePolicy = KEEP_WEIGHT_DECAY) -> dict[str, Any]:
     """The section as `megatron_ext.host` makes it from a scheduler."""
-    from megatron_ext.host import scheduling
+    from megatron_ext.hooks import scheduling
 
     values = {
         "max_lr": 1e-3,

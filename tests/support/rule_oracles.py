@@ -9,21 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.rules import (
-    BatchRatio,
-    BatchSize,
-    BiasConsistent,
-    Fill,
-    FillFrom,
-    Floor,
-    Keep,
-    Prune,
-    PruneMagnitude,
-    PruneRandom,
-    Rule,
-    Scale,
-)
+from megatron_ext.rules.base import Rule
+from megatron_ext.rules.batch_size import BatchRatio, BatchSize
+from megatron_ext.rules.bias_consistent import BiasConsistent
 from megatron_ext.rules.clip import Clip
+from megatron_ext.rules.elementwise import Fill, Floor, Keep, Scale
+from megatron_ext.rules.fill_from import FillFrom
+from megatron_ext.rules.prune import Prune, PruneMagnitude, PruneRandom
 
 #: What the moments of the cases were made with, and what the resume goes on with.
 STEP, NEXT_STEP = 100, 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_ext.layout import Block, block_of
+from megatron_ext.base.placement import Block, block_of
 
 
 def tensor_parallel(

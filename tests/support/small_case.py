@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_ext._ops import Segment, Statistics, Transform, magnitude_thresholds
+from megatron_ext._ops import Transform, magnitude_thresholds
+from megatron_ext._ops.segments import Segment, Statistics
 from tests.support.moments import DTYPES, rule_pairs
 
 

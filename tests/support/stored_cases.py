@@ -1,4 +1,4 @@
-"""Checkpoints by stock Megatron for `tests/test_stored.py`; runs where this package cannot."""
+"""Checkpoints by stock Megatron; runs where this package cannot be imported."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import megatron_ext
-from megatron_ext import host
+from megatron_ext.resume.members import members_of
 
 from . import harness
 from .harness import Hyper, Layout
@@ -34,7 +34,7 @@ def resume(
     harness.train(run, more)
     if save_to is not None:
         harness.save(run, save_to)
-    members = host.members_of(run.optimizer)
+    members = members_of(run.optimizer)
     report = members[0].resume.report
     return {
         "losses": run.losses,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ext import host
+from megatron_ext.resume import members
 
 from . import harness
 from .harness import Hyper, Layout
@@ -29,7 +29,7 @@ def _resumed(
 ) -> dict[str, Any]:
     run = build(layout, hyper, policy)
     harness.load(run, directory)
-    report = host.members_of(run.optimizer)[0].resume.report
+    report = members.members_of(run.optimizer)[0].resume.report
     out = {
         "state": gather(run),
         "weights": weights(run),
@@ -73,5 +73,5 @@ def loaded_twice(layout: Layout, hyper: Hyper, directory: str, other: str) -> di
     run = build(layout, hyper, "{}")
     harness.load(run, directory)
     harness.load(run, other, scheduler=False)
-    report = host.members_of(run.optimizer)[0].resume.report
+    report = members.members_of(run.optimizer)[0].resume.report
     return {"state": gather(run), "weights": weights(run), "report": report.to_json()}

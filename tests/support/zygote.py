@@ -1,7 +1,7 @@
 """A process that has imported Megatron and forks the ranks of a run.
 
-Importing takes 10 s of a core; the runs of `tests/test_launch.py` would spend most of CI on it. A
-forked child does what ``python -m megatron_ext.launch ARGS`` does from there on.
+Importing takes 10 s of a core; most of CI would go to the imports of training runs. A forked
+child does what ``python -m megatron_ext.launch ARGS`` does from there on.
 
 Reads one JSON request a line: ``{"id", "argv", "logs", "env"}`` with one log file a rank; answers
 ``{"id", "rc"}``, the code of the first rank that failed, or 0.

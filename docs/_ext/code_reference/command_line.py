@@ -9,6 +9,8 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
+from megatron_ext.policy.flags import add_flags
+
 from . import trees
 
 #: Defaults that need no words.
@@ -60,10 +62,10 @@ class Commands(SphinxDirective):
 
 
 def flags() -> list[argparse.Action]:
-    """What `megatron_ext.arguments.add_flags` adds."""
-    from megatron_ext import arguments
+    """What `megatron_ext.policy.flags.add_flags` adds."""
+    pass
 
-    return arguments.add_flags(argparse.ArgumentParser(add_help=False))._actions
+    return add_flags(argparse.ArgumentParser(add_help=False))._actions
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -37,7 +37,7 @@ class Versions(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """From the contract and pyproject.toml."""
-        from megatron_ext.host import TESTED
+        from megatron_ext.host.contract import TESTED
 
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         bounds = (d.partition(">=") for d in project["dependencies"])
@@ -57,13 +57,13 @@ class Refused(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The messages themselves, from the functions that give them."""
-        from megatron_ext import preflight
-        from megatron_ext.checkpoint import unreadable_sharding
+        from megatron_ext.checkpoint.state import unreadable_sharding
+        from megatron_ext.host import arguments
 
         flags = []
         for suspect in _SUSPECTS:
             args = argparse.Namespace(optimizer_class="CLASS", **suspect)
-            for message in preflight.refused_flags(args):
+            for message in arguments.refused_flags(args):
                 flag, _, reason = message.partition(" with ")[2].partition(": ")
                 flags.append(([trees.code(flag)], reason))
         shardings = [(s, unreadable_sharding(s)) for s in _SHARDINGS]
@@ -79,7 +79,7 @@ class Contract(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Those that are rebound first."""
-        from megatron_ext.host import CONTRACT
+        from megatron_ext.host.contract import CONTRACT
 
         out: list[nodes.Node] = []
         for rebound, title in ((True, "Rebound in memory"), (False, "Called or overridden")):

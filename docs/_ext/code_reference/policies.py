@@ -13,7 +13,7 @@ class Presets(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """How each is written, what it does, and its source."""
-        from megatron_ext.presets import CATALOGUE
+        from megatron_ext.policy.presets import CATALOGUE
 
         rows = [
             (

@@ -1,0 +1,141 @@
+"""One small collective at load time, so that every rank goes on or every rank stops.
+
+A rank that refuses a resume while the others go on leaves them hanging in the next collective.
+`agree` is called once on every rank before anything is changed: 40 bytes a rank, whatever the
+number of ranks. Only when something is wrong a second collective brings the messages together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import AgreementError, MegatronExtError
+
+#: Bytes that one successful `agree` moves per rank: five int64.
+BYTES_PER_RANK = 40
+
+_MAX_NAMED = 8
+
+#: In the last of the five integers; 1: a rank has something to tell.
+_FAILED = 2
+
+
+def agree(
+    what: str, digest: str, error: MegatronExtError | None = None, *, tell: bool = False
+) -> bool:
+    """Compare a digest over all ranks and raise on every rank if it differs or a rank failed.
+
+    Collective over the default process group: every rank has to call it. Without an initialised
+    process group it only raises `error`.
+
+    Args:
+        what: What is agreed on, for the message.
+        digest: Hex string of at least 32 digits that stands for this rank's decisions.
+        error: Why this rank cannot go on, or None.
+        tell: Whether this rank has something to tell the others.
+
+    Returns:
+        Whether any rank has something to tell.
+
+    Raises:
+        MegatronExtError: `error` itself, on the rank that has one.
+        AgreementError: On the other ranks, with the failing ranks and their messages; or on all
+            ranks if the digests differ, with the ranks in each camp.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return tell
+    digest = digest if error is None else "0" * 32
+    high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
+    # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
+    probe = torch.tensor(
+        [high, -high, low, -low, _FAILED if error is not None else int(tell)],
+        dtype=torch.int64,
+        device=device(),
+    )
+    dist.all_reduce(probe, op=dist.ReduceOp.MAX)
+    high_max, high_min, low_max, low_min, most = probe.tolist()
+    if most == _FAILED or high_max != -high_min or low_max != -low_min:
+        _raise_on_every_rank(what, digest, error)
+    return bool(most)
+
+
+def total(values: list[int]) -> list[int]:
+    """Sum integers over all ranks (8 bytes each a rank); collective over the default group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    summed = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(summed)
+    return [int(v) for v in summed.tolist()]
+
+
+def gather(value: Any) -> list[Any]:
+    """A plain value of every rank, in rank order; collective over the default group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def broadcast_from_rank_0(look: Callable[[], bool]) -> bool:
+    """What a question has for an answer on rank 0; collective, 8 bytes a rank.
+
+    Args:
+        look: Called on rank 0 only; must not raise.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return look()
+    answer = torch.zeros(1, dtype=torch.int64, device=device())
+    if dist.get_rank() == 0:
+        answer.fill_(int(look()))
+    dist.broadcast(answer, 0)
+    return bool(answer.item())
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Add a tensor up over all ranks, in place; collective over the default group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None) -> None:
+    mine = (digest, None if error is None else f"{type(error).__name__}: {error}")
+    everyone: list[tuple[str, str | None]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if error is not None:
+        raise error
+    failures = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
+    if failures:
+        lines = [f"  rank {rank}: {message}" for rank, message in failures[:_MAX_NAMED]]
+        more = len(failures) - _MAX_NAMED
+        lines += [f"  and {more} more ranks"] if more > 0 else []
+        raise AgreementError(
+            f"{what}: stopped because {len(failures)} of {len(everyone)} ranks refused:\n"
+            + "\n".join(lines)
+        )
+    camps: dict[str, list[int]] = {}
+    for rank, (other, _) in enumerate(everyone):
+        camps.setdefault(other, []).append(rank)
+    listing = "\n".join(f"  ranks {_ranks(ranks)}: plan {d[:12]}" for d, ranks in camps.items())
+    raise AgreementError(
+        f"{what}: the ranks made {len(camps)} different plans from the same checkpoint:\n"
+        f"{listing}\nGive every rank the same arguments and the same checkpoint"
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    named = ", ".join(map(str, ranks[:_MAX_NAMED]))
+    return named if len(ranks) <= _MAX_NAMED else f"{named} and {len(ranks) - _MAX_NAMED} more"
+
+
+def device() -> torch.device:
+    """Where a tensor has to be for the default group's collectives."""
+    if "nccl" in str(dist.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,37 @@
+"""Plain Python values, and when two of them are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A 0-dim tensor or array (a capturable lr, say) as Python's number; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def as_json(value: Any) -> Any:
+    """A value as what JSON knows: no NaN, no tuple, no object.
+
+    Args:
+        value: Anything; what JSON does not know becomes its str.
+    """
+    value = plain(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str) else str(as_json(k)): as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted((as_json(v) for v in value), key=repr)
+    return str(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, with lists and tuples alike and NaN as NaN."""
+    return a is b or bool(as_json(a) == as_json(b))

@@ -1,0 +1,1 @@
+"""What a checkpoint stores, read without running its pickles."""

@@ -1,0 +1,198 @@
+"""Which parameter lies where in the buckets of a dp_reshardable checkpoint. Pure.
+
+Such a checkpoint names buckets, not parameters. A dry run of the run that wrote it knows where they
+are and writes it down (``--selective-dry-run --selective-report DIR``, `host.bucket_layout`); the
+file follows ``megatron_ext/schemas/parameter-layout.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.files import replace
+from ..base.placement import Block
+from ..errors import CheckpointError
+
+SCHEMA = "megatron_ext/parameter-layout/1"
+FILE_NAME = "parameter-layout.json"
+
+#: How many differences an error names.
+_MOST = 4
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a bucket holds of one parameter: the shard of a tensor-parallel rank.
+
+    Args:
+        name: With the layer's and the expert's number in the whole model.
+        shape: Of the unsharded parameter.
+        begin: First element in the bucket.
+        end: One past the last.
+        blocks: Where these elements lie in the unsharded parameter, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket, the same whatever the number of data-parallel ranks.
+
+    Args:
+        key: In a checkpoint, but for ``.exp_avg`` and so on.
+        elements: With the padding between parameters, without that after the last one.
+        parameters: In the bucket's order.
+    """
+
+    key: str
+    elements: int
+    parameters: tuple[Placed, ...]
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """The buckets of all model-parallel ranks and all optimizers of a chain.
+
+    Args:
+        megatron: Version of megatron-core that made them.
+        buckets: In the order of their keys.
+    """
+
+    megatron: str
+    buckets: tuple[Bucket, ...]
+
+    def write(self, directory: Path) -> Path:
+        """Write the JSON file; returns its path. One that is there is replaced as a whole.
+
+        Args:
+            directory: Made where it is missing.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / FILE_NAME
+        buckets = [asdict(bucket) for bucket in self.buckets]
+        document = {"schema": SCHEMA, "megatron_core": self.megatron, "buckets": buckets}
+        replace(path, json.dumps(document, indent=1))
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> BucketLayout:
+        """Read what `write` wrote.
+
+        Args:
+            path: The JSON file.
+
+        Raises:
+            CheckpointError: It is missing, another file, or contradicts itself.
+        """
+        try:
+            document = json.loads(Path(path).read_bytes())
+            if document["schema"] != SCHEMA:
+                raise ValueError(f"schema {document['schema']!r}, expected {SCHEMA!r}")
+            layout = cls(str(document["megatron_core"]), tuple(map(_bucket, document["buckets"])))
+            _require_consistent(layout.buckets)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise CheckpointError(
+                f"--layout {path}: expected the {FILE_NAME} that --selective-dry-run with "
+                f"--selective-report writes, found one that cannot be read: {type(e).__name__}: {e}"
+            ) from e
+        return layout
+
+    def misfits(self, elements: Mapping[str, int]) -> str:
+        """How it differs from a checkpoint, in words; empty where it fits.
+
+        Args:
+            elements: Key of each bucket in the checkpoint, and its elements.
+        """
+        mine = {bucket.key: bucket.elements for bucket in self.buckets}
+        lines = [f"{key} is in the checkpoint only" for key in elements if key not in mine]
+        lines += [f"{key} is in the layout only" for key in mine if key not in elements]
+        lines += [
+            f"{key} has {elements[key]} elements in the checkpoint, {mine[key]} in the layout"
+            for key in elements
+            if mine.get(key, elements[key]) != elements[key]
+        ]
+        more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+        return "; ".join([*lines[:_MOST], *more])
+
+    def unsharded(self) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
+        """Every parameter once: its name, and its parts as a bucket's key, begin and end.
+
+        Of equal copies, as tensor-parallel ranks hold them of a norm's weight, it is the first.
+        Parameters of the same name in two optimizers of a chain are two.
+        """
+        parts: dict[tuple[str, str], dict[tuple[Block, ...], tuple[str, int, int]]]
+        parts = defaultdict(dict)
+        for bucket in self.buckets:
+            for p in bucket.parameters:
+                of_parameter = parts[_chain(bucket.key), p.name]
+                of_parameter.setdefault(p.blocks, (bucket.key, p.begin, p.end))
+        for (_, name), by_blocks in parts.items():
+            yield name, list(by_blocks.values())
+
+
+def _chain(key: str) -> str:
+    """What stands for the optimizer in a key: ``chained_0.`` and so on."""
+    return key.partition("optimizer.distributed.")[0]
+
+
+def _bucket(value: Mapping[str, Any]) -> Bucket:
+    placed = (
+        Placed(
+            str(p["name"]),
+            tuple(map(_count, p["shape"])),
+            _count(p["begin"]),
+            _count(p["end"]),
+            tuple(Block(**{k: _count(n) for k, n in block.items()}) for block in p["blocks"]),
+        )
+        for p in value["parameters"]
+    )
+    return Bucket(str(value["key"]), _count(value["elements"]), tuple(placed))
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} where a number of elements was expected")
+    return value
+
+
+def _require_consistent(buckets: Iterable[Bucket]) -> None:
+    """Check that parameters are in their bucket, side by side, and complete.
+
+    Raises:
+        ValueError: They are not.
+    """
+    known: dict[tuple[str, str], tuple[tuple[int, ...], dict[tuple[Block, ...], int]]] = {}
+    keys = set()
+    for bucket in buckets:
+        if bucket.key in keys:
+            raise ValueError(f"{bucket.key} is there twice")
+        keys.add(bucket.key)
+        at = 0
+        for p in bucket.parameters:
+            length = sum(block.length for block in p.blocks)
+            if not at <= p.begin < p.end <= bucket.elements or length != p.end - p.begin:
+                raise ValueError(
+                    f"{p.name} at {p.begin} to {p.end} with {length} elements does not fit into "
+                    f"{bucket.key} of {bucket.elements} from {at} on"
+                )
+            at = p.end
+            shape, parts = known.setdefault((_chain(bucket.key), p.name), (p.shape, {}))
+            if shape != p.shape:
+                raise ValueError(f"{p.name} has the shapes {shape} and {p.shape}")
+            parts[p.blocks] = length
+    for (_, name), (shape, parts) in known.items():
+        if sum(parts.values()) != math.prod(shape):
+            raise ValueError(
+                f"{name} of shape {shape} has {sum(parts.values())} of {math.prod(shape)} elements"
+            )

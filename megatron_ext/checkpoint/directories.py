@@ -1,0 +1,137 @@
+"""Which directory a phase loads from: where it starts, or its own once it holds a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, PolicyError
+from .state import DirectoryRole
+from .stored import StoredCheckpoint, holds_checkpoint, open_checkpoint
+
+#: Below the directory of --load (training/checkpointing.py, _NON_PERSISTENT_CKPT_SUBDIR).
+NON_PERSISTENT = "non_persistent"
+
+
+@dataclass(frozen=True)
+class Directories:
+    """What a run loads from and saves to.
+
+    Args:
+        load: What Megatron is to load from, or None.
+        save: Where it saves, or None.
+        where: What `load` is to the phase.
+        start: ``--selective-from``, or None.
+    """
+
+    load: Path | None
+    save: Path | None
+    where: DirectoryRole = "load"
+    start: Path | None = None
+
+
+def choose(
+    load: str | None, save: str | None, start: str | None, elsewhere: str | None = None
+) -> Directories:
+    """Decide what to load, from the arguments and from what lies on disk.
+
+    Args:
+        load: ``--load``.
+        save: ``--save``.
+        start: ``--selective-from``.
+        elsewhere: ``--non-persistent-global-ckpt-dir``.
+
+    Raises:
+        PolicyError: The directories contradict each other.
+        CheckpointError: One of them cannot be looked into.
+    """
+    paths = [None if d is None else Path(d) for d in (load, save, start)]
+    load_dir, save_dir, start_dir = paths
+    if start_dir is None:
+        return Directories(load_dir, save_dir)
+    if remote := [d for d in (load, save, start) if is_remote(d)]:
+        raise PolicyError(
+            f"--selective-from {start}: {remote[0]} is in a remote storage; expected directories "
+            "of a file system, to see which of them holds a checkpoint"
+        )
+    if elsewhere is not None:
+        raise PolicyError(
+            f"--selective-from {start} with --non-persistent-global-ckpt-dir {elsewhere}: a "
+            "checkpoint there may be of the earlier phase or of the new one. Leave the second flag "
+            f"out: non-persistent checkpoints then go to {NON_PERSISTENT} below --save"
+        )
+    if load_dir is not None and save_dir is not None and not _same(load_dir, save_dir):
+        raise PolicyError(
+            f"--selective-from {start} with --load {load} and --save {save}: expected one "
+            "directory for --load and --save, the phase's own, or a restart would not find what "
+            "was saved"
+        )
+    own = load_dir or save_dir
+    if own is not None and _same(own, start_dir):
+        raise PolicyError(
+            f"--selective-from {start} is also the directory of --load or --save; expected another "
+            "one, where the phase's own checkpoints go. Or leave --selective-from out"
+        )
+    if own is not None and any(map(holds, (own, own / NON_PERSISTENT))):
+        return Directories(own, save_dir, "own", start_dir)
+    return Directories(start_dir, save_dir, "start", start_dir)
+
+
+def newest(
+    root: Path, iteration: int | None = None, non_persistent: Path | None = None
+) -> StoredCheckpoint | None:
+    """The checkpoint that Megatron would load; None where there is none.
+
+    As _load_base_checkpoint chooses it (training/checkpointing.py:1648-1676, 0.19.2).
+
+    Args:
+        root: The directory of ``--load``.
+        iteration: ``--ckpt-step``.
+        non_persistent: Where it looks for non-persistent checkpoints, if it does.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    found = None
+    try:
+        if iteration is not None or holds(root):
+            found = open_checkpoint(root, iteration)
+        if non_persistent is not None and holds(non_persistent):
+            other = open_checkpoint(non_persistent)
+            found = other if found is None or other.iteration >= found.iteration else found
+    except OSError as e:
+        raise _not_accessible(root, e) from e
+    return found
+
+
+def name_of(root: str | Path) -> str:
+    """A checkpoint directory's name for people: its last two parts."""
+    return "/".join(Path(root).resolve().parts[-2:]).lstrip("/")
+
+
+def holds(directory: Path) -> bool:
+    """Whether there is a checkpoint.
+
+    Raises:
+        CheckpointError: The directory cannot be looked into.
+    """
+    try:
+        return holds_checkpoint(directory)
+    except OSError as e:
+        raise _not_accessible(directory, e) from e
+
+
+def is_remote(directory: str | None) -> bool:
+    """Whether it is a URL, which Megatron opens by multistorageclient."""
+    return directory is not None and "://" in directory
+
+
+def _not_accessible(directory: Path, cause: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} cannot be looked into: {type(cause).__name__}: {cause}; expected a directory "
+        "that this user may read. Correct its permissions, or name another one"
+    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()

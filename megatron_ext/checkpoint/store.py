@@ -1,0 +1,229 @@
+"""The store of a torch_dist checkpoint: its index, its common state and its objects."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import CheckpointError
+from . import pickles, torch_file
+
+#: training/checkpointing.py:340; holds the iteration's number or ``release``.
+TRACKER = "latest_checkpointed_iteration.txt"
+#: core/dist_checkpointing/core.py:14; names the backend of a distributed checkpoint.
+CONFIG = "metadata.json"
+#: torch's index of a distributed checkpoint (torch/distributed/checkpoint/filesystem.py).
+INDEX = ".metadata"
+#: core/dist_checkpointing/strategies/common.py; since 0.19 in the store instead.
+COMMON = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
+LEGACY_FILE = "model_optim_rng.pt"
+#: What a distributed optimizer writes beside it (training/checkpointing.py:326).
+LEGACY_OPTIMIZER = "distrib_optim.pt"
+#: An object of a distributed optimizer, which saves groups for each model-parallel group by itself
+#: unless it is fully reshardable (core/optimizer/distrib_optimizer.py:1535), in a chain with its
+#: number (core/optimizer/optimizer.py:1569).
+_GROUPS_KEY = re.compile(
+    r"(?:chained_(?P<number>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
+    r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
+)
+_GRAD_SCALER = "grad_scaler"
+
+
+class GroupsKey(NamedTuple):
+    """Where one model-parallel group of a distributed optimizer saved param_groups.
+
+    ``number`` is the optimizer's in its chain, ``group`` the model-parallel group's, ``name`` the
+    key of the state dict, and ``key`` the whole key in the store.
+    """
+
+    number: int
+    group: int
+    name: str
+    key: str
+
+    @classmethod
+    def parse(cls, key: str) -> GroupsKey | None:
+        """None for the key of something else."""
+        if not (found := _GROUPS_KEY.fullmatch(key)):
+            return None
+        return cls(int(found["number"] or 0), int(found["group"]), found["name"], key)
+
+
+class Store:
+    """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files.
+
+    Its methods raise `CheckpointError` where a file is missing or damaged.
+
+    Args:
+        directory: The iteration's own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        """The iteration's own."""
+        return self._directory
+
+    @functools.cached_property
+    def index(self) -> Any:
+        """The Metadata of torch, as an `inert.Inert`."""
+        path = self._directory / INDEX
+        if not path.is_file():
+            raise unexpected(self._directory, f"{CONFIG} without {INDEX}", "both")
+        index = read_file(path, pickles.load_index)
+        wanted = ("state_dict_metadata", "storage_data")
+        if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
+            raise unexpected(path, f"{type(index).__name__}", "torch's Metadata")
+        return index
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Key -> global shape in elements, None for an object."""
+        entries = self.index.state_dict_metadata
+        return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+
+    def common(self) -> Any:
+        """What is the same on all ranks (load_common_state_dict, serialization.py)."""
+        path = self._directory / COMMON
+        if path.is_file():
+            return read_file(path, torch_file.load_torch)
+        if COMMON_KEY not in self.index.state_dict_metadata:
+            raise unexpected(
+                self._directory,
+                f"neither {COMMON} nor common_state in the store",
+                "one of them",
+            )
+        return self.object(COMMON_KEY)
+
+    def group_keys(self) -> list[GroupsKey]:
+        """The objects that hold groups of a distributed optimizer, first groups first."""
+        return [key for key in self._optimizer_keys() if key.name != _GRAD_SCALER]
+
+    def groups(self) -> dict[int, dict[str, Any]]:
+        """Number in the chain -> groups and grad scaler of its first model-parallel group."""
+        first: dict[tuple[int, bool], GroupsKey] = {}
+        for key in self._optimizer_keys():
+            first.setdefault((key.number, key.name == _GRAD_SCALER), key)
+        groups: dict[int, dict[str, Any]] = defaultdict(dict)
+        for key in first.values():
+            groups[key.number][key.name] = self.object(key.key)
+        return dict(groups)
+
+    def _optimizer_keys(self) -> list[GroupsKey]:
+        found = filter(None, map(GroupsKey.parse, self.index.state_dict_metadata))
+        return sorted(found, key=lambda k: (k.number, k.group, k.name))
+
+    @functools.cached_property
+    def _objects(self) -> dict[str, Any]:
+        names = ("optimizer", "optimizer_state_dict", "grad_scaler")
+        wanted = (COMMON_KEY, *(f"{name}/shard_0_1" for name in names))
+        storage = self.index.storage_data
+        return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
+
+    def object(self, key: str, reader: Callable[[BinaryIO], Any] = torch_file.load_torch) -> Any:
+        """One ShardedObject of those above: ``torch.save([object])`` at a place in a file."""
+        info = self._objects.get(key)
+        if info is None:
+            raise unexpected(self._directory / INDEX, f"no place for {key}", "one")
+        (found,) = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
+        return found
+
+    def require_files(self) -> None:
+        """That every file is there and long enough, from the index and the directory."""
+        ends: dict[str, int] = {}
+        for info in self.index.storage_data.values():
+            end = info.offset + info.length
+            if end > ends.get(info.relative_path, 0):
+                ends[info.relative_path] = end
+        for name, end in sorted(ends.items()):
+            path = self._directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found is None or found < end:
+                size = "no file" if found is None else f"{found} bytes"
+                raise unexpected(path, size, f"at least {end} bytes, as {INDEX} says")
+
+    @contextlib.contextmanager
+    def open(self, info: Any, key: str) -> Iterator[BinaryIO]:
+        """One item of the store as a file of its own; nothing is read ahead.
+
+        Args:
+            info: From the index's ``storage_data``.
+            key: The item's, for messages.
+        """
+        path = self._path(info, key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                yield torch_file.window(file, info.offset, info.length)
+        except CheckpointError:
+            raise
+        except Exception as e:
+            raise _unreadable(path, e) from e
+
+    def read(self, info: Any, key: str) -> bytes:
+        """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
+        data: bytes = self._slice(info, key, bytes)
+        return data
+
+    def _path(self, info: Any, key: str) -> Path:
+        if getattr(info, "transform_descriptors", None):
+            raise unexpected(
+                self._directory, f"{key} as {info.transform_descriptors}", "an item as it is"
+            )
+        path = self._directory / info.relative_path
+        if path.parent != self._directory:
+            raise unexpected(
+                self._directory / INDEX, f"the file {info.relative_path}", "one beside it"
+            )
+        return path
+
+    def _slice(self, info: Any, key: str, reader: Callable[[bytes], Any]) -> Any:
+        path = self._path(info, key)
+
+        def read(file: BinaryIO) -> Any:
+            file.seek(info.offset)
+            data = file.read(info.length)
+            if len(data) != info.length:
+                raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
+            return reader(data)
+
+        return read_file(path, read)
+
+
+def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
+    """What `reader` makes of a file of a checkpoint.
+
+    Args:
+        path: The file.
+        reader: Is given the open file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or the reader's own.
+    """
+    try:
+        with path.open("rb") as file:
+            return reader(file)
+    except CheckpointError:
+        raise
+    except Exception as e:  # a damaged pickle fails in any way
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
+        "damaged: restore it, or load another iteration with --ckpt-step"
+    )
+
+
+def unexpected(where: Path, found: str, expected: str, remedy: str = "") -> CheckpointError:
+    """The error for a file of a checkpoint that is not as it should be."""
+    remedy = remedy or "Restore the checkpoint or load another iteration with --ckpt-step"
+    return CheckpointError(f"{where}: expected {expected}, found {found}. {remedy}")

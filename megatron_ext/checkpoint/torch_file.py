@@ -1,0 +1,156 @@
+"""Read files of `torch.save` without running their pickles, and find where a tensor lies in one."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import torch
+
+from .pickles import Unpickler
+from .placeholders import TensorPlace
+
+_ZIP = b"PK\x03\x04"
+
+
+def load_torch(file: BinaryIO) -> Any:
+    """What ``torch.save`` wrote, with 0-dim tensors as numbers and an `Inert` for other tensors.
+
+    Args:
+        file: In the zip format; seekable. Of a tensor's elements none are read, but for those of
+            one element.
+
+    Returns:
+        The object. A tensor is an `Inert` of the class ``torch.Tensor`` with ``shape`` and
+        ``dtype``, and ``value`` where it has one element.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    with _archive(file) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        if "data.pkl" not in names:
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+        big = "byteorder" in names and archive.read(names["byteorder"]) == b"big"
+
+        def element(key: str, offset: int, size: int) -> bytes:
+            with archive.open(names[f"data/{key}"]) as record:
+                record.seek(offset)
+                data = record.read(size)
+            return data[::-1] if big else data
+
+        return Unpickler(io.BytesIO(archive.read(names["data.pkl"])), element).load()
+
+
+def require_torch_file(file: BinaryIO) -> None:
+    """Check that a file begins and ends as ``torch.save`` writes one; no element is read.
+
+    Args:
+        file: Seekable.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    with _archive(file) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+
+
+def find_tensor(file: BinaryIO) -> TensorPlace:
+    """Where the elements of the one tensor are that ``torch.save`` wrote, without reading them.
+
+    Args:
+        file: In the zip format, not compressed, as torch writes it.
+
+    Raises:
+        Exception: Whatever a damaged file makes of itself.
+    """
+    with _archive(file) as archive:
+        entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
+        if "byteorder" in entries and archive.read(entries["byteorder"]) == b"big":
+            raise pickle.UnpicklingError("a big-endian tensor")
+        found = _TensorFinder(io.BytesIO(archive.read(entries["data.pkl"]))).load()
+    if not isinstance(found, _Found):
+        raise pickle.UnpicklingError(f"a tensor was expected, found {type(found).__name__}")
+    record = entries[f"data/{found.storage}"]
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError("a compressed tensor")
+    # The local header is 30 bytes, then a name and padding of the lengths at its end.
+    file.seek(record.header_offset + 26)
+    begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    start = begin + found.offset * found.dtype.itemsize
+    return TensorPlace(found.dtype, found.shape, found.stride, start, begin + record.file_size)
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    """The zip file that ``torch.save`` writes.
+
+    Raises:
+        UnpicklingError: It is another file, or one in the format of torch 1.5 and earlier.
+    """
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    if start != _ZIP:
+        raise pickle.UnpicklingError("not in the zip format that torch.save writes since torch 1.6")
+    return zipfile.ZipFile(file)
+
+
+class _Found(NamedTuple):
+    """A tensor as its pickle says: the storage's key and the offset there, in elements."""
+
+    storage: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def window(file: BinaryIO, offset: int, length: int) -> BinaryIO:
+    """A part of a file as a file.
+
+    Args:
+        file: Seekable; nothing else may use it meanwhile.
+        offset: Where the part begins, in bytes.
+        length: Of the part, in bytes.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Window(file, offset, length), 1 << 16))
+
+
+class _Window(io.RawIOBase):
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._offset + self._at)
+        done: int = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
+        self._at += done
+        return done
+
+
+class _TensorFinder(Unpickler):
+    """Keeps what says where a tensor's elements are."""
+
+    def _one(
+        self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None
+    ) -> Any:
+        return _Found(key, offset, dtype, tuple(size), tuple(stride))

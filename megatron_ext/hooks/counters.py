@@ -1,0 +1,159 @@
+"""The counters of a phase at a load: decided before Megatron looks at them.
+
+Stock Megatron has one counter in three places and puts them right from each other. Nothing here
+changes a run whose counters agree with each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from ..base import ranks
+from ..base.log import say
+from ..checkpoint.directories import name_of
+from ..checkpoint.state import read_optimizer
+from ..errors import CheckpointError, MegatronExtError
+from ..policy.counters import Counters, begin, last_iteration, ramp_of
+from ..policy.phase import Mark, Phase, decide, identity
+from ..resume.session import Resume
+
+
+def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
+    """Decide about the phase and set the counters in what was read, before Megatron looks at it.
+
+    Called with what ``_load_base_checkpoint`` returns (training/checkpointing.py:1633, 0.19.2): the
+    iteration, the saved arguments with the consumed samples, and the optimizer's groups. Collective
+    over the default process group: one `agree`.
+
+    Args:
+        resume: Of the optimizers that are to be loaded.
+        load_dir: The directory.
+        state_dict: What was read; its consumed samples are changed in place. None if nothing was
+            found.
+
+    Raises:
+        MegatronExtError: The checkpoint cannot be what the policy was asked for; on every rank.
+    """
+    decided, error = None, None
+    try:
+        decided = _decide(resume, load_dir, state_dict)
+    except MegatronExtError as e:
+        error = e
+    phase = None if decided is None else decided[0]
+    text = "" if phase is None else f"{phase.state} {phase.mark}"
+    ranks.agree("the phase", hashlib.sha256(text.encode()).hexdigest(), error)
+    if decided is None:
+        return
+    phase, mark, before, after = decided
+    resume.announce(phase, mark, before, after)
+    saved = state_dict.get("args")
+    if saved is not None:
+        for name in _OF_ARGUMENTS:
+            setattr(saved, name, getattr(after, name))
+
+
+def after_the_load(resume: Resume, args: Any) -> int | None:
+    """Set the last iteration of a sample-based run whose batch size has changed.
+
+    Args:
+        resume: Of the optimizers that were loaded.
+        args: Megatron's, with the counters of the checkpoint.
+
+    Returns:
+        The iteration the run goes on at; None where no checkpoint was loaded.
+    """
+    if resume.counters is None or resume.phase is None:
+        return None
+    last = _last_iteration(resume, args)
+    if last != args.train_iters:
+        say(
+            f"megatron_ext: {args.train_samples} training samples are reached at iteration {last}, "
+            f"not {args.train_iters}: the global batch size has changed since"
+        )
+        args.train_iters = last
+    return resume.counters[1].iteration
+
+
+def length_of_run(resume: Resume, args: Any) -> dict[str, Any]:
+    """Where the run ends and what an iteration takes, for the report; before `after_the_load`.
+
+    Args:
+        resume: Of the optimizers that were loaded.
+        args: Megatron's, or None where its training loop does not run.
+    """
+    sizes = resume.global_batch_size or (None, None)
+    constant = args is not None and ramp_of(args) is None
+    return {
+        "train_iters": None if args is None else _last_iteration(resume, args),
+        "global_batch_size": {
+            "checkpoint": sizes[0],
+            "value": getattr(args, "global_batch_size", None) if constant else None,
+        },
+    }
+
+
+def _last_iteration(resume: Resume, args: Any) -> int | None:
+    """The iteration at which the run ends, as stock would have it with the right counters."""
+    samples = getattr(args, "train_samples", None)
+    if not samples or resume.counters is None or ramp_of(args) is not None:
+        return getattr(args, "train_iters", None)
+    mark = None if resume.phase is None else resume.phase.mark
+    offset = 0 if mark is None else mark.offset
+    return last_iteration(resume.counters[1], offset, samples, args.global_batch_size)
+
+
+_OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+def _decide(
+    resume: Resume, load_dir: Any, state_dict: Any
+) -> tuple[Phase, str | None, Counters, Counters] | None:
+    policy = resume.policy
+    if state_dict is None:
+        if policy.operations or resume.where != "load":
+            raise CheckpointError(
+                f"there is no checkpoint in {load_dir} to begin the phase from, but it was asked "
+                f"to: {', '.join(policy.operations) or '--selective-from'}. Name the directory of "
+                "the earlier phase"
+            )
+        return None
+    section = _first_optimizer(state_dict.get("optimizer"))
+    if section is None:
+        return None  # load_checkpoint of `host` says what is missing
+    saved = read_optimizer(section)
+    arguments = state_dict.get("args")
+    iteration = int(state_dict.get("iteration") or 0)
+    source = identity(
+        name_of(load_dir),
+        iteration,
+        {} if arguments is None else vars(arguments),
+        saved.groups,
+        saved.step,
+    )
+    mark = None if saved.mark is None else Mark.parse(saved.mark)
+    phase = decide(policy, mark, source, resume.where)
+    before = _counters(iteration, arguments, state_dict)
+    offset = 0 if mark is None else mark.offset
+    after, offset = begin(phase.policy, before, offset)
+    return phase.at(offset), saved.mark, before, after
+
+
+def _first_optimizer(section: Any) -> Mapping[str, Any] | None:
+    """The state of a chain's first optimizer, as torch_dist and legacy torch nest it."""
+    if isinstance(section, list):
+        section = section[0] if section else None
+    if isinstance(section, Mapping) and section and all(isinstance(k, int) for k in section):
+        section = section[min(section)]
+    return section if isinstance(section, Mapping) and section else None
+
+
+def _counters(iteration: int, arguments: Any, state_dict: Mapping[str, Any]) -> Counters:
+    scheduler = state_dict.get("opt_param_scheduler") or state_dict.get("lr_scheduler") or {}
+    position = scheduler.get("num_steps")
+    return Counters(
+        iteration,
+        **{name: int(getattr(arguments, name, 0) or 0) for name in _OF_ARGUMENTS},
+        num_steps=None if position is None else int(position),
+    )

@@ -1,0 +1,78 @@
+"""Put the wrappers into the imported Megatron, in memory; nothing on disk is touched."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ..host.contract import CORE, TRAINING, check_contract, has_training
+from ..policy.flags import add_flags
+from . import data_position, running
+from .building import build_emerging, build_optimizer, chain
+from .directories import choose_directories
+from .loading import check_checkpoint_args, load_base_checkpoint, load_checkpoint
+from .scheduling import load_scheduler
+from .sharded import load_sharded
+
+
+def install(*, arguments: bool = False) -> None:
+    """Rebind the names of `CONTRACT` that are marked; safe to call again.
+
+    Args:
+        arguments: Also add this package's flags to Megatron's own parser (the launcher; scripts
+            that pass `add_arguments` as ``extra_args_provider`` do not need it).
+
+    Raises:
+        HostError: See `check_contract`.
+    """
+    check_contract()
+    core = importlib.import_module(CORE)
+    _rebind(core, "_get_megatron_optimizer_based_on_param_groups", build_optimizer)
+    if hasattr(core, "_get_megatron_emerging_optimizer"):
+        _rebind(core, "_get_megatron_emerging_optimizer", build_emerging)
+    chained = importlib.import_module(f"{CORE}.optimizer").ChainedOptimizer
+    _rebind(chained, "__init__", chain)
+    scheduler = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    _rebind(scheduler.OptimizerParamScheduler, "load_state_dict", load_scheduler)
+    _rebind(importlib.import_module("megatron.core.dist_checkpointing"), "load", load_sharded)
+    if not has_training():
+        return
+    if arguments:
+        _rebind(
+            importlib.import_module(f"{TRAINING}.arguments"),
+            "add_megatron_arguments",
+            _add_arguments_too,
+        )
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    _rebind(checkpointing, "load_checkpoint", load_checkpoint)
+    _rebind(checkpointing, "check_checkpoint_args", check_checkpoint_args)
+    _rebind(checkpointing, "_load_base_checkpoint", load_base_checkpoint)
+    training = importlib.import_module(f"{TRAINING}.training")
+    _rebind(training, "load_checkpoint", load_checkpoint)
+    _rebind(training, "build_train_valid_test_data_loaders", data_position.loaders)
+    _rebind(training, "get_train_valid_test_num_samples", data_position.sample_counts)
+    _rebind(training, "train", running.train)
+    _rebind(training, "train_step", running.train_step)
+    _rebind(training, "training_log", running.training_log)
+
+
+def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `add_megatron_arguments`."""
+
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return choose_directories(add_flags(original(parser)))
+
+    return add_megatron_arguments
+
+
+def _rebind(owner: ModuleType | type, name: str, wrap: Callable[[Any], Any]) -> None:
+    current = getattr(owner, name)
+    if hasattr(current, "__megatron_ext_original__"):
+        return
+    wrapped = wrap(current)
+    wrapped.__megatron_ext_original__ = current
+    setattr(owner, name, wrapped)

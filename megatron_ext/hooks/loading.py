@@ -1,0 +1,181 @@
+"""Around the functions of megatron.training that load a checkpoint. Each gets the original."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..base import ranks
+from ..base.log import say
+from ..errors import CheckpointError, MegatronExtError
+from ..host.arguments import dropping_flag, global_args, needs_optimizer
+from ..host.contract import TRAINING
+from ..plan import resized
+from ..resume import vocabulary
+from ..resume.members import members_of
+from . import counters
+from .session import require_built, state
+from .sharded import no_optimizer_state
+
+
+def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `megatron.training.checkpointing.load_checkpoint`."""
+
+    @functools.wraps(original)
+    def load_checkpoint(
+        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        members = members_of(optimizer)
+        if not members:
+            if optimizer is not None:
+                require_built()
+            return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
+        megatron_args = global_args()
+        dropped = dropping_flag(megatron_args)
+        resume = members[0].resume
+        resume.begin_load()
+        if dropped and resume.policy.needs_optimizer:
+            raise needs_optimizer(dropped, resume.policy)
+        if dropped:
+            say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
+        else:
+            _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
+        state.loading, state.resumed = resume, None if dropped else resume
+        try:
+            result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
+        except KeyError as e:
+            if e.args != ("optimizer",):
+                raise
+            _raise_no_optimizer_state(getattr(megatron_args, kwargs.get("load_arg", "load")), e)
+        finally:
+            state.loading = None
+        if not dropped and _loaded_iteration() > 0 and not resume.complete:
+            raise CheckpointError(
+                f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
+                "with it and the moments were to be kept. A release checkpoint or one written "
+                "with --no-save-optim has none: pass --no-load-optim to start with a new "
+                "optimizer"
+            )
+        # Of a legacy checkpoint stock reads the iteration once more from the tracker's file
+        # (training/checkpointing.py:2587, 0.19.2).
+        iteration = None if dropped else counters.after_the_load(resume, megatron_args)
+        return result if iteration is None else (iteration, *result[1:])
+
+    return load_checkpoint
+
+
+def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `_load_base_checkpoint`, which reads the checkpoint, after a look at its head."""
+
+    @functools.wraps(original)
+    def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
+        result = original(load_dir, args, rank0, *rest, **kwargs)
+        if state.loading is not None and state.resumed is not None and not rank0:
+            counters.before_the_load(state.resumed, load_dir, result[0])
+        return result
+
+    return load
+
+
+def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `check_checkpoint_args`: the saved arguments, before the optimizer is loaded."""
+
+    @functools.wraps(original)
+    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = getattr(checkpoint_args, "global_batch_size", None)
+        current = getattr(global_args(), "global_batch_size", None)
+        if state.loading is not None and saved and current:
+            state.loading.global_batch_size = (int(saved), int(current))
+        if state.loading is not None:
+            _refuse_resized_legacy(checkpoint_args, global_args())
+        return original(checkpoint_args, *args, **kwargs)
+
+    return check_checkpoint_args
+
+
+def _loaded_iteration() -> int:
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    getter = getattr(checkpointing, "get_loaded_iteration", None)
+    return (getter() if getter else None) or 0
+
+
+def _raise_no_optimizer_state(where: Any, cause: KeyError) -> None:
+    """Tell the ranks that are about to plan, then raise."""
+    error = no_optimizer_state(where)
+    try:
+        ranks.agree("resume", "", error)
+    except MegatronExtError as e:
+        raise e from cause
+
+
+def _require_legacy_files(args: Any, load_arg: str) -> None:
+    """Raise on every rank if a legacy torch checkpoint lacks one rank's file.
+
+    Stock leaves that rank with exit code 0 and the others waiting
+    (training/checkpointing.py:1751-1754, 0.19.2).
+    """
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    load_dir = getattr(args, load_arg, None)
+    error = None
+    try:
+        missing = _missing_legacy_files(checkpointing, args, load_dir)
+        if missing:
+            error = CheckpointError(
+                f"the checkpoint in {load_dir} is not complete: {missing[0]} does not exist. "
+                "Restore it; if only the optimizer's file is lost, --no-load-optim starts with a "
+                "new optimizer (the Adam moments are then lost)"
+            )
+    except OSError as e:
+        error = CheckpointError(f"the checkpoint in {load_dir} cannot be read: {e}")
+    ranks.agree("looking for the checkpoint's files", "0" * 32, error)
+
+
+def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:
+    if (iteration := _legacy_iteration(checkpointing, args, load_dir)) is None:
+        return []
+    model = checkpointing.get_checkpoint_name(load_dir, iteration, False)
+    files = [model]
+    if args.use_distributed_optimizer and _writes_optimizer_file():
+        files.append(checkpointing.get_distributed_optimizer_checkpoint_name(model))
+    return [f for f in files if not os.path.isfile(f)]
+
+
+def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | None:
+    """The iteration of a legacy torch checkpoint; None where there is none in the directory."""
+    if load_dir is None:
+        return None
+    tracker = checkpointing.get_checkpoint_tracker_filename(load_dir)
+    if not os.path.isfile(tracker):
+        return None
+    # `read_metadata` reduces over the ranks; the file itself is enough here.
+    text = Path(tracker).read_text().strip()
+    iteration = getattr(args, "ckpt_step", None) or (int(text) if text.isdigit() else None)
+    if iteration is None:
+        return None
+    base = checkpointing.get_checkpoint_name(load_dir, iteration, False, return_base_dir=True)
+    is_legacy = os.path.isdir(base) and any(n.startswith("mp_rank_") for n in os.listdir(base))
+    return iteration if is_legacy else None
+
+
+def _refuse_resized_legacy(saved: Any, args: Any) -> None:
+    """Raise if the vocabulary of a legacy torch checkpoint is of another size; on every rank alike.
+
+    Raises:
+        CheckpointError: Its optimizer file has the buffers of the old size.
+    """
+    before, now = (getattr(a, "padded_vocab_size", None) for a in (saved, args))
+    if before is None or now is None or before == now or dropping_flag(args):
+        return
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    if _legacy_iteration(checkpointing, args, args.load) is not None:
+        change = resized.RowChange("padded_vocab_size", int(before), int(now), 0)
+        raise vocabulary.refusal(change, "legacy torch")
+
+
+def _writes_optimizer_file() -> bool:
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    return int(parallel_state.get_data_parallel_rank()) == 0

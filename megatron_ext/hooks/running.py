@@ -1,0 +1,178 @@
+"""Around the training loop after a resume: the guard, writers, and the end of a dry run.
+
+Nothing is added to a step but a look at the param_groups in Python before the first one, and to the
+first logging step one pass over the moments; then the wrappers only pass on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from ..base.log import say
+from ..errors import GuardError, MegatronExtError
+from ..host.arguments import global_args
+from ..policy.request import Request
+from ..resume import guard
+from ..resume.moments import survey
+from ..resume.steps import is_adam, is_hybrid
+from . import writers
+from .buckets import bucket_layout
+from .session import active_request, state
+
+
+@dataclass
+class Watch:
+    """What the guard knows of the steps since the load.
+
+    Args:
+        gradients: Norm of each successful step's gradient before clipping, as Megatron returned it.
+        started: Whether the first step has been looked at.
+    """
+
+    gradients: list[Any] = field(default_factory=list)
+    started: bool = False
+
+
+_watch: list[Watch] = []
+
+
+def train(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``train`` (training/training.py:3342, 0.19.2): a dry run ends here, on every rank."""
+
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        request = active_request()
+        if request is not None and request.dry_run:
+            _write_layout(request)
+            say("megatron_ext: --selective-dry-run: everything is built and loaded, no step made")
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            sys.exit(0)
+        resume = state.resumed
+        if resume is not None and resume.complete:
+            writers.write_to_writers(resume, int(global_args().iteration))
+        _watch[:] = [Watch()] if _guarded(request) and resume and resume.complete else []
+        return original(*args, **kwargs)
+
+    return run
+
+
+def train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``train_step`` (training/training.py:2336, 0.19.2)."""
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if not _watch:
+            return original(*args, **kwargs)
+        if not _watch[0].started:
+            _watch[0].started = True
+            _check_hyperparameters()
+        result = original(*args, **kwargs)
+        # loss_dict, skipped_iter, should_checkpoint, should_exit, exit_code, grad_norm, ...
+        if not result[1]:
+            _watch[0].gradients.append(result[5])
+        return result
+
+    return step
+
+
+def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``training_log`` (training/training.py:2568, 0.19.2), called after every step."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def log(*args: Any, **kwargs: Any) -> Any:
+        if _watch and _watch[0].gradients:
+            call = signature.bind(*args, **kwargs).arguments
+            first = call.get("is_first_iteration", False)
+            if first or call["iteration"] % global_args().log_interval == 0:
+                _check_moments(_watch.pop())
+        return original(*args, **kwargs)
+
+    return log
+
+
+def _write_layout(request: Request) -> None:
+    """Write which parameter lies where in the buckets, where a report is asked for; collective."""
+    if request.report_dir is None or state.resumed is None:
+        return
+    try:
+        layout = bucket_layout(state.resumed.members)
+    except MegatronExtError as e:
+        say(f"megatron_ext: the layout of the parameters is not written: {e}")
+        return
+    if layout is None:
+        say("megatron_ext: no optimizer is distributed: there is no layout of buckets to write")
+    elif not dist.is_initialized() or dist.get_rank() == 0:
+        path = layout.write(request.report_dir)
+        say(f"megatron_ext: layout of the parameters in buckets written to {path}")
+
+
+def _guarded(request: Any) -> bool:
+    return request is not None and request.guard
+
+
+def _check_hyperparameters() -> None:
+    """Compare the groups with the plan.
+
+    Raises:
+        GuardError: On every rank alike, for all have the same groups.
+    """
+    resume = state.resumed
+    if resume is None or resume.report is None or resume.report.scheduler is None:
+        return
+    first = {(f["optimizer"], f["group"]): f for f in resume.report.scheduler["first_step"]}
+    planned, used = [], []
+    for number, (member, report) in enumerate(
+        zip(resume.members, resume.report.optimizers, strict=True)
+    ):
+        for group, live in zip(report.plan.groups, member.optimizer.param_groups, strict=True):
+            values = {**group.values, **_of_scheduler(first[number, group.index])}
+            planned.append(guard.GroupValues.of(number, group.index, values))
+            used.append(guard.GroupValues.of(number, group.index, live))
+    wrong = guard.wrong_hyperparameters(planned, used)
+    if wrong:
+        raise GuardError(wrong)
+
+
+def _of_scheduler(first: dict[str, Any]) -> dict[str, Any]:
+    return {key: first[key] for key in ("lr", "weight_decay")}
+
+
+def _check_moments(watch: Watch) -> None:
+    """Compare the norms of this rank's moments with what the steps can have made of them.
+
+    Raises:
+        GuardError: On the ranks that hold such moments.
+    """
+    resume = state.resumed
+    members = [] if resume is None else resume.members
+    for number, member in enumerate(members):
+        before, inner = member.norms_after_load, member.optimizer
+        clip = member.config.clip_grad
+        decoupled = getattr(member.config, "decoupled_weight_decay", True)
+        # Without clipping Megatron does not compute the norm; L2 decay is a part of the gradient.
+        if before is None or not clip or clip <= 0 or not decoupled:
+            continue
+        if inner is None or not is_adam(inner) or is_hybrid(inner):
+            continue
+        betas = {tuple(g["betas"]) for g in inner.param_groups if g["params"]}
+        if len(betas) != 1 or any(norm is None for norm in watch.gradients):
+            continue
+        clipped = [min(float(norm), float(clip)) for norm in watch.gradients]
+        after = survey(inner, list(inner.state)).norms
+        wrong = guard.wrong_moments(number, betas.pop(), before, after, clipped)
+        if wrong:
+            raise GuardError(wrong)
+    say(
+        f"megatron_ext: guard: {guard.steps_after(len(watch.gradients))} the load the "
+        "hyperparameters are the planned ones, and the moments what Adam makes of the loaded ones"
+    )

@@ -1,0 +1,96 @@
+"""Around the load of the learning rate and weight decay scheduler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..host.arguments import global_args
+from ..host.schedule import NOT_SAVED, SCHEDULER_VALUES, saved_values
+from ..resume.members import members_of
+from .counters import length_of_run
+
+
+def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
+    """Around `OptimizerParamScheduler.load_state_dict`: the same decision as the groups'."""
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
+        members = members_of(self.optimizer)
+        if not members:
+            original(self, state_dict)
+            return
+        policy = members[0].resume.policy
+        flags = (self.override_opt_param_scheduler, self.use_checkpoint_opt_param_scheduler)
+        from_checkpoint = policy.schedule == "checkpoint"
+        self.override_opt_param_scheduler = not from_checkpoint
+        self.use_checkpoint_opt_param_scheduler = from_checkpoint
+        arguments = _scheduler_values(self)
+        try:
+            original(self, state_dict)
+        finally:
+            self.override_opt_param_scheduler, self.use_checkpoint_opt_param_scheduler = flags
+        for name in policy.kept_scheduler_attributes:
+            if name in state_dict:
+                setattr(self, name, state_dict[name])
+        phase = members[0].resume.phase
+        if phase is not None and phase.policy.restarts_schedule:
+            self.num_steps = 0
+        # Stock computes the first step's weight decay before it has restored start_wd and end_wd
+        # (core/optimizer_param_scheduler.py:341, 0.19.2).
+        self.step(0)
+        length = length_of_run(members[0].resume, global_args())
+        section = scheduler_section(self, state_dict, arguments, members, length)
+        members[0].resume.scheduler_loaded(section)
+
+    return load_state_dict
+
+
+def _scheduler_values(scheduler: Any) -> dict[str, Any]:
+    found = {name: getattr(scheduler, name) for name in SCHEDULER_VALUES}
+    return found | {name: getattr(scheduler, name, None) for name in NOT_SAVED}
+
+
+def scheduler_section(
+    scheduler: Any,
+    state_dict: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    members: list[Any],
+    length: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The scheduler's part of the report.
+
+    Args:
+        scheduler: Megatron's, after its load.
+        state_dict: What it has loaded.
+        arguments: Its values before the load.
+        members: The optimizers of the chain.
+        length: Of `hooks.counters.length_of_run`.
+    """
+    from_checkpoint = saved_values(members[0].resume.policy)
+    values = {
+        name: {
+            "checkpoint": state_dict.get(name),
+            "argument": arguments[name],
+            "value": value,
+            "taken": "checkpoint" if name in from_checkpoint else "arguments",
+        }
+        for name, value in _scheduler_values(scheduler).items()
+    }
+    first = [
+        {
+            "optimizer": number,
+            "group": index,
+            "lr": float(group["lr"]),
+            "weight_decay": float(group["weight_decay"]),
+        }
+        for number, member in enumerate(members)
+        for index, group in enumerate(member.optimizer.param_groups)
+    ]
+    return {
+        "num_steps": scheduler.num_steps,
+        **length,
+        "values": values,
+        "first_step": first,
+    }

@@ -1,0 +1,246 @@
+"""Around `dist_checkpointing.load`: what does not fit, and rows the checkpoint does not have."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..base import ranks
+from ..base.log import say
+from ..checkpoint.state import does_not_fit, misfits
+from ..checkpoint.stored import open_checkpoint
+from ..errors import CheckpointError, MegatronExtError
+from ..policy.phase import Mark, decide
+from ..resume import direct_read, selective_read, vocabulary
+from ..resume.session import Resume
+from .session import state
+
+#: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around `dist_checkpointing.load`: say what does not fit, in the user's words."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        if not state.built:
+            return original(*args, **kwargs)
+        with _metadata_read_once(), direct_read.active():
+            return _load(original, signature.bind(*args, **kwargs))
+
+    return load
+
+
+def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    call = bound.arguments
+    # Loading takes the sharded entries out of the dict: look before.
+    requested = _optimizer_entries(call["sharded_state_dict"])
+    # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
+    dcp = importlib.import_module("torch.distributed.checkpoint.api")
+    resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+    if not requested:
+        say(resized.lines())  # no optimizer is loaded that would report them
+        resized.forget()
+    left_out = _leave_out(call)
+    try:
+        result = original(*bound.args, **bound.kwargs)
+        # With some values of `strict` also which keys did not fit.
+        loaded = result[0] if isinstance(result, tuple) else result
+        left_out.put_back(loaded)
+        resized.put_back(loaded)
+        return result
+    except (Exception, dcp.CheckpointException) as e:
+        resized.forget()
+        stored = _stored_entries(call["checkpoint_dir"])
+        lines = misfits(requested, stored)
+        if not lines:
+            raise
+        if not any(_OPTIMIZER_PREFIX in key for key in stored):
+            raise no_optimizer_state(call["checkpoint_dir"]) from e
+        raise does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
+
+
+@contextlib.contextmanager
+def _metadata_read_once() -> Iterator[None]:
+    """Within, torch's reader unpickles each ``.metadata`` once.
+
+    Stock does so twice a load on every rank (strategies/torch.py:976 and :1028, 0.19.2), and what
+    it holds grows with the tensors and ranks of the whole job. To share what was read is what
+    Megatron's own CachedMetadataFileSystemReader does.
+    """
+    reader = importlib.import_module("torch.distributed.checkpoint.filesystem").FileSystemReader
+    original, known = reader.read_metadata, {}
+
+    @functools.wraps(original)
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        path = str(self.path)
+        if path not in known:
+            known[path] = original(self)
+        known[path].storage_meta.load_id = self.load_id
+        return known[path]
+
+    reader.read_metadata = read_metadata
+    try:
+        yield
+    finally:
+        reader.read_metadata = original
+
+
+def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
+    """Take out of a load what the policy overwrites, if a phase begins with it.
+
+    A rank whose parameters no rule matches takes part: whether the phase begins is read on rank 0
+    and told to all. What stock checks about the request, that each tensor is asked for completely
+    and once, is checked before anything is taken out, with the same collective.
+
+    Args:
+        call: The arguments of ``dist_checkpointing.load``; changed in place.
+    """
+    resume = selective_read.take_pending()
+    if resume is None:
+        return selective_read.LeftOut()
+    resume.unread = {}
+    # The ranks of a part of the job cannot agree over the default group.
+    partly = call.get("process_group") is not None
+    if not resume.policy.overwrites_moments or partly or _strict(call):
+        return selective_read.LeftOut()
+    if not _phase_begins(resume, call["checkpoint_dir"]):
+        return selective_read.LeftOut()
+    if call.get("validate_access_integrity", True):
+        validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
+        mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+        entries = _built(call["sharded_state_dict"], mapping)
+        validation.validate_sharding_integrity(validation.determine_global_metadata(entries)[1])
+        call["validate_access_integrity"] = False
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    left_out = selective_read.leave_out(call["sharded_state_dict"], whole=alone)
+    resume.unread = left_out.names
+    return left_out
+
+
+def _strict(call: Mapping[str, Any]) -> bool:
+    """Whether stock would take what is left out for keys that are missing in the request."""
+    validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
+    handling = validation.StrictHandling
+    strict = validation.parse_strict_flag(call.get("strict", handling.ASSUME_OK_UNEXPECTED))
+    return bool(handling.requires_global_app_metadata(strict))
+
+
+def _phase_begins(resume: Resume, directory: Any) -> bool:
+    """Whether the checkpoint is of an earlier phase than the one that is asked for.
+
+    Collective: rank 0 looks at the saved param_groups. Where it cannot, or where the checkpoint is
+    no beginning at all, everything is read, and what comes after the load says what is wrong.
+    """
+
+    def look() -> bool:
+        try:
+            saved = open_checkpoint(directory).optimizers[0]
+            mark = None if saved.mark is None else Mark.parse(saved.mark)
+            return decide(resume.policy, mark, "", resume.where).state == "applied"
+        except (MegatronExtError, OSError, IndexError):
+            return False
+
+    return ranks.broadcast_from_rank_0(look)
+
+
+def _built(state_dict: Any, mapping: Any) -> list[Any]:
+    """All that a sharded state dict asks for, with what its factories build."""
+    out: list[Any] = []
+    utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
+    for entry in utils.nested_values(state_dict):
+        if isinstance(entry, mapping.ShardedTensorFactory):
+            out += _built({"": entry.build()}, mapping)
+        elif isinstance(entry, mapping.ShardedTensor | mapping.ShardedObject):
+            out.append(entry)
+    return out
+
+
+def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> vocabulary.Resized:
+    """What of a resume has another number of rows than the checkpoint.
+
+    Raises:
+        CheckpointError: The optimizer state is stored for the old number only; on every rank.
+    """
+    if not requested and state.loading is None:
+        return vocabulary.Resized()
+    mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+
+    def stored() -> Mapping[str, tuple[int, ...] | None]:
+        try:
+            return _stored_entries(directory)
+        except Exception:  # no torch_dist checkpoint, or damaged: the load itself says so
+            return {}
+
+    resized = vocabulary.look(state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored)
+    error = vocabulary.unsupported(resized, requested)
+    if error is not None:
+        resized.forget()
+    if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
+        ranks.agree("looking at the vocabulary", "0" * 32, error)
+    elif error is not None:
+        raise error
+    return resized
+
+
+def _has_stages_without_vocabulary() -> bool:
+    """Whether a pipeline stage has neither embedding nor output layer to tell the size by."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    return int(parallel_state.get_pipeline_model_parallel_world_size()) > 2
+
+
+def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
+    """Checkpoint keys of the optimizer's entries in a sharded state dict -> global shape."""
+    mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
+    utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
+    entries: dict[str, Any] = {}
+    for entry in utils.nested_values(state_dict):
+        if isinstance(entry, mapping.ShardedTensorFactory):
+            # A gated fc1 is stored as two halves along a new or split axis; only the key is sure.
+            entries[entry.key] = None
+        elif isinstance(entry, mapping.ShardedTensor):
+            entries[entry.key] = None if entry.allow_shape_mismatch else entry.global_shape
+        elif isinstance(entry, mapping.ShardedObject):
+            entries[entry.unique_key] = None
+    return {key: shape for key, shape in entries.items() if _OPTIMIZER_PREFIX in key}
+
+
+def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
+    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
+
+    Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
+    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
+    0.19.2).
+
+    Args:
+        directory: The iteration's directory.
+
+    Returns:
+        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+    }
+
+
+def no_optimizer_state(where: Any) -> CheckpointError:
+    """The error for a checkpoint without the moments that were to be kept."""
+    return CheckpointError(
+        f"the checkpoint in {where} holds no optimizer state (a release checkpoint, or written "
+        "with --no-save-optim), but the moments were to be kept. Pass --no-load-optim to start "
+        "with a new optimizer"
+    )

@@ -1,0 +1,40 @@
+"""The optimizer class that ``--optimizer-class`` names."""
+
+from __future__ import annotations
+
+import importlib
+
+from ..errors import HostError
+from ..policy.request import DEFAULT_CLASS
+from .contract import CORE
+
+
+def resolve_class(path: str) -> type:
+    """Import the class ``--optimizer-class`` names.
+
+    Args:
+        path: ``package.module.Class``.
+
+    Raises:
+        HostError: It cannot be imported or is no `DistributedOptimizer` subclass.
+    """
+    base = importlib.import_module(f"{CORE}.distrib_optimizer").DistributedOptimizer
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise HostError(
+            f"--optimizer-class {path}: expected a dotted path such as {DEFAULT_CLASS}, found a "
+            "name without a module"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except Exception as e:  # a user's module may fail to import in any way
+        raise HostError(
+            f"--optimizer-class {path}: cannot be imported: {type(e).__name__}: {e}. Is {module} "
+            "installed in this environment, on every node?"
+        ) from e
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise HostError(
+            f"--optimizer-class {path}: expected a subclass of {base.__module__}.{base.__name__}, "
+            f"found {cls!r}"
+        )
+    return cls

@@ -1,0 +1,1 @@
+"""Inspect, compare, edit, convert and plan from a checkpoint: no ranks, no model."""

@@ -1,0 +1,215 @@
+"""The command line of a planned run, and which checkpoint it would load."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.directories import Directories, choose, holds, is_remote
+from ..checkpoint.state import DirectoryRole
+from ..errors import MegatronExtError, PolicyError
+from ..host import arguments, contract
+from ..policy.flags import add_flags
+
+_PROG = "python -m megatron_ext plan"
+_USAGE = "python -m megatron_ext plan CKPT [options] [Megatron arguments]"
+#: Megatron's flags that a plan looks at, and what they take (training/arguments.py and
+#: training/config/training_config.py, 0.19.2); without a type they are switches.
+FLAGS: dict[str, type | None] = {
+    "lr": float,
+    "min_lr": float,
+    "decoupled_lr": float,
+    "decoupled_min_lr": float,
+    "weight_decay": float,
+    "start_weight_decay": float,
+    "end_weight_decay": float,
+    "weight_decay_incr_style": str,
+    "adam_beta1": float,
+    "adam_beta2": float,
+    "adam_eps": float,
+    "clip_grad": float,
+    "lr_decay_style": str,
+    "lr_wsd_decay_style": str,
+    "lr_warmup_init": float,
+    "lr_warmup_fraction": float,
+    "lr_warmup_iters": int,
+    "lr_warmup_samples": int,
+    "lr_decay_iters": int,
+    "lr_decay_samples": int,
+    "lr_wsd_decay_iters": int,
+    "lr_wsd_decay_samples": int,
+    "train_iters": int,
+    "train_samples": int,
+    "global_batch_size": int,
+    "tensor_model_parallel_size": int,
+    "pipeline_model_parallel_size": int,
+    "expert_model_parallel_size": int,
+    "use_distributed_optimizer": None,
+    "bf16": None,
+    "fp16": None,
+    "finetune": None,
+    "no_load_optim": None,
+    "override_opt_param_scheduler": None,
+    "use_checkpoint_opt_param_scheduler": None,
+    "load": str,
+    "save": str,
+    "ckpt_step": int,
+}
+#: Flags that are spelled in another way than their destination.
+_SPELLED = {
+    "override_opt_param_scheduler": (
+        "override-opt_param-scheduler",
+        "override-opt-param-scheduler",
+    ),
+    "use_checkpoint_opt_param_scheduler": (
+        "use-checkpoint-opt_param-scheduler",
+        "use-checkpoint-opt-param-scheduler",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which checkpoint is planned for.
+
+    Args:
+        directories: Where the run would load from and save to, if it loads this checkpoint.
+        iteration: Which one; the newest by default.
+        elsewhere: The directory that the run itself would load, where it is another one.
+        consistent: Whether the directories of the command line go together.
+    """
+
+    directories: Directories
+    iteration: int | None
+    elsewhere: Path | None
+    consistent: bool
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line that has been parsed, before the checkpoint was looked at.
+
+    Args:
+        values: All arguments, defaults included.
+        given: The destinations of the flags that are there.
+        unknown: Words that no parser knows.
+        parsed_by: Who has read it.
+    """
+
+    values: argparse.Namespace
+    given: frozenset[str]
+    unknown: tuple[str, ...]
+    parsed_by: str
+
+
+def parse(words: Sequence[str]) -> CommandLine:
+    """Parse what comes after the checkpoint's name.
+
+    Flags of optimizer, scheduler and this package are read without Megatron; where there are others
+    its own parser reads the whole line, if it is installed.
+
+    Args:
+        words: Megatron's arguments, as for a run.
+
+    Raises:
+        SystemExit: A flag is malformed; argparse has said so, and the exit status is 2.
+        PolicyError: ``--yaml-cfg``.
+    """
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
+        raise PolicyError(
+            "--yaml-cfg: Megatron then replaces all parsed arguments by the YAML file's. Give the "
+            "arguments on the command line"
+        )
+    own = _read(_own_parser, words, "megatron_ext")
+    if not own.unknown or not contract.has_training():
+        return own
+    return _read(_megatron_parser, words, f"megatron-core {contract.megatron_version()}")
+
+
+def _read(
+    make: Callable[[], argparse.ArgumentParser], words: Sequence[str], by: str
+) -> CommandLine:
+    values, unknown = make().parse_known_args(list(words))
+    bare = make()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    bare._defaults.clear()
+    given, _ = bare.parse_known_args(list(words))
+    return CommandLine(values, frozenset(vars(given)), tuple(unknown), by)
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=_PROG, usage=_USAGE, add_help=False, allow_abbrev=False)
+    for name, kind in FLAGS.items():
+        flags = [f"--{flag}" for flag in _SPELLED.get(name, (name.replace("_", "-"),))]
+        if kind is None:
+            parser.add_argument(*flags, dest=name, action="store_true", default=None)
+        else:
+            parser.add_argument(*flags, dest=name, type=kind)
+    return add_flags(parser)
+
+
+def _megatron_parser() -> argparse.ArgumentParser:
+    return add_flags(arguments.megatron_parser(_PROG, _USAGE))
+
+
+def flag_of(name: str) -> str:
+    """The flag of a destination, as Megatron spells it."""
+    return "--" + _SPELLED.get(name, (name.replace("_", "-"),))[0]
+
+
+def locate(line: CommandLine, path: str | Path, iteration: int | None = None) -> Place:
+    """Say what a run with this command line that loads a certain checkpoint would load.
+
+    Args:
+        line: What `parse` gave.
+        path: The directory of the checkpoint, or one iteration's own.
+        iteration: Which one, if that is asked beside the command line.
+    """
+    values = line.values
+    root, own = split_iteration(path)
+    load, save, start = (getattr(values, n, None) for n in ("load", "save", "selective_from"))
+    start_dir = None if start is None else Path(start)
+    chosen, consistent = None, True
+    try:
+        elsewhere = getattr(values, "non_persistent_global_ckpt_dir", None)
+        chosen = choose(load, save, start, elsewhere).load
+    except MegatronExtError:
+        consistent = False  # the preflight says so, beside whatever else is wrong
+    where: DirectoryRole = "load"
+    if start_dir is not None:
+        where = "start" if _same(start_dir, root) else "load"
+        if any(d is not None and _same(Path(d), root) for d in (load, save)):
+            where = "own"
+    other = chosen if chosen is not None and not _same(chosen, root) else None
+    if other is not None and (is_remote(str(other)) or not (other.is_dir() and holds(other))):
+        other = None
+    step = None if where == "own" else getattr(values, "ckpt_step", None)
+    named = [n for n in (own, iteration, step or None) if n is not None]
+    if len(set(named)) > 1:
+        raise PolicyError(
+            f"iterations {' and '.join(map(str, named))}: expected one, named by the directory, "
+            "--iteration or --ckpt-step"
+        )
+    directories = Directories(root, None if save is None else Path(save), where, start_dir)
+    return Place(directories, named[0] if named else None, other, consistent)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def split_iteration(path: str | Path) -> tuple[Path, int | None]:
+    """A directory as ``--load`` is given it, and the iteration if it is one iteration's own.
+
+    Args:
+        path: Either of the two.
+    """
+    path = Path(path)
+    found = re.fullmatch(r"iter_(\d{7,})", path.name)
+    if found and not holds(path):
+        return path.parent, int(found[1])
+    return path, None

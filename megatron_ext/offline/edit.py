@@ -1,0 +1,246 @@
+"""Write a copy of a checkpoint with other values in its param_groups and scheduler."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import os
+import pickle
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base.files import new_directory
+from ..checkpoint import torch_file
+from ..checkpoint.store import (
+    COMMON,
+    COMMON_KEY,
+    INDEX,
+    LEGACY_FILE,
+    TRACKER,
+    GroupsKey,
+    Store,
+    read_file,
+)
+from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
+from ..errors import CheckpointError
+from ..policy.match import Scalar
+from . import allowed
+from .edit_settings import EditedValue, Value, plan_edit, value_at
+from .new_checkpoint import require_new
+
+#: Where a hard link cannot be made, or not to this file.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit did.
+
+    Args:
+        directory: The iteration's directory that was written.
+        iteration: Its number, 0 for a release.
+        changes: Every value that was set, also where it was the same before.
+        written: Files that are new, by path in `directory`.
+        linked: How many files are hard links to the source's.
+        copied: How many were copied because a link could not be made.
+    """
+
+    directory: Path
+    iteration: int
+    changes: tuple[EditedValue, ...]
+    written: tuple[str, ...]
+    linked: int
+    copied: int
+
+
+def edit(
+    source: str | Path,
+    target: str | Path,
+    settings: Mapping[str, Value],
+    group: Mapping[str, Scalar] | None = None,
+    iteration: int | None = None,
+    allow_pickle: bool = False,
+) -> Edited:
+    """Write a copy of a checkpoint with other hyperparameters.
+
+    The source is only read. The target appears when it is complete and on the disk.
+
+    Args:
+        source: What was given to ``--save``, or one iteration's own directory.
+        target: A new or empty directory, for ``--load``, with this one iteration.
+        settings: Key of the param_groups, of the scheduler's state or of both, and its value.
+            ``weight_decay`` is that of a group with ``wd_mult`` 1.
+        group: Attributes of the param_groups that are meant; all by default. The scheduler follows
+            where no other group has its value.
+        iteration: Which one; the tracker file's by default.
+        allow_pickle: Whether code in the checkpoint's pickles may run.
+
+    Raises:
+        PolicyError: The settings do not fit what is saved; says which.
+        CheckpointError: The source is damaged or holds what may not be loaded, or the target
+            exists.
+        OSError: A file cannot be written.
+    """
+    target = Path(target)
+    stored = open_checkpoint(source, iteration)
+    require_new(target, stored)
+    stored.require_files()
+    places = _read_places(stored)
+    changes = plan_edit(places, settings, group)
+    name = "release" if stored.release else f"iter_{stored.iteration:07d}"
+    with new_directory(target) as partial:
+        made = partial / name
+        made.mkdir()
+        written, values = _write(stored, made, changes, allow_pickle)
+        linked, copied = _link_others(stored.directory, made, set(written))
+        _check(stored, made, places, values)
+        (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
+    return Edited(target / name, stored.iteration, changes, tuple(written), linked, copied)
+
+
+def _set(state: Any, change: EditedValue) -> Any:
+    """Set one value; returns it as it reads, which a tensor rounds."""
+    owner = value_at(state, change.path)
+    old = owner[change.key]
+    if isinstance(old, torch.Tensor):
+        owner[change.key] = torch.full_like(old, change.new)
+        return owner[change.key].item()
+    owner[change.key] = change.new
+    return change.new
+
+
+def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
+    """Every place that may have param_groups or the scheduler's state, nothing run."""
+    if stored.format == "torch":
+        files = sorted(stored.directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
+        found = {
+            str(f.relative_to(stored.directory)): read_file(f, torch_file.load_torch) for f in files
+        }
+    else:
+        store = Store(stored.directory)
+        common = COMMON if (stored.directory / COMMON).is_file() else COMMON_KEY
+        found = {common: store.common()}
+        found |= {k.key: store.object(k.key) for k in store.group_keys()}
+    for where, value in found.items():
+        if not isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{stored.directory}: {where}: expected a dict, found a {type(value).__name__}. "
+                "Restore the checkpoint or choose another with --iteration"
+            )
+    return found
+
+
+def _write(
+    stored: StoredCheckpoint, made: Path, changes: Iterable[EditedValue], allow_pickle: bool
+) -> tuple[list[str], dict[str, list[EditedValue]]]:
+    """Write what changes; the files, and by place the changes with the values as they read."""
+    by_place: dict[str, list[EditedValue]] = defaultdict(list)
+    for change in changes:
+        by_place[change.where].append(change)
+    done: dict[str, list[EditedValue]] = {}
+    files, objects = [], {}
+    for where, mine in by_place.items():
+        in_store = where == COMMON_KEY or GroupsKey.parse(where) is not None
+        value = _load(stored.directory, where, in_store, allow_pickle)
+        done[where] = [dataclasses.replace(c, new=_set(value, c)) for c in mine]
+        if in_store:
+            objects[where] = value
+        else:
+            (made / where).parent.mkdir(exist_ok=True)
+            with (made / where).open("wb") as file:
+                torch.save(value, file)
+            files.append(where)
+    if objects:
+        files += _write_objects(stored.directory, made, objects, allow_pickle)
+    return files, done
+
+
+def _load(directory: Path, where: str, in_store: bool, allow_pickle: bool) -> Any:
+    def load(file: Any) -> Any:
+        return allowed.load_torch(file, f"{directory}: {where}", allow_pickle)
+
+    return Store(directory).object(where, load) if in_store else read_file(directory / where, load)
+
+
+def _write_objects(
+    source: Path, made: Path, objects: Mapping[str, Any], allow_pickle: bool
+) -> list[str]:
+    """Objects into a file of their own, and an index that leads there."""
+    path = source / INDEX
+    index = read_file(path, lambda file: allowed.load_index(file, str(path), allow_pickle))
+    name = next(n for i in range(10**6) if not (source / (n := f"__edited_{i}.distcp")).exists())
+    places = {place.fqn: place for place in index.storage_data if place.fqn in objects}
+    with (made / name).open("wb") as file:
+        for key, value in objects.items():
+            begin = file.tell()
+            torch.save([value], file)
+            index.storage_data[places[key]] = dataclasses.replace(
+                index.storage_data[places[key]],
+                relative_path=name,
+                offset=begin,
+                length=file.tell() - begin,
+            )
+    with (made / INDEX).open("wb") as file:
+        pickle.dump(index, file)
+    return [name, INDEX]
+
+
+def _link_others(source: Path, made: Path, written: set[str]) -> tuple[int, int]:
+    """Hard links to all files but those that were written; how many, and how many copies."""
+    linked = copied = 0
+    for directory, _, names in os.walk(source, followlinks=True):
+        inside = Path(directory).relative_to(source)
+        (made / inside).mkdir(exist_ok=True)
+        for name in names:
+            if str(inside / name) in written:
+                continue
+            if _link(Path(directory) / name, made / inside / name):
+                linked += 1
+            else:
+                copied += 1
+    return linked, copied
+
+
+def _link(path: Path, new: Path) -> bool:
+    """Whether a link was made; else it is a copy."""
+    try:
+        os.link(path.resolve(), new)
+    except OSError as e:
+        if e.errno not in _NO_LINK:
+            raise
+        shutil.copy2(path, new)
+        return False
+    return True
+
+
+def _check(
+    stored: StoredCheckpoint,
+    made: Path,
+    places: Mapping[str, Any],
+    values: Mapping[str, Iterable[EditedValue]],
+) -> None:
+    """That what was written reads as the source with the changes, before it gets its name."""
+    expected = copy.deepcopy(dict(places))
+    for where, changes in values.items():
+        for change in changes:
+            _set(expected[where], change)
+    again = open_checkpoint(made)
+    found = _read_places(again)
+    # NaN equals nothing, and numpy has moved the module of its arrays.
+    same = found == expected or _written_out(found) == _written_out(expected)
+    if not same or again.tensors != stored.tensors:
+        raise CheckpointError(
+            f"the copy of {stored.directory} does not read as the original with the changes: a "
+            "fault of megatron_ext. Nothing was left behind; please report it"
+        )
+
+
+def _written_out(places: Mapping[str, Any]) -> str:
+    return repr(places).replace("numpy.core.", "numpy._core.")

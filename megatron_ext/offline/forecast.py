@@ -1,0 +1,298 @@
+"""What a resume would do, from the checkpoint and a command line alone."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..checkpoint.pickles import without_collection
+from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
+from ..errors import CheckpointError, MegatronExtError
+from ..host.arguments import dropping_flag
+from ..host.schedule import (
+    NOT_SAVED,
+    SCHEDULER_VALUES,
+    ScheduleValues,
+    resumed,
+    saved_values,
+    values_of,
+)
+from ..plan.decisions import Circumstances, ResumePlan
+from ..plan.hyperparameters import plan_resume
+from ..plan.parameters import ParameterPlan
+from ..plan.preflight import findings
+from ..plan.preflight_checkpoint import identity_of, padded_rows
+from ..plan.resized import resized_by, warnings_of
+from ..policy.counters import Counters, begin
+from ..policy.from_flags import request_from_args
+from ..policy.phase import Mark, Phase, decide
+from ..policy.policy import ResumePolicy
+from .command_line import CommandLine, Place, locate, parse
+from .current_groups import current_groups
+from .findings import Findings
+from .forecast_curves import curves_of, saved_counters
+from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
+from .moments_forecast import forecast_moments, rules_of
+from .planned_arguments import complete, state_of
+
+T = TypeVar("T")
+
+
+def forecast(
+    checkpoint: str | Path, words: Sequence[str] = (), iteration: int | None = None
+) -> Forecast:
+    """Say what a resume would do.
+
+    Args:
+        checkpoint: What is given to ``--load`` or ``--selective-from``, or one iteration's own
+            directory.
+        words: Megatron's arguments, as for a run or only what is to change.
+        iteration: Which one; the newest, or that of ``--ckpt-step``, by default.
+
+    Returns:
+        All of it; a resume that would be refused is one with `errors`.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        PolicyError: The command line names two iterations, or a YAML file.
+        SystemExit: A flag is malformed (argparse).
+    """
+    line = parse(words)
+    place = locate(line, checkpoint, iteration)
+    with without_collection():
+        return _forecast(line, place, Path(checkpoint))
+
+
+def _forecast(line: CommandLine, place: Place, checkpoint: Path) -> Forecast:
+    stored = open_checkpoint(place.directories.load or checkpoint, place.iteration)
+    if stored.store is not None:
+        stored.store.require_files()
+    try:
+        return _Forecaster(stored, line, place).run()
+    except (TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(
+            f"{stored.directory}: expected arguments, param_groups and a scheduler as Megatron "
+            f"saves them, found a value of another kind: {type(e).__name__}: {e}. The "
+            "checkpoint was edited or is damaged; load another one"
+        ) from e
+
+
+class _Forecaster:
+    """Collects what is found; every part is tried, whatever is wrong with another.
+
+    Args:
+        stored: The checkpoint.
+        line: The command line.
+        place: Where it lies, and what the run would load.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, line: CommandLine, place: Place) -> None:
+        self.stored = stored
+        self.arguments = complete(line, place, stored)
+        self.now = self.arguments.values
+        nothing = CommandLine(argparse.Namespace(), frozenset(), (), "megatron_ext")
+        self.before = complete(nothing, place, stored).values
+        self.found = Findings()
+
+    def run(self) -> Forecast:
+        """Everything."""
+        stored, now = self.stored, self.now
+        self._look_at_the_length()
+        for error in findings(self._as_given(), stored):
+            self.found.refuse(error)
+        request = _quietly(lambda: request_from_args(now))
+        policy = None if request is None else request.policy
+        dropped = dropping_flag(now)
+        if dropped:
+            self.found.warnings.append(f"{dropped}: the checkpoint's Adam moments are dropped")
+        self._look_at_the_directories()
+        phase = None if policy is None or dropped else self._phase(policy)
+        counters = self._counters(phase, dropped)
+        values = self.found.tried(lambda: values_of(now), self.found.notes)
+        groups = self._current_groups(values)
+        optimizers = () if phase is None else self._optimizers(phase, groups)
+        scheduler, after = self._scheduler(policy, values, dropped)
+        curves = curves_of(
+            self.found, self.stored, (self.before, now), after, optimizers, groups, counters
+        )
+        return Forecast(
+            stored=stored,
+            arguments=self.arguments,
+            errors=tuple(self.found.errors),
+            policy=policy,
+            phase=phase,
+            counters=counters,
+            optimizers=optimizers,
+            scheduler=scheduler,
+            curves=curves,
+            dropped=dropped,
+            warnings=tuple(self.found.warnings),
+            notes=tuple(dict.fromkeys(self.found.notes)),
+        )
+
+    def _assumed(self, flag: str) -> bool:
+        return any(a.flag == flag for a in self.arguments.assumed)
+
+    def _as_given(self) -> argparse.Namespace:
+        """The arguments without a length of the run that nobody has given."""
+        given = copy.copy(self.now)
+        if self.arguments.elsewhere is not None:
+            given.save = None  # a run goes on from what is there, and does not overwrite it
+        if self._assumed("--train-iters"):
+            given.train_iters = None
+        return given
+
+    def _look_at_the_length(self) -> None:
+        last = getattr(self.now, "train_iters", None)
+        begins = 0 if getattr(self.now, "reset_iteration", False) else self.stored.iteration
+        if self._assumed("--train-iters") and last and last <= begins:
+            self.found.notes.append(
+                f"--train-iters {last} is the checkpoint's and ends at its iteration {begins}: "
+                "give the last iteration of the resumed run"
+            )
+
+    def _look_at_the_directories(self) -> None:
+        arguments = self.arguments
+        if arguments.elsewhere is not None:
+            self.found.warnings.append(
+                f"with these arguments a run loads {arguments.elsewhere}, not {self.stored.root}; "
+                "this plan is for the latter"
+            )
+        if arguments.unknown:
+            words = " ".join(arguments.unknown[:20])
+            more = " ..." if len(arguments.unknown) > 20 else ""
+            self.found.notes.append(
+                f"not looked at, for {arguments.parsed_by} does not know it (a script's own "
+                f"arguments, or a mistake): {words}{more}"
+            )
+
+    def _phase(self, policy: ResumePolicy) -> Phase | None:
+        stored = self.stored
+        if not stored.optimizers:
+            return None
+
+        def decided() -> Phase:
+            mark = stored.optimizers[0].mark
+            parsed = None if mark is None else Mark.parse(mark)
+            where = self.arguments.directories.where
+            phase = decide(policy, parsed, identity_of(stored), where)
+            _, offset = begin(
+                phase.policy, saved_counters(self.stored), parsed.offset if parsed else 0
+            )
+            return phase.at(offset)
+
+        return self.found.tried(decided)
+
+    def _counters(
+        self, phase: Phase | None, dropped: str | None
+    ) -> tuple[Counters, Counters] | None:
+        saved = saved_counters(self.stored)
+        if phase is not None:
+            return saved, begin(phase.policy, saved, 0)[0]
+        if not dropped:
+            return None
+        kept = dropped != "--finetune"
+        position = None if saved.num_steps is None else 0
+        return saved, Counters(
+            saved.iteration if kept else 0,
+            saved.consumed_train_samples if kept else 0,
+            saved.skipped_train_samples if kept else 0,
+            saved.consumed_valid_samples if kept else 0,
+            position,
+        )
+
+    def _current_groups(
+        self, values: ScheduleValues | None
+    ) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+        saved = [o.groups for o in self.stored.optimizers]
+        found = self.found.accepted(lambda: current_groups(saved, self.before, self.now, values))
+        if found is None:
+            found = current_groups(saved, self.before, self.now, None)
+        self.found.notes += found.notes
+        return found.optimizers
+
+    def _optimizers(
+        self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> tuple[OptimizerForecast, ...]:
+        stored, now = self.stored, self.now
+        sizes = self.before.global_batch_size, now.global_batch_size
+        plans = []
+        for saved, current in zip(stored.optimizers, groups, strict=True):
+            circumstances = Circumstances(
+                clip_grad=getattr(now, "clip_grad", None) or 0.0,
+                decoupled_weight_decay=getattr(now, "decoupled_weight_decay", None) is not False,
+                global_batch_size=sizes if all(sizes) else None,
+                adam=any("betas" in g for g in current),
+            )
+            plans.append(
+                self.found.tried(
+                    lambda s=saved, c=current, x=circumstances: plan_resume(  # type: ignore[misc]
+                        phase.policy, s, c, x, phase
+                    )
+                )
+            )
+        moments = self._moments(phase.policy, plans, groups)
+        out = []
+        for plan, decided in zip(plans, moments, strict=True):
+            if plan is None:
+                continue
+            resized = tuple(
+                resized_by(d) for d in decided or () if d.parameter.saved_rows is not None
+            )
+            self.found.warnings += warnings_of(plan, resized)
+            rules = None if decided is None else rules_of(phase.policy, decided)
+            out.append(OptimizerForecast(plan, rules, resized))
+        return tuple(out)
+
+    def _moments(
+        self,
+        policy: ResumePolicy,
+        plans: Sequence[ResumePlan | None],
+        groups: Sequence[Sequence[Mapping[str, Any]]],
+    ) -> tuple[tuple[ParameterPlan, ...] | None, ...]:
+        """For each optimizer what is done to its parameters; None where that is not known."""
+        rows = padded_rows(self.stored.args, self.now)
+        found = forecast_moments(
+            self.stored,
+            policy,
+            plans,
+            groups,
+            None if rows is not None and rows[0] == rows[1] else rows,
+            decoupled=getattr(self.before, "decoupled_lr", None) is not None,
+        )
+        for error in found.errors:
+            self.found.refuse(error)
+        self.found.warnings += found.warnings
+        self.found.notes += found.notes
+        return found.decided
+
+    def _scheduler(
+        self, policy: ResumePolicy | None, values: ScheduleValues | None, dropped: str | None
+    ) -> tuple[dict[str, ScheduledValue], ScheduleValues | None]:
+        state = state_of(self.stored)
+        if policy is None or values is None:
+            return {}, None
+        if dropped:
+            return {}, values
+        after = resumed(policy, values, state)
+        saved = saved_values(policy)
+        return {
+            name: ScheduledValue(
+                state.get(name),
+                getattr(values, name),
+                getattr(after, name),
+                "checkpoint" if name in saved else "arguments",
+            )
+            for name in (*SCHEDULER_VALUES, *NOT_SAVED)
+        }, after
+
+
+def _quietly(call: Callable[[], T]) -> T | None:
+    """None for an error that the preflight has told already."""
+    try:
+        return call()
+    except MegatronExtError:
+        return None

@@ -1,0 +1,272 @@
+"""What a checkpoint says of itself, for people.
+
+The moments are described from the index of the store, not from their elements (`.moment_scan` reads
+those). Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint.state import SavedOptimizer
+from ..checkpoint.state_keys import parse_state_key, state_dtype
+from ..checkpoint.store import COMMON
+from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
+from ..errors import CheckpointError
+from ..policy.phase import Mark
+
+#: What is shown of the layout -> the saved argument.
+_LAYOUT = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "dp": "data_parallel_size",
+    "world": "world_size",
+}
+_LEGACY_DIRECTORY = re.compile(r"mp_rank_(?P<tp>\d+)(?:_(?P<pp>\d{3}))?(?:_(?P<ep>\d{3}))?")
+#: Names under which a version might be recorded; Megatron itself up to 0.19 records none.
+_VERSIONS = ("megatron_core_version", "mcore_version", "megatron_version")
+_COUNTERS = (
+    "consumed_train_samples",
+    "consumed_valid_samples",
+    "skipped_train_samples",
+    "consumed_train_tokens",
+    "num_floating_point_operations_so_far",
+)
+
+
+@dataclass(frozen=True)
+class StateTensors:
+    """The tensors of one state key and dtype, from the index.
+
+    Args:
+        optimizer: Number in the chain; None where the keys do not say.
+        state: ``exp_avg`` and so on.
+        dtype: ``float32`` and so on.
+        by: What a tensor holds: a parameter, or a bucket of many.
+        tensors: Keys.
+        chunks: Pieces in which they are stored.
+        elements: Of all tensors, padding included.
+        size: Bytes of the elements.
+    """
+
+    optimizer: int | None
+    state: str
+    dtype: str
+    by: Literal["parameter", "bucket"]
+    tensors: int
+    chunks: int
+    elements: int
+    size: int
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """One Megatron optimizer of the chain.
+
+    Args:
+        groups: param_groups with all hyperparameters.
+        step: Optimizer steps taken, or None.
+        mark: The phase, or None.
+        grad_scaler: Its state, or None.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    step: int | None
+    mark: Mark | None
+    grad_scaler: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says of itself.
+
+    Args:
+        directory: The iteration's own.
+        iteration: Its number, 0 for a release.
+        release: Whether it is a release checkpoint.
+        format: ``torch_dist`` or ``torch``.
+        megatron_core: The recorded version, or None: Megatron itself up to 0.19 records none.
+        written_by: What the form of the checkpoint says of the version.
+        layout: tp, pp, vpp, cp, ep, etp, dp and world -> size, where recorded.
+        sharding_type: See `megatron_ext.checkpoint.stored.StoredCheckpoint`.
+        optimizers: The chain.
+        scheduler: State of OptimizerParamScheduler, or None.
+        num_steps: The scheduler's position in samples, or None.
+        counters: Name -> number.
+        args: The saved arguments.
+        moments: From the index; empty for legacy ``torch``.
+        notes: What could not be said, and why.
+    """
+
+    directory: Path
+    iteration: int
+    release: bool
+    format: str
+    megatron_core: str | None
+    written_by: str
+    layout: Mapping[str, int]
+    sharding_type: str | None
+    optimizers: tuple[OptimizerState, ...]
+    scheduler: Mapping[str, Any] | None
+    num_steps: int | None
+    counters: Mapping[str, int | float]
+    args: Mapping[str, Any]
+    moments: tuple[StateTensors, ...]
+    notes: tuple[str, ...]
+
+
+def inspect_checkpoint(
+    checkpoint: str | Path | StoredCheckpoint, iteration: int | None = None
+) -> Inspection:
+    """Say what a checkpoint holds, without a tensor.
+
+    Args:
+        checkpoint: What is given to ``--load``, one iteration's own directory, or what
+            `megatron_ext.checkpoint.stored.open_checkpoint` gave.
+        iteration: Which one; the tracker file's by default.
+
+    Returns:
+        All of it as plain data.
+
+    Raises:
+        CheckpointError: There is none, it is of another kind, or damaged; a file that is not read
+            is missing or too short.
+    """
+    if isinstance(checkpoint, StoredCheckpoint):
+        stored = checkpoint
+    else:
+        stored = open_checkpoint(checkpoint, iteration)
+    stored.require_files()
+    moments = _moments(stored)
+    scheduler = stored.scheduler
+    position = scheduler.get("num_steps") if isinstance(scheduler, Mapping) else None
+    return Inspection(
+        directory=stored.directory,
+        iteration=stored.iteration,
+        release=stored.release,
+        format=stored.format,
+        megatron_core=_recorded_version(stored),
+        written_by=_written_by(stored),
+        layout=_layout(stored),
+        sharding_type=stored.sharding_type,
+        optimizers=_optimizers(stored),
+        scheduler=scheduler,
+        num_steps=position,
+        counters=_counters(stored),
+        args=stored.args,
+        moments=moments,
+        notes=tuple(_notes(stored, moments)),
+    )
+
+
+def _moments(stored: StoredCheckpoint) -> tuple[StateTensors, ...]:
+    if stored.store is None:
+        return ()
+    totals: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    try:
+        for key, entry in stored.store.index.state_dict_metadata.items():
+            if not hasattr(entry, "size") or (found := parse_state_key(key)) is None:
+                continue
+            dtype = state_dtype(entry)
+            total = totals[found.optimizer, found.state, dtype, found.bucket]
+            elements = math.prod(entry.size)
+            for i, n in enumerate((1, len(entry.chunks), elements, elements * dtype.itemsize)):
+                total[i] += n
+    except (AttributeError, TypeError, IndexError) as e:
+        raise CheckpointError(
+            f"{stored.directory}: expected tensors as torch describes them in .metadata, found an "
+            f"entry that is not: {e}. Restore the checkpoint or load another iteration"
+        ) from e
+    order = sorted(totals, key=lambda k: (k[0] is not None, k[0] or 0, k[1], str(k[2]), k[3]))
+    return tuple(
+        StateTensors(
+            number,
+            state,
+            str(dtype).removeprefix("torch."),
+            "bucket" if bucket else "parameter",
+            *totals[number, state, dtype, bucket],
+        )
+        for number, state, dtype, bucket in order
+    )
+
+
+def _notes(stored: StoredCheckpoint, moments: Sequence[StateTensors]) -> Iterator[str]:
+    if not stored.optimizers:
+        yield "no optimizer state"
+    elif stored.store is None:
+        yield (
+            "moments: the format torch has no metadata of its tensors, and --moments reads "
+            "torch_dist only; save with --ckpt-format torch_dist to see them"
+        )
+    elif not moments:
+        yield f"moments: none are stored as tensors (sharding {stored.sharding_type})"
+    if not stored.args:
+        yield "no arguments were saved"
+
+
+def _optimizers(stored: StoredCheckpoint) -> tuple[OptimizerState, ...]:
+    return tuple(
+        OptimizerState(o.groups, o.step, _mark(o, stored.directory), _values(scaler))
+        for o, scaler in zip(stored.optimizers, stored.grad_scalers, strict=True)
+    )
+
+
+def _values(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Tensors of one element, as a loss scale is, as numbers."""
+    return None if state is None else {k: getattr(v, "value", v) for k, v in state.items()}
+
+
+def _mark(optimizer: SavedOptimizer, directory: Path) -> Mark | None:
+    try:
+        return None if optimizer.mark is None else Mark.parse(optimizer.mark)
+    except CheckpointError as e:
+        raise CheckpointError(f"{directory}: {e}") from e
+
+
+def _recorded_version(stored: StoredCheckpoint) -> str | None:
+    metadata = stored.other.get("content_metadata")
+    for place in (stored.other, stored.args, metadata if isinstance(metadata, Mapping) else {}):
+        for name in _VERSIONS:
+            if place.get(name) is not None:
+                return str(place[name])
+    return None
+
+
+def _written_by(stored: StoredCheckpoint) -> str:
+    if stored.store is None:
+        return "any: the format torch does not say"
+    if (stored.directory / COMMON).is_file():
+        return f"0.18 or earlier: {COMMON} beside the store"
+    return "0.19 or later: common_state in the store"
+
+
+def _layout(stored: StoredCheckpoint) -> dict[str, int]:
+    named = {k: stored.args.get(name) for k, name in _LAYOUT.items()}
+    layout = {k: v for k, v in named.items() if isinstance(v, int)}
+    if stored.format == "torch":
+        # One directory for each model-parallel rank.
+        for path in stored.directory.glob("mp_rank_*"):
+            if found := _LEGACY_DIRECTORY.fullmatch(path.name):
+                for key, rank in found.groupdict().items():
+                    if rank is not None and not isinstance(named[key], int):
+                        layout[key] = max(layout.get(key, 1), int(rank) + 1)
+    if "dp" not in layout and "world" in layout:
+        model_parallel = math.prod(layout.get(k, 1) for k in ("tp", "pp", "cp"))
+        layout["dp"] = layout["world"] // max(1, model_parallel)
+    return {k: layout[k] for k in _LAYOUT if k in layout}
+
+
+def _counters(stored: StoredCheckpoint) -> dict[str, int | float]:
+    places = {**stored.args, **stored.other}
+    found = {name: places.get(name) for name in _COUNTERS}
+    return {k: v for k, v in found.items() if isinstance(v, int | float)}

@@ -1,0 +1,230 @@
+"""Fill what a planned run's command line leaves out, from the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.directories import Directories
+from ..checkpoint.stored import StoredCheckpoint
+from ..policy import request
+from .command_line import FLAGS, CommandLine, Place, flag_of
+
+#: What runs differ in by intention: never taken from the checkpoint.
+_OF_A_RUN = (
+    "finetune",
+    "no_load_optim",
+    "override_opt_param_scheduler",
+    "use_checkpoint_opt_param_scheduler",
+    "load",
+    "save",
+    "ckpt_step",
+)
+#: Taken from the checkpoint beside the flags above, where the command line is not a run's.
+_OF_THE_MODEL = (
+    "optimizer",
+    "tokenizer_type",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "decoupled_weight_decay",
+    "padded_vocab_size",
+    "rampup_batch_size",
+    "step_batch_size_schedule",
+    "use_mup",
+    "mup_width_mult",
+)
+#: What the number of rows of the embedding follows from.
+_PADDING = frozenset(
+    {
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "padded_vocab_size",
+        "tensor_model_parallel_size",
+    }
+)
+#: One of each is enough; the others are then not taken from elsewhere.
+_ALTERNATIVES = (
+    ("train_iters", "train_samples"),
+    ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+)
+#: Megatron's defaults of the flags above, where they are not None.
+_DEFAULTS: dict[str, Any] = {
+    "min_lr": 0.0,
+    "weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+    "clip_grad": 1.0,
+    "lr_decay_style": "linear",
+    "lr_wsd_decay_style": "exponential",
+    "lr_warmup_init": 0.0,
+    "lr_warmup_iters": 0,
+    "lr_warmup_samples": 0,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "optimizer": "adam",
+}
+#: Without these there is no schedule, whatever the command line; of several one is enough.
+_NEEDED = (("lr",), ("train_iters", "train_samples"), ("global_batch_size",))
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A value that the command line does not have.
+
+    Args:
+        flag: Its flag.
+        value: What is assumed.
+        source: Where it comes from.
+    """
+
+    flag: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class PlannedArguments:
+    """What a plan is made from.
+
+    Args:
+        values: As Megatron's parser gives them, with what was assumed; `load` is the checkpoint.
+        complete: Whether the command line is a run's, so that Megatron's defaults hold for what it
+            leaves out.
+        assumed: What comes from the checkpoint.
+        directories: Where the run would load from and save to.
+        elsewhere: The directory that the run itself would load, where it is another one.
+        unknown: Words that are no flags of Megatron's, for example a script's own.
+        parsed_by: Who has read the command line.
+    """
+
+    values: argparse.Namespace
+    complete: bool
+    assumed: tuple[Assumption, ...]
+    directories: Directories
+    elsewhere: Path | None = None
+    unknown: tuple[str, ...] = ()
+    parsed_by: str = "megatron_ext"
+
+
+def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> PlannedArguments:
+    """Fill what a command line leaves out, from the checkpoint.
+
+    Args:
+        line: What `parse` gave.
+        place: What `locate` gave.
+        stored: The checkpoint there.
+    """
+    values, given = argparse.Namespace(**vars(line.values)), line.given
+    whole = _is_whole(values, given)
+    assumed = []
+    saved = dict(_saved(stored))
+    state = dict(_from_state(stored))
+    for name in _wanted(values, given, whole, saved):
+        for where, source in ((saved, "the checkpoint's arguments"), (state, "its optimizer")):
+            if where.get(name) is not None:
+                setattr(values, name, where[name])
+                assumed.append(Assumption(flag_of(name), where[name], source))
+                break
+        else:
+            if getattr(values, name, None) is None:
+                setattr(values, name, _DEFAULTS.get(name))
+    if getattr(values, "optimizer_class", None) is None:
+        values.optimizer_class = request.DEFAULT_CLASS
+        assumed.append(Assumption("--optimizer-class", request.DEFAULT_CLASS, "no other was given"))
+    if place.consistent:
+        values.load, values.selective_where = str(place.directories.load), place.directories.where
+    if place.directories.where == "own":
+        # As in a run: --ckpt-step says where the phase starts (arguments.choose_directories).
+        values.selective_start_step, values.ckpt_step = values.ckpt_step, None
+    else:
+        values.ckpt_step = place.iteration
+    return PlannedArguments(
+        values=values,
+        complete=whole,
+        assumed=tuple(assumed),
+        directories=place.directories,
+        elsewhere=place.elsewhere,
+        unknown=line.unknown,
+        parsed_by=line.parsed_by,
+    )
+
+
+def _is_whole(values: argparse.Namespace, given: frozenset[str]) -> bool:
+    """Whether a command line can start a run: Megatron asserts these (validate_args)."""
+    shape = "num_layers" in given or getattr(values, "use_checkpoint_args", False)
+    return bool(shape and "micro_batch_size" in given)
+
+
+def _wanted(
+    values: argparse.Namespace, given: frozenset[str], whole: bool, saved: Mapping[str, Any]
+) -> Iterator[str]:
+    """What is to be filled in."""
+    taken = {name for group in _ALTERNATIVES if given & set(group) for name in group}
+    if saved.get("train_samples"):
+        taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
+    if given & _PADDING:
+        taken |= {"padded_vocab_size"}
+    if whole:
+        for names in _NEEDED:
+            if not any(getattr(values, name, None) for name in names):
+                yield from (name for name in names if name not in taken)
+        return
+    for name in (*FLAGS, *_OF_THE_MODEL):
+        if name in _OF_A_RUN:
+            if getattr(values, name, None) is None:
+                setattr(values, name, None)
+        elif name not in given and name not in taken:
+            yield name
+        elif getattr(values, name, None) is None:
+            setattr(values, name, _DEFAULTS.get(name))
+
+
+def _saved(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
+    """The saved arguments that are plain data."""
+    for name, value in stored.args.items():
+        if isinstance(value, bool | int | float | str | list | tuple):
+            yield name, value
+
+
+def _from_state(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
+    """What optimizer and scheduler say of the arguments they were built with."""
+    state = state_of(stored)
+    groups = [g for optimizer in stored.optimizers for g in optimizer.groups]
+    group = groups[0] if groups else {}
+    yield "lr", state.get("max_lr", group.get("max_lr"))
+    yield "min_lr", state.get("min_lr", group.get("min_lr"))
+    yield "lr_decay_style", state.get("lr_decay_style")
+    yield "weight_decay", state.get("end_wd")
+    yield "start_weight_decay", state.get("start_wd")
+    yield "end_weight_decay", state.get("end_wd")
+    yield "weight_decay_incr_style", state.get("wd_incr_style")
+    yield "adam_eps", group.get("eps")
+    betas = group.get("betas")
+    if isinstance(betas, list | tuple) and len(betas) == 2:
+        yield "adam_beta1", betas[0]
+        yield "adam_beta2", betas[1]
+    position, iteration = state.get("num_steps"), stored.iteration
+    if isinstance(position, int) and iteration and position % iteration == 0:
+        size = position // iteration
+        yield "global_batch_size", size
+        for name, steps in (
+            ("train_iters", "wd_incr_steps"),
+            ("lr_decay_iters", "lr_decay_steps"),
+            ("lr_warmup_iters", "lr_warmup_steps"),
+        ):
+            if size and isinstance(state.get(steps), int) and state[steps] % size == 0:
+                yield name, state[steps] // size
+
+
+def state_of(stored: StoredCheckpoint) -> Mapping[str, Any]:
+    """The scheduler state of a checkpoint; empty where there is none."""
+    return stored.scheduler if isinstance(stored.scheduler, Mapping) else {}

@@ -1,0 +1,190 @@
+"""The unsharded parameters that a checkpoint holds, by their global names. Pure.
+
+From the index alone. A checkpoint key is not a parameter's name: homogeneous layers, and the
+experts of a layer, are axes of one tensor, and the keys are those of TransformerEngine's fused
+modules. Names are those that `megatron_ext.resume.parameters` finds in a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..checkpoint.state_keys import parse_state_key
+from ..checkpoint.stored import StoredCheckpoint
+from ..plan.parameters import Parameter
+
+#: ``layers.`` with the layer's number behind it where layers are stored by themselves.
+_LAYERS = re.compile(r"(?<![^.])layers\.(?!\d)")
+#: The experts of a layer: an axis, or a number (core/transformer/moe/experts.py:913 and 1377).
+_EXPERTS = re.compile(r"(?<=\.mlp\.experts\.)experts\.(?:(?P<number>\d+)\.)?")
+#: Local modules -> the fused ones whose keys they have
+#: (core/models/gpt/gpt_layer_specs.py:459).
+_FUSED = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+#: The two halves of a gated fc1 that are stored by themselves (core/transformer/mlp.py:465).
+_HALVES = ("_w", "_v")
+#: Tensors of a model that no optimizer updates.
+_BUFFERS = re.compile(r".*(?:\.expert_bias|\.local_tokens_per_expert|\.inv_freq|_extra_state\d*)")
+#: In the key of a moment that is stored by parameter.
+_MOMENT = "optimizer.state.exp_avg."
+_OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter's name and unsharded shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def expert(self) -> bool:
+        """Whether it is a part of one expert."""
+        return ".mlp.experts." in self.name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parameters of a checkpoint.
+
+    Args:
+        parameters: In the order of the index.
+        by: ``optimizer``: of its moments' keys; ``model``: of the weights' keys, for the moments
+            are stored by buckets; None: the checkpoint has no index of its tensors.
+    """
+
+    parameters: tuple[Named, ...]
+    by: Literal["optimizer", "model"] | None
+
+
+def parameters_of(stored: StoredCheckpoint) -> Stored:
+    """Name the parameters of a checkpoint.
+
+    Args:
+        stored: Its index is read, no tensor.
+    """
+    if stored.store is None:
+        return Stored((), None)
+    entries = stored.store.index.state_dict_metadata
+    of_moments = {
+        found.name: tuple(entries[key].size)
+        for key in entries
+        if _MOMENT in key
+        and (found := parse_state_key(key)) is not None
+        and found.state == "exp_avg"
+        and not found.bucket
+    }
+    if of_moments:
+        return Stored(tuple(_named(of_moments, stored.args)), "optimizer")
+    of_model = {
+        key: shape
+        for key, shape in stored.tensors.items()
+        if shape is not None
+        and not _OF_OPTIMIZER.match(key)
+        and not _BUFFERS.fullmatch(key)
+        and "/" not in key
+    }
+    return Stored(tuple(_named(of_model, stored.args)), "model")
+
+
+def in_groups(
+    parameters: Sequence[Named],
+    optimizers: Sequence[Sequence[Mapping[str, Any]]],
+    rows: tuple[int, int] | None = None,
+    decoupled: bool = False,
+) -> list[list[Parameter]]:
+    """Say which param_group each parameter is in, as Megatron builds them.
+
+    Experts of a run with expert parallelism have groups of their own, and parameters of one
+    dimension are not decayed (core/optimizer/__init__.py:122 and :320, 0.19.2). Where that does not
+    tell, it is the first group that fits.
+
+    Args:
+        parameters: All of them.
+        optimizers: For each optimizer of the chain its param_groups.
+        rows: Rows of the embedding in the checkpoint and now, where these differ.
+        decoupled: Whether embedding and output layer have a learning rate of their own.
+
+    Returns:
+        For each optimizer its parameters.
+    """
+    parallel = any(g.get("is_expert_parallel") for groups in optimizers for g in groups)
+    groups = [(n, i, g) for n, of_one in enumerate(optimizers) for i, g in enumerate(of_one)]
+    places: dict[tuple[bool, bool, bool], tuple[int, int]] = {}
+    out: list[list[Parameter]] = [[] for _ in optimizers]
+    for one in parameters:
+        plain = len(one.shape) == 1 or one.name.endswith(".bias")
+        vocabulary = one.name in _VOCABULARY
+        kind = one.expert and parallel, plain, vocabulary and decoupled
+        if kind not in places:
+            places[kind] = _place(groups, *kind)
+        number, index = places[kind]
+        shape, saved_rows = one.shape, None
+        if vocabulary and rows is not None and shape and shape[0] == rows[0]:
+            shape, saved_rows = (rows[1], *shape[1:]), rows[0]
+        out[number].append(Parameter(one.name, shape, index, saved_rows))
+    return out
+
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def _place(
+    groups: Sequence[tuple[int, int, Mapping[str, Any]]],
+    expert: bool,
+    plain: bool,
+    decoupled: bool,
+) -> tuple[int, int]:
+    fits = [(n, i, g) for n, i, g in groups if bool(g.get("is_expert_parallel")) == expert]
+    tests = (
+        lambda g: (g.get("wd_mult", 1.0) == 0.0) == plain,
+        lambda g: (
+            (g.get("default_config", True) is False or g.get("is_decoupled_lr", False)) == decoupled
+        ),
+    )
+    for test in tests:
+        fits = [one for one in fits if test(one[2])] or fits
+    number, index, _ = (fits or groups)[0]
+    return number, index
+
+
+def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> Iterator[Named]:
+    """Parameters of checkpoint keys without the optimizer's prefix."""
+    local = args.get("transformer_impl") == "local"
+    grouped = bool(args.get("moe_grouped_gemm"))
+    for key, shape in shapes.items():
+        if key.endswith(_HALVES[1]) and key[:-2] + _HALVES[0] in shapes:
+            continue
+        if key.endswith(_HALVES[0]) and (other := key[:-2] + _HALVES[1]) in shapes:
+            key, shape = key[:-2], (shape[0] + shapes[other][0], *shape[1:])
+        if local:
+            for fused, name in _FUSED.items():
+                key = key.replace(fused, name)
+        yield from _unstacked(key, shape, grouped)
+
+
+def _unstacked(key: str, shape: tuple[int, ...], grouped: bool) -> Iterator[Named]:
+    """One for each layer and expert that a stored tensor holds."""
+    layers, experts = _LAYERS.search(key), _EXPERTS.search(key)
+    by_axis = [layers is not None, experts is not None and experts["number"] is None]
+    if not (layers or experts) or sum(by_axis) >= len(shape):
+        yield Named(key, shape)
+        return
+    axes = shape[: sum(by_axis)]
+    for place in itertools.product(*map(range, axes)):
+        numbers = iter(place)
+        name = key
+        if layers is not None:
+            name = _LAYERS.sub(f"layers.{next(numbers)}.", name, count=1)
+        if experts is not None:
+            number = experts["number"] or next(numbers)
+            # TE's grouped weights have the expert's number at their end.
+            name = _EXPERTS.sub("" if grouped else f"local_experts.{number}.", name, count=1)
+            name += str(number) if grouped else ""
+        yield Named(name, shape[len(axes) :])

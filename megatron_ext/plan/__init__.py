@@ -1,0 +1,1 @@
+"""What a resume will do, decided before anything is changed. Pure."""

@@ -1,0 +1,205 @@
+r"""What is dangerous about a plan, in words and with the number. Pure.
+
+The factors follow from Adam's update, lr m^ / (sqrt(v^) + eps) with m^ = m / (1 - b1^t) and
+v^ = v / (1 - b2^t), for an eps that does not matter (arXiv 1412.6980).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..base.values import same
+from ..policy.match import Match
+from ..policy.policy import ResumePolicy
+from ..policy.presets import KEEP_ALL
+from ..rules.base import Rule
+from ..rules.batch_size import BatchRatio
+from ..rules.bias_consistent import BiasConsistent
+from ..rules.elementwise import RESET
+
+if TYPE_CHECKING:
+    from .decisions import Circumstances, ResumePlan
+
+#: Beyond this ratio the batch-size rule's bias is worth a word.
+_LARGE_RATIO = 4.0
+
+
+def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
+    """The warnings of a plan.
+
+    Args:
+        plan: Without its warnings.
+        circumstances: What else of the run they depend on.
+
+    Returns:
+        One sentence or two each; the same on every rank.
+    """
+    if not circumstances.adam:
+        return _not_adam(plan.policy)
+    out = [
+        *_step(plan),
+        *_partial_reset(plan),
+        *_not_scaled(plan, circumstances),
+        *([] if plan.continued else _batch_size(plan.policy, circumstances)),
+    ]
+    return tuple(dict.fromkeys(out))
+
+
+def step_growth(betas: tuple[float, float], step: int, next_step: int) -> float:
+    """Factor on the first update when m and v are kept and step becomes another number.
+
+    Args:
+        betas: b1, b2.
+        step: t before.
+        next_step: t after.
+    """
+
+    def correction(beta: float, taken: int) -> float:
+        return 1.0 - beta ** (taken + 1)
+
+    b1, b2 = betas
+    first = correction(b1, step) / correction(b1, next_step)
+    second = correction(b2, next_step) / correction(b2, step)
+    return first * math.sqrt(second)
+
+
+def fresh_update(betas: tuple[float, float], step: int) -> float:
+    """First update, in units of lr, of an element with m = v = 0 while step stays at t."""
+    b1, b2 = betas
+    m = (1.0 - b1) / (1.0 - b1 ** (step + 1))
+    v = (1.0 - b2) / (1.0 - b2 ** (step + 1))
+    return m / math.sqrt(v)
+
+
+def _not_adam(policy: ResumePolicy) -> tuple[str, ...]:
+    if policy.preset == KEEP_ALL:
+        return ()
+    return (f"preset {policy.preset}: not Adam, so its state and hyperparameters are left alone",)
+
+
+def _step(plan: ResumePlan) -> Iterator[str]:
+    policy, t, after = plan.policy, plan.saved_step, plan.step
+    operations = _operations(policy)
+    if any(isinstance(o, BiasConsistent) for pair in operations for o in pair) and not t:
+        yield "bias-consistent has no effect: the checkpoint was written before the first step"
+    if t is None or after is None or t == after:
+        return
+    if any(pair == (RESET, RESET) for pair in operations) and after == 0:
+        steps = max((1.0 / (1.0 - b2) for _, b2 in betas_of(plan)), default=0.0)
+        # Of a gradient that is all noise m^ has variance (1 - b1) / (1 + b1) times the gradient's.
+        ratio = max((math.sqrt((1.0 + b1) / (1.0 - b1)) for b1, _ in betas_of(plan)), default=1.0)
+        yield (
+            f"exp_avg, exp_avg_sq and step are reset: without a re-warm-up of about {steps:.0f} "
+            f"steps the first updates have RMS lr, up to {ratio:.1f}x the stationary one"
+        )
+    if any(v == RESET and m != RESET for m, v in operations) and after == 0:
+        for b1, _ in betas_of(plan):
+            yield (
+                "exp_avg_sq and step are reset and exp_avg is not: the first update divides the "
+                f"old momentum by 1 - b1 and by one gradient, about {1.0 / (1.0 - b1):.0f}x"
+            )
+    if any(m.keeps_bias and v.keeps_bias for m, v in operations):
+        for betas in betas_of(plan):
+            growth = step_growth(betas, t, after)
+            verb = "grows" if growth > 1.0 else "shrinks"
+            if abs(growth - 1.0) > 0.01:
+                yield (
+                    f"step goes from {t} to {after} while moments are kept: at betas "
+                    f"{betas[0]:g}, {betas[1]:g} the first update {verb} to {growth:.2f}x. "
+                    "bias-consistent keeps it"
+                )
+
+
+def _partial_reset(plan: ResumePlan) -> Iterator[str]:
+    if not plan.step:
+        return
+    operations = _operations(plan.policy)
+    for betas in betas_of(plan):
+        if (RESET, RESET) in operations:
+            yield (
+                f"moments are reset while step stays at {plan.step}: there is no bias correction "
+                f"for them, and at betas {betas[0]:g}, {betas[1]:g} their first update is "
+                f"{fresh_update(betas, plan.step):.2f} lr. 'fill mean' or 'fill column-mean' for "
+                "exp_avg_sq is the remedy"
+            )
+        if any(v == RESET and m != RESET for m, v in operations):
+            bound = 1.0 / math.sqrt((1.0 - betas[1]) / (1.0 - betas[1] ** (plan.step + 1)))
+            yield (
+                f"exp_avg_sq is reset and exp_avg is not, while step stays at {plan.step}: at b2 = "
+                f"{betas[1]:g} the first update can be {bound:.1f}x what it was"
+            )
+
+
+def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]:
+    policy = plan.policy
+    clipping = circumstances.clip_grad > 0.0
+    for change in policy.preset.declined:
+        if change.key == "clip_grad" and not clipping:
+            continue
+        yield f"preset {policy.preset}: {change.key} is declined and stays as it is"
+    for change in policy.preset.effect.changes:
+        if change.key == "clip_grad":
+            if clipping and circumstances.live:
+                yield f"preset {policy.preset}: clip_grad of the running optimizer is left alone"
+            continue
+        decisions = [d for g in plan.groups for d in g.decisions if d.key == change.key]
+        if circumstances.live and decisions:
+            yield f"preset {policy.preset}: {change.key} of the running optimizer is left alone"
+        elif any(d.taken == "checkpoint" for d in decisions):
+            yield (
+                f"preset {policy.preset}: {change.key} comes from the checkpoint and does not "
+                "follow the preset"
+            )
+        for d in decisions:
+            if (
+                d.taken == "preset"
+                and d.checkpoint is not None
+                and not same(d.checkpoint, d.argument)
+                and not same(d.checkpoint, d.value)
+            ):
+                yield (
+                    f"preset {policy.preset}: {change.key} differs from the checkpoint's already "
+                    f"({d.checkpoint} there, {d.argument} in the arguments) and is changed once "
+                    f"more, to {d.value}; decline {change.decline} if you have scaled it yourself"
+                )
+
+
+def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[str]:
+    ratios = {o.ratio for pair in _operations(policy) for o in pair if isinstance(o, BatchRatio)}
+    for ratio in sorted(ratios):
+        yield f"the batch-size rule for exp_avg_sq (k = {ratio:g}) is experimental"
+        if ratio > _LARGE_RATIO:
+            yield (
+                f"batch-size: k = {ratio:g} is above 4, and the rule's bias grows with k: about "
+                "+8% at 4, +39% at 16 where the gradient is noise"
+            )
+    sizes: tuple[float, float] | None = circumstances.global_batch_size
+    if policy.preset.name == "batch-size":
+        old, new = (int(a) if a.is_integer() else a for a in policy.preset.arguments)
+        if sizes is not None and sizes != (old, new):
+            yield (
+                f"preset {policy.preset}: the global batch size was {sizes[0]} in the checkpoint's "
+                f"run and is {sizes[1]} in this one"
+            )
+        sizes = sizes or (old, new)
+    if sizes is not None and sizes[0] != sizes[1]:
+        yield (
+            f"the global batch size goes from {sizes[0]} to {sizes[1]}: schedule and data position "
+            "count samples, so they go on at the same sample and each iteration moves them "
+            f"{sizes[1] / sizes[0]:g}x as far; iterations given by arguments mean the new ones"
+        )
+
+
+def _operations(policy: ResumePolicy) -> list[tuple[Rule, Rule]]:
+    effect = policy.preset.effect
+    pairs = [(r.exp_avg, r.exp_avg_sq) for r in policy.rules]
+    everything = any(r.match == Match() for r in policy.rules)
+    return pairs if everything else [(effect.exp_avg, effect.exp_avg_sq), *pairs]
+
+
+def betas_of(plan: ResumePlan) -> list[tuple[float, float]]:
+    """The betas in force after the resume, each pair once."""
+    values = (d.value for g in plan.groups for d in g.decisions if d.key == "betas")
+    return sorted({(float(b[0]), float(b[1])) for b in values if b is not None})

@@ -1,0 +1,79 @@
+"""Unsharded parameters and what is decided for their rows. Plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..rules.base import ElementRule, Statistic
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One unsharded parameter.
+
+    Args:
+        name: Global name.
+        shape: Unsharded.
+        group: Position of its param_group in the current optimizer.
+        saved_rows: Its rows in the checkpoint, where they are more or fewer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    saved_rows: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Length of dimension 0; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def grown(self) -> bool:
+        """Whether it has rows that the checkpoint has not."""
+        return self.saved_rows is not None and self.saved_rows < self.rows
+
+    def old(self, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """The parts of some row ranges that the checkpoint has; a new row's moments say nothing."""
+        end = self.rows if self.saved_rows is None else min(self.saved_rows, self.rows)
+        return tuple((first, min(last, end)) for first, last in spans if first < end)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is done to some rows of a parameter.
+
+    Args:
+        first: First row.
+        last: One past the last.
+        exp_avg: An element rule, or the statistic that gives one.
+        exp_avg_sq: The same.
+        rule: Position of the policy's rule, or None for its preset.
+    """
+
+    first: int
+    last: int
+    exp_avg: ElementRule | Statistic
+    exp_avg_sq: ElementRule | Statistic
+    rule: int | None
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What is done to one unsharded parameter; the rows follow each other without a gap."""
+
+    parameter: Parameter
+    rows: tuple[Rows, ...]
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What has to be known first."""
+        both = (x for r in self.rows for x in (r.exp_avg, r.exp_avg_sq))
+        return tuple(dict.fromkeys(x for x in both if isinstance(x, Statistic)))

@@ -1,0 +1,164 @@
+"""Everything that can be known to be wrong before a model is built, found at once.
+
+From the arguments and the checkpoint's metadata alone: no tensor is read, no process group needed.
+The launcher calls it on every rank; all of them see the same files and stop with the same error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.directories import Directories, choose, is_remote
+from ..checkpoint.stored import StoredCheckpoint
+from ..errors import HostError, MegatronExtError
+from ..host import arguments, classes
+from ..host.arguments import refused_flags
+from ..policy.counters import ramp_of
+from ..policy.from_flags import request_from_args
+from ..policy.policy import ResumePolicy
+from ..policy.request import DEFAULT_CLASS
+from .preflight_checkpoint import checkpoint_findings
+
+
+def check(args: Any) -> None:
+    """Raise one error that lists everything found.
+
+    Args:
+        args: Megatron's arguments as parsed, before its own validation.
+
+    Raises:
+        MegatronExtError: What was found; a single finding as it is, several as one `HostError`.
+    """
+    errors = list(findings(args))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listing = "\n".join(f"  {n}. {e}" for n, e in enumerate(errors, 1))
+        raise HostError(f"{len(errors)} things are wrong with this resume:\n{listing}")
+
+
+def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[MegatronExtError]:
+    """Everything that is wrong with a resume, one by one.
+
+    Args:
+        args: As for `check`.
+        stored: The checkpoint that is loaded, for a plan that has read it already; of a run with
+            this package's own class then, whose import is not tried.
+    """
+    found: list[MegatronExtError] = []
+
+    def attempt(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except MegatronExtError as e:
+            found.append(e)
+            return None
+
+    request = attempt(lambda: request_from_args(args))
+    if stored is None or args.optimizer_class != DEFAULT_CLASS:
+        attempt(lambda: classes.resolve_class(args.optimizer_class))
+    # Of a policy that cannot be read these two flags can.
+    policy = ResumePolicy(
+        reset_iteration=bool(getattr(args, "reset_iteration", False)),
+        reset_dataloader=bool(getattr(args, "reset_dataloader", False)),
+    )
+    if request is not None:
+        policy = request.policy
+    found += map(HostError, refused_flags(args))
+    chosen = attempt(lambda: _directories(args))
+    found += map(HostError, _counter_conflicts(args, policy))
+    if chosen is not None:
+        found += map(HostError, _directory_conflicts(args, chosen, policy))
+        known = request is not None
+        found += checkpoint_findings(args, policy, chosen, stored, known=known)
+    yield from found
+
+
+def _directory_conflicts(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:
+    dropped = arguments.dropping_flag(args)
+    if dropped and chosen.start is not None and not policy.needs_optimizer:
+        yield (
+            f"{dropped} with --selective-from {chosen.start}: a phase starts with the checkpoint's "
+            f"optimizer, which {dropped} drops. Leave one of the two out"
+        )
+    if chosen.save is None or is_remote(args.save):
+        return
+    there = next((p for p in (chosen.save, *chosen.save.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        yield (
+            f"--save {chosen.save}: {there} is a file; expected a directory, or a place where one "
+            "can be made. Name another one"
+        )
+
+
+def _directories(args: Any) -> Directories:
+    start = getattr(args, "selective_from", None)
+    where = getattr(args, "selective_where", None)
+    if start is None or where is None:
+        elsewhere = getattr(args, "non_persistent_global_ckpt_dir", None)
+        return choose(args.load, args.save, start, elsewhere)
+    save = None if args.save is None else Path(args.save)
+    return Directories(Path(args.load), save, where, Path(start))
+
+
+def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
+    resets = [
+        flag
+        for flag, asked in (
+            ("--reset-iteration", policy.reset_iteration),
+            ("--reset-dataloader", policy.reset_dataloader),
+        )
+        if asked
+    ]
+    both = " and ".join(resets)
+    dropped = arguments.dropping_flag(args)
+    if dropped and policy.needs_optimizer:
+        yield str(arguments.needs_optimizer(dropped, policy))
+    if not resets:
+        yield from _schedule_conflicts(args)
+        return
+    if getattr(args, "override_ckpt_iteration", None) is not None:
+        yield (
+            f"{both} with --override-ckpt-iteration {args.override_ckpt_iteration}: both set the "
+            "iteration and the data position. Leave one of them out"
+        )
+    if getattr(args, "phase_transition_iterations", None):
+        yield (
+            f"{both} with --phase-transition-iterations: Megatron then takes the data position "
+            "from the iteration. Leave one of them out"
+        )
+    ramp = ramp_of(args)
+    if ramp is not None and len(resets) == 1:
+        yield (
+            f"{both} with --{ramp.replace('_', '-')}: the batch size follows the data position and "
+            "the last iteration is counted from 0, so the two have to be reset together, or "
+            "neither. Add the other flag, or leave the ramp out"
+        )
+    if policy.reset_dataloader and getattr(args, "dataloader_type", None) == "external":
+        yield (
+            "--reset-dataloader with --dataloader-type external: the script places its own data "
+            "loader. Reset it there"
+        )
+    yield from _schedule_conflicts(args)
+
+
+def _schedule_conflicts(args: Any) -> Iterator[str]:
+    """Stock asserts it without a word (core/optimizer_param_scheduler.py:135, 0.19.2)."""
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
+        decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)
+        if decay is not None and warmup and warmup >= decay:
+            yield (
+                f"--lr-warmup-{unit} {warmup} is not shorter than the decay of {decay} {unit} "
+                f"(--lr-decay-{unit}, or --train-{unit}): the schedule would end before its "
+                "warm-up does. Make the decay longer or the warm-up shorter"
+            )
+
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    if fraction is not None and fraction >= 1.0:
+        yield (
+            f"--lr-warmup-fraction {fraction:g}: the warm-up is not shorter than the decay; "
+            "expected a number below 1"
+        )

@@ -1,0 +1,1 @@
+"""What the user asks for: flags, YAML, presets, phases and counters. No torch."""

@@ -1,0 +1,203 @@
+"""This package's command-line flags."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from .. import rules
+from . import presets
+from .request import DEFAULT_CLASS
+
+GROUP = "selective resume (megatron_ext)"
+#: Flags that are no part of the policy.
+_OTHER_FLAGS = ("optimizer_class", "selective_report", "selective_policy", "selective_from")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags only; a parser that has them already is returned as it is."""
+    if any("--optimizer-class" in action.option_strings for action in parser._actions):
+        return parser
+    group = parser.add_argument_group(title=GROUP)
+    group.add_argument(
+        "--optimizer-class",
+        metavar="PATH",
+        default=None,
+        help=f"Dotted path of the class built in place of DistributedOptimizer, for example "
+        f"{DEFAULT_CLASS}. Without it nothing changes.",
+    )
+    group.add_argument(
+        "--selective-policy",
+        metavar="FILE",
+        default=None,
+        help="YAML file with the whole policy; of the other flags only --selective-report, "
+        "--selective-from, --selective-phase, --reset-iteration and --reset-dataloader go with it.",
+    )
+    group.add_argument(
+        "--selective-keep-hyperparameters",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="param_group keys whose value is taken from the checkpoint instead of the current "
+        "arguments, for example: betas eps weight_decay.",
+    )
+    group.add_argument(
+        "--selective-hyperparameters",
+        choices=("args", "checkpoint"),
+        default="args",
+        help="Where the keys come from that are not named. Default: args.",
+    )
+    group.add_argument(
+        "--selective-take-hyperparameters",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="With --selective-hyperparameters checkpoint: keys taken from the arguments.",
+    )
+    group.add_argument(
+        "--selective-group-rule",
+        metavar="WORD",
+        nargs="+",
+        action="append",
+        default=[],
+        help="Exception for some param_groups: KEY=VALUE ... keep KEY ... take KEY ..., or one of "
+        "the two, for example: "
+        "is_expert_parallel=true keep max_lr min_lr. May be given again.",
+    )
+    group.add_argument(
+        "--selective-preset",
+        metavar="WORD",
+        nargs="+",
+        default=["keep"],
+        help=f"What is done to the moments that no rule names: {', '.join(presets.forms())}.",
+    )
+    group.add_argument(
+        "--selective-decline",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="Parts of the preset that are left out, for example: lr eps.",
+    )
+    group.add_argument(
+        "--selective-rule",
+        metavar=("MATCH", "EXP_AVG", "EXP_AVG_SQ"),
+        nargs=3,
+        action="append",
+        default=[],
+        help="What is done to the moments of some parameters, for example: "
+        "'output_layer.weight[32000:]' reset 'fill column-mean'. MATCH is a glob, or re: and a "
+        "regular expression, then [rows], ndim=N and KEY=VALUE of the param_group. Operations: "
+        f"{', '.join(rules.GRAMMAR)}. May be given again.",
+    )
+    group.add_argument(
+        "--selective-step",
+        metavar="STEP",
+        default=None,
+        help="Adam's step: keep, reset, or a number. Default: what the preset says.",
+    )
+    group.add_argument(
+        "--selective-nonfinite",
+        choices=("error", "reset", "keep"),
+        default="error",
+        help="What to do about NaN and infinite moments in the checkpoint. Default: error.",
+    )
+    group.add_argument(
+        "--no-selective-strict",
+        dest="selective_strict",
+        action="store_false",
+        default=True,
+        help="Warn where a rule matches nothing, instead of stopping.",
+    )
+    group.add_argument(
+        "--selective-from",
+        metavar="DIR",
+        default=None,
+        help="Where a phase starts, with its optimizer state: loaded as long as --load and --save, "
+        "the phase's own directory, hold no checkpoint. The same command line then restarts it. "
+        "--ckpt-step is an iteration of DIR.",
+    )
+    group.add_argument(
+        "--selective-phase",
+        metavar="NAME",
+        default=None,
+        help="Name of the phase, to tell it from another one with the same policy.",
+    )
+    group.add_argument(
+        "--selective-schedule",
+        choices=("continue", "restart"),
+        default=None,
+        help="The scheduler's position: go on, or start again at 0 (a re-warm-up with kept "
+        "moments). Default: restart with --reset-iteration, else continue.",
+    )
+    group.add_argument(
+        "--selective-grad-scaler",
+        choices=("keep", "reset"),
+        default="keep",
+        help="fp16's loss scale: of the checkpoint (default), or the arguments' initial one.",
+    )
+    for flag, what in (
+        ("--reset-iteration", "Count the iterations from 0 again"),
+        ("--reset-dataloader", "Read the data from its beginning again"),
+    ):
+        # Megatron forks have flags of these names.
+        if flag not in parser._option_string_actions:
+            group.add_argument(
+                flag,
+                action="store_true",
+                help=f"{what}, once: a restart from the phase's own checkpoint goes on.",
+            )
+    group.add_argument(
+        "--selective-report",
+        metavar="DIR",
+        default=None,
+        help="Directory for the resume report, which rank 0 writes: resume-report.json and .txt. "
+        "`python -m megatron_ext report DIR` makes an HTML page from them.",
+    )
+    group.add_argument(
+        "--selective-dry-run",
+        action="store_true",
+        help="Build and load everything, log the plan and what was done, and exit with 0 before "
+        "the first step; no checkpoint is saved. With --selective-report also "
+        "parameter-layout.json: which parameter lies where in the buckets of a dp_reshardable "
+        "checkpoint, for `megatron_ext inspect --moments --layout`.",
+    )
+    group.add_argument(
+        "--no-selective-guard",
+        action="store_false",
+        dest="selective_guard",
+        help="Do not check the first resumed steps against the plan. By default hyperparameters "
+        "that differ from it, or moments that Adam cannot have made, stop the run.",
+    )
+    return parser
+
+
+def given_without_class(args: argparse.Namespace | Any) -> list[str]:
+    """This package's flags that were given although ``--optimizer-class`` was not."""
+    if getattr(args, "optimizer_class", None) is not None:
+        return []
+    others = ("selective_from", "selective_policy", "selective_report")
+    defaults = {**policy_defaults(), **dict.fromkeys(others)}
+    return [flag_of(k) for k, v in defaults.items() if getattr(args, k, v) not in (v, None)]
+
+
+def without_class(flags: Sequence[str]) -> str:
+    """The message for flags of this package that nothing would come of."""
+    return (
+        f"{', '.join(flags)} without --optimizer-class: nothing would come of it. Add "
+        f"--optimizer-class {DEFAULT_CLASS}"
+    )
+
+
+@functools.cache
+def policy_defaults() -> dict[str, Any]:
+    """The flags that make a policy, and their defaults."""
+    parser = add_flags(argparse.ArgumentParser(add_help=False))
+    defaults = vars(parser.parse_args([]))
+    return {k: v for k, v in defaults.items() if k not in _OTHER_FLAGS}
+
+
+def flag_of(name: str) -> str:
+    """The flag of a destination."""
+    return "--no-selective-strict" if name == "selective_strict" else f"--{name.replace('_', '-')}"

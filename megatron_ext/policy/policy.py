@@ -1,0 +1,271 @@
+"""What the user asks of a resume: `ResumePolicy` and its moment rules, validated on their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..errors import PolicyError
+from ..rules.base import Rule
+from ..rules.elementwise import KEEP
+from .checks import all_of, is_number, unique_keys
+from .match import GroupRule, MomentRule, Scalar
+from .presets import KEEP_ALL, Preset, Step
+
+#: Keys that `megatron.core.optimizer_param_scheduler.OptimizerParamScheduler` writes or reads in
+#: a param_group. ``--use-checkpoint-opt_param-scheduler`` takes exactly these from the checkpoint.
+SCHEDULE_KEYS = ("lr", "max_lr", "min_lr", "weight_decay", "start_wd", "end_wd")
+#: Attributes of the scheduler that hold a kept key, because the scheduler overwrites the group's
+#: own value from them at every step (`OptimizerParamScheduler.step`).
+SCHEDULER_ATTRIBUTES = {
+    "max_lr": ("max_lr",),
+    "min_lr": ("min_lr",),
+    "start_wd": ("start_wd",),
+    "end_wd": ("end_wd",),
+    "weight_decay": ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style"),
+}
+#: Keys of a param_group that are no hyperparameters, and are never taken from the checkpoint.
+_NOT_HYPERPARAMETERS = ("params", "step", "lr")
+
+
+@dataclass(frozen=True)
+class ResumePolicy:
+    """One decision for every piece of optimizer state at a resume.
+
+    Args:
+        keep_hyperparameters: Keys of a param_group (for example ``"betas"``, ``"eps"``,
+            ``"max_lr"``, ``"weight_decay"``) whose value comes from the checkpoint. Every other
+            key comes from the current arguments.
+        schedule: ``"args"``: the scheduler's values come from the current arguments, whether
+            ``--override-opt_param-scheduler`` is given or not. ``"checkpoint"``: the scheduler's
+            values and the group keys in `SCHEDULE_KEYS` come from the checkpoint, as with
+            ``--use-checkpoint-opt_param-scheduler``.
+        hyperparameters: Where the keys come from that are not named: ``"args"`` or
+            ``"checkpoint"``.
+        take_hyperparameters: Keys that come from the arguments although `hyperparameters` is
+            ``"checkpoint"``.
+        groups: Exceptions for some param_groups.
+        preset: What is done to every element of the moments that no rule names, to ``step``, and
+            which hyperparameters follow.
+        rules: What is done to some elements of the moments. Two rules must not meet in one.
+        step: ``"keep"``, ``"reset"`` (0) or a number; None for what the preset says.
+        nonfinite: What to do about NaN or infinite moments in the checkpoint: ``"error"``,
+            ``"reset"`` (those elements to 0) or ``"keep"``.
+        strict: Whether a rule that matches nothing is an error (else a warning).
+        schedule_position: ``"continue"`` or ``"restart"`` (num_steps = 0: a re-warm-up with kept
+            moments); None: restarts if and only if the iteration is reset.
+        grad_scaler: ``"keep"`` the loss scale of the checkpoint, or ``"reset"`` it to the
+            arguments' initial one (fp16).
+        reset_iteration: The iteration counts from 0 again.
+        reset_dataloader: The data is read from its beginning again.
+        phase: Name of the phase that begins here; tells it from another one with the same
+            operations.
+
+    Raises:
+        PolicyError: A key is malformed, or is one that cannot be chosen.
+    """
+
+    keep_hyperparameters: tuple[str, ...] = ()
+    schedule: Literal["args", "checkpoint"] = "args"
+    hyperparameters: Literal["args", "checkpoint"] = "args"
+    take_hyperparameters: tuple[str, ...] = ()
+    groups: tuple[GroupRule, ...] = ()
+    preset: Preset = KEEP_ALL
+    rules: tuple[MomentRule, ...] = ()
+    step: Step | None = None
+    nonfinite: Literal["error", "reset", "keep"] = "error"
+    strict: bool = True
+    schedule_position: Literal["continue", "restart"] | None = None
+    grad_scaler: Literal["keep", "reset"] = "keep"
+    reset_iteration: bool = False
+    reset_dataloader: bool = False
+    phase: str = ""
+
+    def __post_init__(self) -> None:
+        """Normalise the keys and refuse what can never be carried out."""
+        if self.schedule_position is not None:
+            _one_of("schedule position", self.schedule_position, ("continue", "restart"))
+        _one_of("grad_scaler", self.grad_scaler, ("keep", "reset"))
+        for name in ("reset_iteration", "reset_dataloader"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+        if not isinstance(self.phase, str) or not re.fullmatch(r"[\w.-]*", self.phase, re.ASCII):
+            raise PolicyError(
+                f"--selective-phase: expected letters, digits, '.', '_' and '-', found "
+                f"{self.phase!r}"
+            )
+        _one_of("schedule", self.schedule, ("args", "checkpoint"))
+        _one_of("hyperparameters", self.hyperparameters, ("args", "checkpoint"))
+        _one_of("nonfinite", self.nonfinite, ("error", "reset", "keep"))
+        for name in ("keep_hyperparameters", "take_hyperparameters"):
+            flag = f"--selective-{name.replace('_', '-')}"
+            object.__setattr__(self, name, unique_keys(getattr(self, name), flag, name))
+        both = sorted(set(self.keep_hyperparameters) & set(self.take_hyperparameters))
+        if both:
+            raise PolicyError(
+                f"{', '.join(both)}: in --selective-keep-hyperparameters (from the checkpoint) and "
+                "in --selective-take-hyperparameters (from the arguments); expected one"
+            )
+        for name, kind in (("groups", GroupRule), ("rules", MomentRule)):
+            object.__setattr__(self, name, all_of(kind, getattr(self, name), name))
+        all_of(Preset, (self.preset,), "preset")
+        step = self.step
+        number = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+        if not (step is None or step in ("keep", "reset") or number):
+            raise PolicyError(
+                f"--selective-step: expected keep, reset or a number of at least 0, found {step!r}"
+            )
+
+    def source(self, key: str, group: Mapping[str, Any]) -> tuple[bool, str]:
+        """Whether a key of a current param_group comes from the checkpoint, and why.
+
+        Args:
+            key: The key.
+            group: The current group, for the attributes that `groups` matches.
+
+        Returns:
+            True for the checkpoint; the reason in the user's words.
+
+        Raises:
+            PolicyError: Two group rules disagree.
+        """
+        if key in _NOT_HYPERPARAMETERS and not (key == "lr" and self.schedule == "checkpoint"):
+            return False, "default"
+        said = {
+            rule: key in rule.keep
+            for rule in self.groups
+            if rule.fits(group) and key in (*rule.keep, *rule.take)
+        }
+        if len(set(said.values())) > 1:
+            raise PolicyError(
+                f"group rules {' and '.join(repr(str(r)) for r in said)} disagree about {key!r}: "
+                "expected one to decide"
+            )
+        for rule, kept in said.items():
+            return kept, f"group rule {str(rule)!r}"
+        if key in self.keep_hyperparameters:
+            return True, f"--selective-keep-hyperparameters {key}"
+        if key in self.take_hyperparameters:
+            return False, f"--selective-take-hyperparameters {key}"
+        if self.schedule == "checkpoint" and key in SCHEDULE_KEYS:
+            return True, "--use-checkpoint-opt_param-scheduler"
+        if self.hyperparameters == "checkpoint":
+            return True, "--selective-hyperparameters checkpoint"
+        return False, "default"
+
+    @property
+    def named_keys(self) -> tuple[str, ...]:
+        """All keys the user has named."""
+        named = (k for rule in self.groups for k in (*rule.keep, *rule.take))
+        return tuple(
+            dict.fromkeys((*self.keep_hyperparameters, *self.take_hyperparameters, *named))
+        )
+
+    @property
+    def kept_scheduler_attributes(self) -> tuple[str, ...]:
+        """The scheduler attributes that come from the checkpoint because a key is kept."""
+        keys = self.keep_hyperparameters
+        if self.hyperparameters == "checkpoint":
+            keys = tuple(k for k in SCHEDULER_ATTRIBUTES if k not in self.take_hyperparameters)
+        names = [a for key in keys for a in SCHEDULER_ATTRIBUTES.get(key, ())]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def next_step(self) -> Step:
+        """What becomes of ``step``."""
+        return self.preset.effect.step if self.step is None else self.step
+
+    @property
+    def restarts_schedule(self) -> bool:
+        """Whether the scheduler's position, which counts samples, goes back to 0."""
+        if self.schedule_position is None:
+            return self.reset_iteration
+        return self.schedule_position == "restart"
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What must not be done twice to the same state, in words; hyperparameters are no part."""
+        effect = self.preset.effect
+        out = []
+        if (effect.exp_avg, effect.exp_avg_sq, effect.step) != (KEEP, KEEP, "keep"):
+            kept = " without exp_avg_sq" if "exp_avg_sq" in self.preset.decline else ""
+            out.append(f"preset {self.preset}{kept}")
+        changing = (r for r in self.rules if not (r.exp_avg == r.exp_avg_sq == KEEP))
+        out += sorted(f"rule {_with_plain_numbers(rule)}" for rule in changing)
+        said = {
+            f"step {self.step}": self.step not in (None, "keep"),
+            "iteration reset": self.reset_iteration,
+            "data position reset": self.reset_dataloader,
+            "schedule restart": self.restarts_schedule,
+            "grad scaler reset": self.grad_scaler == "reset",
+        }
+        return (*out, *(text for text, done in said.items() if done))
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether it asks for anything that comes only with the checkpoint's optimizer."""
+        from_checkpoint = self.keep_hyperparameters or self.hyperparameters == "checkpoint"
+        kept = any(rule.keep for rule in self.groups)
+        goes_on = self.schedule_position == "continue"
+        return bool(self.operations or from_checkpoint or kept or goes_on)
+
+    def without_operations(self) -> ResumePolicy:
+        """What is left of it to do where its operations have been done: the hyperparameters."""
+        return replace(
+            self,
+            preset=replace(self.preset, moments=False),
+            rules=(),
+            step=None,
+            schedule_position="continue",
+            grad_scaler="keep",
+            reset_iteration=False,
+            reset_dataloader=False,
+        )
+
+    @property
+    def changes_moments(self) -> bool:
+        """Whether any element of the moments may get another value."""
+        return any(o != KEEP for o in self._moment_operations())
+
+    @property
+    def overwrites_moments(self) -> bool:
+        """Whether any element of the moments may be set without a look at its old value."""
+        return not all(o.reads_old for o in self._moment_operations())
+
+    @property
+    def decides_moments(self) -> bool:
+        """Whether it has rules for the moments, or a preset that may change them."""
+        return self.changes_moments or bool(self.rules)
+
+    @property
+    def told_rules(self) -> tuple[tuple[str, Rule, Rule], ...]:
+        """Each rule's match, and the preset last, and what is done to each moment; for people."""
+        effect = self.preset.effect
+        rules = ((str(r.match), r.exp_avg, r.exp_avg_sq) for r in self.rules)
+        return (*rules, (f"preset {self.preset}", effect.exp_avg, effect.exp_avg_sq))
+
+    def _moment_operations(self) -> list[Rule]:
+        effect = self.preset.effect
+        operations = [effect.exp_avg, effect.exp_avg_sq]
+        return operations + [o for r in self.rules for o in (r.exp_avg, r.exp_avg_sq)]
+
+
+def _one_of(name: str, found: str, expected: tuple[str, ...]) -> None:
+    if found not in expected:
+        raise PolicyError(f"{name}: expected {' or '.join(map(repr, expected))}, found {found!r}")
+
+
+def _with_plain_numbers(rule: MomentRule) -> MomentRule:
+    """An equal rule whose text is that of all rules equal to it: 1 and 1.0 are one number."""
+
+    def whole(value: Scalar) -> Scalar:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    def real(operation: Rule) -> Rule:
+        numbers = {k: v + 0.0 for k, v in vars(operation).items() if k != "seed" and is_number(v)}
+        return type(operation)(**{**vars(operation), **numbers})
+
+    group = tuple((key, whole(value)) for key, value in rule.match.group)
+    return MomentRule(replace(rule.match, group=group), real(rule.exp_avg), real(rule.exp_avg_sq))

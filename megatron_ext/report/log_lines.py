@@ -1,0 +1,142 @@
+"""The report as lines for the log."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..plan.decisions import Decision
+from ..policy.counters import Counters
+from ..policy.phase import Phase
+from .model import MomentReport, OptimizerReport
+
+_STATE_NAMES = {
+    "state": "state (not Adam's)",
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "param": "master weights",
+}
+
+
+def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int) -> list[str]:
+    """What was done to one optimizer of the chain."""
+    plan, loaded = report.plan, report.loaded
+    title = f"resume of optimizer {number} of {count} ({report.kind})"
+    lines = [f"megatron_ext: {title}"]
+    lines += [
+        f" > {name}: using checkpoint value ({loaded.tensors.get(key, 0)} shards, "
+        f"{loaded.elements.get(key, 0)} elements on all ranks)"
+        for key, name in _STATE_NAMES.items()
+        if key in loaded.keys
+    ]
+    lines += [f" > {one}" for one in report.resized if one.new]  # a warning says the others
+    lines += _moment_lines(report)
+    where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
+    lines.append(f" > step: {plan.step} ({where})")
+    for group, parameters in zip(plan.groups, report.parameters, strict=True):
+        where = "none" if group.saved_index is None else str(group.saved_index)
+        lines.append(
+            f" > param_group {group.index} ({parameters} parameters on rank {rank}; "
+            f"saved group {where}: {group.note})"
+        )
+        told = [d for d in group.decisions if d.key != "lr"]
+        lines += [_decision_line(d) for d in told if d.changed or d.reason != "default"]
+        same = [d.key for d in told if not d.changed and d.reason == "default"]
+        if same:
+            lines.append(f" >   unchanged: {', '.join(same)}")
+        if group.dropped:
+            lines.append(f" >   only in the checkpoint, not used: {', '.join(group.dropped)}")
+    for index in plan.unused_saved_groups:
+        lines.append(f" > saved param_group {index} corresponds to no current one: not used")
+    return lines
+
+
+def phase_lines(phase: Phase | None) -> list[str]:
+    """Whether a phase begins or goes on."""
+    if phase is None or phase.state == "none":
+        return []
+    title = {"applied": "TRANSITION APPLIED", "continued": "CONTINUED"}[phase.state]
+    name = f" (phase {phase.mark.phase})" if phase.mark is not None and phase.mark.phase else ""
+    return [f"megatron_ext: {title}{name}: {phase.why}"]
+
+
+#: Counter -> its name in Megatron's log, and the flag that resets it.
+_COUNTER_NAMES = {
+    "iteration": ("iteration", "--reset-iteration"),
+    "consumed_train_samples": ("consumed samples", "--reset-dataloader"),
+    "num_steps": ("schedule position (num_steps, in samples)", "--selective-schedule restart"),
+}
+
+
+def counter_lines(counters: tuple[Counters, Counters] | None, phase: Phase | None) -> list[str]:
+    """Where the counters go on, and why."""
+    if counters is None:
+        return []
+    before, after = (asdict(c) for c in counters)
+    lines = []
+    asked = None if phase is None else phase.asked
+    for key, (name, flag) in _COUNTER_NAMES.items():
+        if key == "num_steps" and asked is not None and asked.schedule_position is None:
+            flag = "--reset-iteration"
+        why = "checkpoint" if before[key] == after[key] else f"checkpoint {before[key]}; {flag}"
+        if after[key] is not None:
+            lines.append(f" > {name}: {after[key]} ({why})")
+    return lines
+
+
+def _moment_lines(report: OptimizerReport) -> list[str]:
+    moments = report.moments
+    lines = []
+    if moments is not None:
+        lines += [
+            f" > {r.rule}: exp_avg {r.exp_avg}, exp_avg_sq {r.exp_avg_sq} ({r.elements} elements "
+            "on all ranks)"
+            for r in moments.rules
+        ]
+        lines += [
+            f" > {key}: RMS {_rms_text(before)} -> {after:.6g}, {moments.changed[key]} elements "
+            f"changed, {moments.nonfinite[key]} not finite{_unread_text(moments, key)}"
+            for key, (before, after) in moments.rms.items()
+        ]
+    if report.loss_scale is not None:
+        saved, value = report.loss_scale
+        where = (
+            "checkpoint" if report.plan.policy.grad_scaler == "keep" else f"checkpoint {saved:g}"
+        )
+        lines.append(f" > loss scale: {value:g} ({where})")
+    lines += [f" > WARNING: {w}" for w in warnings_of(report)]
+    if report.plan.clip_grad is not None:
+        lines.append(_decision_line(report.plan.clip_grad))
+    return lines
+
+
+def _rms_text(rms: float | None) -> str:
+    return "(not read)" if rms is None else f"{rms:.6g}"
+
+
+def _unread_text(moments: MomentReport, key: str) -> str:
+    count = moments.unread.get(key, 0)
+    return f"; {count} elements were overwritten without being read" if count else ""
+
+
+def warnings_of(report: OptimizerReport) -> tuple[str, ...]:
+    """Everything a user should look at."""
+    of_moments = report.moments.warnings if report.moments is not None else ()
+    return (*report.notes, *report.plan.warnings, *of_moments)
+
+
+def _decision_line(d: Decision) -> str:
+    verbs = {
+        "checkpoint": "using checkpoint value",
+        "arguments": "using argument value",
+        "preset": "changed to",
+    }
+    verb = verbs[d.taken]
+    return (
+        f" >   {d.key}: {verb} {_text(d.value)} "
+        f"(checkpoint {_text(d.checkpoint)}, argument {_text(d.argument)}; {d.reason})"
+    )
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,79 @@
+"""The report of one resume of one run: as lines, and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..policy.counters import Counters
+from ..policy.phase import Phase
+from ..version import __version__
+from .document import counters_json, optimizer_json, phase_json, policy_json
+from .log_lines import counter_lines, optimizer_lines, phase_lines
+from .model import OptimizerReport
+
+SCHEMA = "megatron_ext/resume-report/1"
+
+
+@dataclass
+class ResumeReport:
+    """What was done in one resume, over all optimizers of the run.
+
+    Args:
+        megatron: Version of megatron-core.
+        optimizers: One report per Megatron optimizer, in the order of the chain.
+        scheduler: Values after the scheduler was loaded: the first resumed step's lr and weight
+            decay per group, ``num_steps`` in samples, and the source of every attribute.
+        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
+            loaded.
+        environment: Versions of Python and torch, number of ranks, and when; None where the
+            optimizer is a live one.
+    """
+
+    megatron: str
+    optimizers: list[OptimizerReport] = field(default_factory=list)
+    scheduler: dict[str, Any] | None = None
+    counters: tuple[Counters, Counters] | None = None
+    environment: Mapping[str, str | int] | None = None
+
+    @property
+    def phase(self) -> Phase | None:
+        """Whether a phase begins or goes on."""
+        return self.optimizers[0].plan.phase if self.optimizers else None
+
+    def lines(self, rank: int = 0) -> list[str]:
+        """The report as log lines.
+
+        Args:
+            rank: Whose report it is: parameters are counted on it.
+        """
+        out = [*phase_lines(self.phase), *counter_lines(self.counters, self.phase)]
+        for number, report in enumerate(self.optimizers):
+            out += optimizer_lines(number, len(self.optimizers), report, rank)
+        return out
+
+    def scheduler_lines(self) -> list[str]:
+        """The first resumed step as log lines."""
+        if self.scheduler is None:
+            return []
+        first = self.scheduler["first_step"]
+        return [
+            f" > first resumed step, optimizer {f['optimizer']} group {f['group']}: learning rate "
+            f"{f['lr']:.6E}, weight decay {f['weight_decay']:g}"
+            for f in first
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "schema": SCHEMA,
+            "megatron_ext": __version__,
+            "megatron_core": self.megatron,
+            "environment": None if self.environment is None else dict(self.environment),
+            "policy": policy_json(self.optimizers),
+            "phase": phase_json(self.phase),
+            "counters": counters_json(self.counters),
+            "optimizers": [optimizer_json(r) for r in self.optimizers],
+            "scheduler": self.scheduler,
+        }

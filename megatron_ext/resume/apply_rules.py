@@ -1,0 +1,206 @@
+"""Apply a plan's moment rules to this rank's shards, and report what they did on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .._ops.segments import Statistics
+from ..base import ranks
+from ..base.placement import WHOLE
+from ..checkpoint.state import MOMENT_KEYS
+from ..plan.parameters import ParameterPlan
+from ..report.model import MomentReport, RuleReport
+from ..rules import registry
+from ..rules.base import ElementRule, Statistic
+from ..rules.elementwise import KEEP
+from ..rules.registry import write
+from .moments import MomentStatistics, transform
+from .parameters import Shard
+from .prepare_rules import MomentWork
+from .scaled import values
+from .shard_rules import FillColumns, MomentShard, RangeRule
+from .statistics import Value, find, pieces
+
+#: Columns that are added up over the ranks, per moment.
+_COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
+_AFTER, _CHANGED = _COLUMNS.index("square_sum_after"), _COLUMNS.index("changed")
+
+
+@dataclass(frozen=True)
+class AppliedRules:
+    """What was done to the moments on this rank.
+
+    Args:
+        shards: Those with moments.
+        counted: For each its statistics, by state key.
+        device: Of the moments.
+    """
+
+    shards: tuple[Shard, ...]
+    counted: tuple[Mapping[str, MomentStatistics], ...]
+    device: torch.device
+
+    @property
+    def nonfinite_before(self) -> dict[str, int]:
+        """Parameters that had NaN or infinite elements -> how many there are now.
+
+        A sum of squares of fp32 values in float64 does not overflow: it is finite if they all are.
+        """
+        found: dict[str, int] = {}
+        for shard, by_key in zip(self.shards, self.counted, strict=True):
+            for s in by_key.values():
+                if s.norm_before is not None and not math.isfinite(s.norm_before):
+                    name = shard.parameter.name
+                    found[name] = found.get(name, 0) + s.nonfinite
+        return found
+
+
+def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
+    """Change the moments without a look at them before, where one pass does for both.
+
+    Where every element is kept or multiplied, what is not finite stays so, and the statistics of
+    the change tell what a look would have told.
+
+    Args:
+        work: From `meet`; the moments have arrived.
+
+    Returns:
+        None where they have to be looked at first, or where nothing is to be done. A rank decides
+        for itself: no collective follows from it.
+    """
+    if work is None or not _changes(work) or work.wanted or work.policy.nonfinite != "error":
+        return None
+    rules = (x for p in work.plans.values() for r in p.rows for x in (r.exp_avg, r.exp_avg_sq))
+    if any(rule.multiplier is None for rule in rules):
+        return None
+    states = (s.inner.state[s.key] for s in work.shards if _has_moments(s))
+    if any(state[key].dtype != torch.float32 for state in states for key in MOMENT_KEYS):
+        return None
+    return _change(work)
+
+
+def apply_rules(work: MomentWork, done: AppliedRules | None = None) -> MomentReport | None:
+    """Change the moments as planned; collective.
+
+    The statistics that are needed are found together (`megatron_ext.resume.statistics.find`), the
+    fused op is called once a device, and one small reduction adds the report up.
+
+    Args:
+        work: From `meet`; the moments have arrived.
+        done: From `change_unseen`: then only the report is left.
+
+    Returns:
+        None where there is nothing to do.
+    """
+    return _report(work, done or _change(work)) if _changes(work) else None
+
+
+def _changes(work: MomentWork) -> bool:
+    return not work.kept and work.policy.decides_moments
+
+
+def _change(work: MomentWork) -> AppliedRules:
+    shards = tuple(s for s in work.shards if _has_moments(s))
+    device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else ranks.device()
+    found: dict[Statistic, Value] = {}
+    if work.wanted:
+        found = find(
+            work.wanted,
+            shards,
+            lambda shard, key: values(shard.inner, shard.key, key),
+            work.shapes,
+            ranks.sum_over_ranks,
+            device,
+        )
+    jobs = [_work(shard, work.plans[shard.parameter.name], found) for shard in shards]
+    return AppliedRules(shards, tuple(transform(jobs, Statistics.BEFORE_AND_AFTER)), device)
+
+
+def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
+    """What the fused op is to do to a shard."""
+    rules: list[RangeRule] = []
+    for rows in plan.rows:
+        m, v = (_rule(x, found) for x in (rows.exp_avg, rows.exp_avg_sq))
+        if m == v == KEEP:
+            continue
+        by_position = any(isinstance(x, FillColumns) or x.kind == "positional" for x in (m, v))
+        if len(plan.rows) == 1 and not by_position:
+            # One range: a rescale of a scaled moment is then a change of its scale.
+            rules.append(RangeRule(0, shard.end - shard.begin, m, v, WHOLE))
+            continue
+        for run in pieces(shard, ((rows.first, rows.last),)):
+            rules.append(RangeRule(run.begin, run.end, m, v, run.index))
+    rules.sort(key=lambda r: r.begin)
+    return MomentShard(shard.parameter.name, shard.inner, shard.key, tuple(rules))
+
+
+def _rule(
+    decided: ElementRule | Statistic, found: Mapping[Statistic, Value]
+) -> ElementRule | FillColumns:
+    if not isinstance(decided, Statistic):
+        return decided
+    value = found[decided]
+    if isinstance(value, torch.Tensor):
+        return FillColumns(value)
+    return registry.of_statistic(decided, value)
+
+
+def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
+    policy = work.policy
+    sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
+    elements = [0.0] * (len(policy.rules) + 1)
+    unread = {str(key): names for key, names in work.unread.items()}
+    for shard, statistics in zip(done.shards, done.counted, strict=True):
+        for row, key in zip(sums, MOMENT_KEYS, strict=True):
+            s = statistics[key]
+            found = ((s.norm_before or 0.0) ** 2, s.norm_after**2, shard.end - shard.begin)
+            for i, value in enumerate((*found, s.nonfinite, s.changed or 0)):
+                row[i] += value
+            if shard.parameter.name in unread.get(key, frozenset()):
+                held = shard.end - shard.begin
+                row[-1] += held
+                row[_CHANGED] -= s.changed or 0
+        for rows in work.plans[shard.parameter.name].rows:
+            held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
+            elements[-1 if rows.rule is None else rows.rule] += held
+    mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
+    flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=done.device)
+    ranks.sum_over_ranks(flat)
+    total = flat.tolist()
+    by_key = {
+        key: dict(zip(_COLUMNS, total[i * len(_COLUMNS) :], strict=False))
+        for i, key in enumerate(MOMENT_KEYS)
+    }
+    reports = tuple(
+        RuleReport(name, write(m), write(v), int(n), met)
+        for (name, m, v), n, met in zip(
+            policy.told_rules, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
+        )
+    )
+    return MomentReport(
+        rules=reports,
+        rms={
+            key: (
+                _rms(c["square_sum_before"], c["elements"] - c["unread"]),
+                _rms(c["square_sum_after"], c["elements"]) or 0.0,
+            )
+            for key, c in by_key.items()
+        },
+        changed={key: int(c["changed"]) for key, c in by_key.items()},
+        nonfinite={key: int(c["nonfinite"]) for key, c in by_key.items()},
+        unread={key: int(c["unread"]) for key, c in by_key.items()},
+        norms_on_this_rank=mine,
+        warnings=work.warnings,
+    )
+
+
+def _rms(square_sum: float, elements: float) -> float | None:
+    return math.sqrt(square_sum / elements) if elements else None
+
+
+def _has_moments(shard: Shard) -> bool:
+    return all(key in shard.inner.state.get(shard.key, {}) for key in MOMENT_KEYS)

@@ -1,0 +1,205 @@
+"""Tensors of a torch_dist checkpoint, read from the file to where they belong in one copy.
+
+torch's reader (``FileSystemReader.read_data``, torch/distributed/checkpoint/filesystem.py:869,
+2.15) loads every stored tensor into new memory and copies from there. Where a stored tensor is a
+plain one and is to fill plain memory of the host, its bytes are read into that memory instead, in
+the order in which they lie in the file. Everything else (a GPU's memory, another dtype or strides,
+a range of columns, a transform, compressed or big-endian records, objects, a damaged file) is left
+to torch's reader, whose errors are the errors.
+
+With ``fully_reshardable`` and without a distributed optimizer Megatron reads the optimizer's state
+into the host's memory on GPU machines too (core/optimizer/distrib_optimizer.py:1690, 0.19.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+import torch
+
+from ..checkpoint import placeholders, torch_file
+
+#: Bytes that are asked for before they are needed.
+_AHEAD = 32 << 20
+
+
+@contextlib.contextmanager
+def active() -> Iterator[None]:
+    """Within, torch's reader of distributed checkpoints reads plain tensors in one copy."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    original = FileSystemReader.read_data
+
+    @functools.wraps(original)
+    def read_data(self: Any, plan: Any, planner: Any) -> Any:
+        return original(self, replace(plan, items=_read(self, plan.items, planner)), planner)
+
+    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_data = original  # type: ignore[method-assign]
+
+
+def _read(reader: Any, items: Sequence[Any], planner: Any) -> list[Any]:
+    """Read what can be read in place; the other items, in their order."""
+    places = _Places()
+    done: set[int] = set()
+    by_file: dict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        by_file[reader.storage_data[item.storage_index].relative_path].append(item)
+    for path, found in by_file.items():
+        found.sort(key=lambda item: reader.storage_data[item.storage_index].offset)
+        with reader.fs.create_stream(reader.fs.concat_path(reader.path, path), "rb") as stream:
+            size = stream.seek(0, io.SEEK_END)
+            ahead = _Ahead(stream)
+            for item in found:
+                stored = reader.storage_data[item.storage_index]
+                ahead.of(stored.offset + stored.length)
+                if stored.offset + stored.length > size:
+                    continue
+                with contextlib.suppress(_NotPlain):
+                    _read_one(stream, stored, item, planner, places)
+                    done.add(id(item))
+    return [item for item in items if id(item) not in done]
+
+
+class _Ahead:
+    """Lets the kernel fetch what comes next while the elements before it are copied.
+
+    Args:
+        stream: A file of the store; where it is none of the kernel's nothing is done.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._until = stream, 0
+
+    def of(self, position: int) -> None:
+        """Ask for the bytes up to some way beyond a position."""
+        until = position + _AHEAD
+        if until - self._until < _AHEAD // 2:
+            return
+        begin = max(self._until, position - _AHEAD)
+        with contextlib.suppress(OSError, AttributeError, io.UnsupportedOperation):
+            os.posix_fadvise(self._stream.fileno(), begin, until - begin, os.POSIX_FADV_WILLNEED)
+        self._until = until
+
+
+class _NotPlain(Exception):
+    """Left to torch's reader, which writes all of the target."""
+
+
+class _Places:
+    """Where the elements of stored tensors lie.
+
+    A checkpoint has many tensors of few shapes, whose archives are the same up to the elements (the
+    checksum follows them): one of each is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[tuple[bytes, placeholders.TensorPlace]]] = defaultdict(list)
+
+    def find(self, stream: BinaryIO, offset: int, length: int) -> placeholders.TensorPlace:
+        """As `megatron_ext.checkpoint.torch_file.find_tensor`.
+
+        Args:
+            stream: A file of the store.
+            offset: Where the archive of one tensor begins in it.
+            length: Of the archive.
+        """
+        known = self._known[length]
+        if known:
+            stream.seek(offset)
+            begin = stream.read(max(len(b) for b, _ in known))
+            for before, place in known:
+                if begin.startswith(before):
+                    return place
+        place = torch_file.find_tensor(torch_file.window(stream, offset, length))
+        stream.seek(offset)
+        known.append((stream.read(place.start), place))
+        return place
+
+
+def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _Places) -> None:
+    """Read one item.
+
+    Raises:
+        _NotPlain: It is not for us, or the file ends before.
+    """
+    from torch.distributed.checkpoint.planner import LoadItemType
+
+    if item.type != LoadItemType.TENSOR or getattr(stored, "transform_descriptors", None):
+        raise _NotPlain
+    try:
+        place = places.find(stream, stored.offset, stored.length)
+    except Exception as e:  # whatever a damaged or foreign file makes of itself
+        raise _NotPlain from e
+    first = first_element(place, item.storage_offsets, item.lengths)
+    if first is None:
+        raise _NotPlain
+    target = planner.resolve_tensor(item).detach()
+    if not _can_hold(target, place.dtype, item.lengths):
+        raise _NotPlain
+    if target.numel():
+        stream.seek(stored.offset + place.start + first * place.dtype.itemsize)
+        _fill(stream, memoryview(target.view(-1).view(torch.uint8).numpy()))
+    planner.commit_tensor(item, target)
+
+
+def first_element(
+    place: placeholders.TensorPlace, offsets: Sequence[int], lengths: Sequence[int]
+) -> int | None:
+    """Where a part of a stored tensor begins, if its elements lie one after the other.
+
+    Args:
+        place: The stored tensor.
+        offsets: Of the part, in elements of each dimension.
+        lengths: Of the part.
+
+    Returns:
+        Elements from the tensor's first one; None for any other part, or if it is not all stored.
+    """
+    shape, count = place.shape, math.prod(place.shape)
+    row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    strides = zip(shape, place.stride, row_major, strict=True)
+    if any(size > 1 and stride != wanted for size, stride, wanted in strides):
+        return None
+    if place.end - place.start < count * place.dtype.itemsize or len(lengths) != len(shape):
+        return None
+    # Dimensions before the last one that is cut must be of one element.
+    cut = [i for i, size in enumerate(shape) if lengths[i] != size]
+    if cut and any(n != 1 for n in lengths[: cut[-1]]):
+        return None
+    if any(o < 0 or o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
+        return None
+    return sum(o * stride for o, stride in zip(offsets, row_major, strict=True))
+
+
+def _can_hold(target: Any, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether the stored bytes are those of the tensor that is to be filled."""
+    return (
+        type(target) in (torch.Tensor, torch.nn.Parameter)
+        and target.device.type == "cpu"
+        and target.layout == torch.strided
+        and target.dtype == dtype
+        and tuple(target.shape) == tuple(shape)
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+    )
+
+
+def _fill(stream: BinaryIO, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = stream.readinto(into[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise _NotPlain
+        done += count

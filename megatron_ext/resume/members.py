@@ -1,0 +1,45 @@
+"""The optimizers inside a Megatron optimizer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..errors import HostError
+from ..host.contract import CORE
+from .session import Resume
+from .steps import is_hybrid
+
+
+def members_of(optimizer: Any) -> list[Any]:
+    """The optimizers of this package inside a Megatron optimizer (itself, or a chain's)."""
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is not None:
+        return [m for o in chain for m in members_of(o)]
+    return [optimizer] if isinstance(getattr(optimizer, "resume", None), Resume) else []
+
+
+def adam_optimizers(optimizer: Any) -> list[Any]:
+    """The Megatron optimizers whose moments can be reached, ours or stock: itself, or a chain's.
+
+    Raises:
+        HostError: One of them keeps its state elsewhere; named.
+    """
+    chain = getattr(optimizer, "chained_optimizers", None)
+    if chain is not None:
+        return [m for o in chain for m in adam_optimizers(o)]
+    core = importlib.import_module(CORE)
+    known = ("DistributedOptimizer", "Float16OptimizerWithFloat16Params", "FP32Optimizer")
+    torch_optimizer = getattr(optimizer, "optimizer", None)
+    inner = type(torch_optimizer).__name__
+    if not isinstance(optimizer, tuple(getattr(core, name) for name in known)):
+        raise HostError(
+            f"cannot reach the moments of {type(optimizer).__name__} over {inner}; expected "
+            f"{', '.join(known)} or a ChainedOptimizer of these"
+        )
+    if is_hybrid(torch_optimizer):
+        raise HostError(
+            f"cannot reach the moments of {inner} (CPU offload): it keeps them in several "
+            "optimizers. Leave --optimizer-cpu-offload out"
+        )
+    return [optimizer]

@@ -1,0 +1,245 @@
+"""Change the moments of this rank's shards with the fused op, and count what it did."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _ops
+from .._ops import native
+from .._ops.segments import STATISTICS_COLUMNS, Segment, Statistics
+from ..base.log import say
+from ..base.placement import Run
+from ..checkpoint.state import MOMENT_KEYS
+from ..rules.elementwise import KEEP
+from .scaled import OpenMoment, is_scaled, open_moment, rules_of
+from .shard_rules import FillColumns, MomentShard
+from .statistics import columns
+
+_COLUMNS_AT_A_TIME = 1 << 22
+_SURVEYED = [STATISTICS_COLUMNS.index(name) for name in ("square_sum_after", "nonfinite")]
+
+
+@dataclass(frozen=True)
+class MomentStatistics:
+    """One moment of one parameter shard, over all its elements.
+
+    Args:
+        norm_before: Euclidean norm before; None where only the new values were counted.
+        norm_after: Euclidean norm after.
+        largest: Largest absolute value after; NaN is left out.
+        nonfinite: Number of NaN and infinite values after.
+        changed: Number of elements whose value is another one; None as ``norm_before``.
+    """
+
+    norm_before: float | None
+    norm_after: float
+    largest: float
+    nonfinite: int
+    changed: int | None
+
+
+def parameter_number(name: str) -> int:
+    """64 bits of a parameter's name, for random rules: the same on every rank and layout."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+@torch.no_grad()
+def transform(
+    shards: Sequence[MomentShard], statistics: Statistics = Statistics.NONE
+) -> list[dict[str, MomentStatistics]]:
+    """Apply rules to the moments in place; master weights are not touched.
+
+    All shards of a device are one call of ``megatron_ext::transform_moments_``. Of TE's fp16 and
+    fp8 moments, which have a scale per tensor, a rescale of the whole tensor changes the scale
+    alone; other rules go through TE's ``get_unscaled_state`` and ``set_scaled_state``
+    (transformer_engine/pytorch/optimizers/fused_adam.py).
+
+    Args:
+        shards: Parameters with state. Those without rules are only counted, if at all.
+        statistics: What to count.
+
+    Returns:
+        For each shard its statistics by state key; empty dicts for `Statistics.NONE`.
+
+    Raises:
+        PlanError: A parameter has no moments.
+        RuntimeError: Ranges that overlap or lie outside the shard (`megatron_ext._ops.schema`).
+            Nothing has been written.
+    """
+    moments = [(open_moment(s, 0), open_moment(s, 1)) for s in shards]
+    counts: list[torch.Tensor | None] = [None] * len(shards)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, pair in enumerate(moments):
+        if statistics or not all(m.only_scale for m in pair):
+            by_device.setdefault(pair[0].tensor().device, []).append(i)
+    calls = []
+    for device, members in by_device.items():
+        _announce(device.type)
+        exp_avg, exp_avg_sq = ([moments[i][which].tensor() for i in members] for which in (0, 1))
+        segments = [
+            segment
+            for tensor, i in enumerate(members)
+            for segment in _segments(tensor, shards[i], exp_avg[tensor].numel(), statistics)
+        ]
+        calls.append((members, _ops.Transform.of(exp_avg, exp_avg_sq, segments)))
+    fills = [_column_fills(shard, pair) for shard, pair in zip(shards, moments, strict=True)]
+    if len(calls) > 1 or any(fills):
+        # Bad ranges are refused on every device before anything is written on one.
+        calls = [(members, call.prepare()) for members, call in calls]
+    for fill in (f for of_shard in fills for f in of_shard):
+        fill()
+    for members, call in calls:
+        for i, row in zip(members, call(statistics).cpu(), strict=False):
+            counts[i] = row
+    for pair in moments:
+        for moment in pair:
+            moment.close()
+    return [_statistics(row) for row in counts]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Both moments of some parameters, as they are.
+
+    Args:
+        nonfinite: For each parameter the number of NaN and infinite elements.
+        norms: Euclidean norms of exp_avg and exp_avg_sq over all of them.
+    """
+
+    nonfinite: list[int]
+    norms: tuple[float, float]
+
+
+@torch.no_grad()
+def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
+    """Look at the moments of some parameters; reads them once, changes nothing.
+
+    Args:
+        inner: The torch optimizer that holds the state.
+        params: Keys of its state, which have both moments.
+    """
+    if any(is_scaled(inner, key) for key in MOMENT_KEYS):
+        counted = transform([MomentShard("", inner, p, ()) for p in params], Statistics.AFTER)
+        norms = [math.hypot(*(c[key].norm_after for c in counted)) for key in MOMENT_KEYS]
+        return Survey([sum(s.nonfinite for s in c.values()) for c in counted], tuple(norms))  # type: ignore[arg-type]
+    counts, squares = [0] * len(params), [0.0, 0.0]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(params):
+        by_device.setdefault(inner.state[param]["exp_avg"].device, []).append(i)
+    for device, members in by_device.items():
+        _announce(device.type)
+        both = ([inner.state[params[i]][key] for i in members] for key in MOMENT_KEYS)
+        found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _SURVEYED].tolist()
+        for i, rows in zip(members, found, strict=True):
+            for which, (square, nonfinite) in enumerate(rows):
+                squares[which] += square
+                counts[i] += int(nonfinite)
+    return Survey(counts, (math.sqrt(squares[0]), math.sqrt(squares[1])))
+
+
+def magnitude_thresholds(
+    shards: Sequence[MomentShard],
+    key: str,
+    groups: Sequence[int],
+    quantiles: Sequence[float],
+    reduce: Callable[[torch.Tensor], object] | None = None,
+) -> list[float]:
+    """The p-quantile of abs(exp_avg) or abs(exp_avg_sq), for groups of whole parameters.
+
+    Args:
+        shards: This rank's parameters, on one device.
+        key: ``exp_avg`` or ``exp_avg_sq``.
+        groups: For each shard the number of its group.
+        quantiles: p of each group, in [0, 1].
+        reduce: Adds a histogram up over the ranks that hold the groups' other shards, in place;
+            called three times (see `megatron_ext._ops.magnitude_thresholds`). None: one rank.
+    """
+    which = MOMENT_KEYS.index(key)
+    tensors = [open_moment(s, which).tensor() for s in shards]
+    ranges = [[i, 0, x.numel(), g] for i, (x, g) in enumerate(zip(tensors, groups, strict=True))]
+    out = _ops.magnitude_thresholds(
+        tensors,
+        torch.tensor(ranges, dtype=torch.int64).reshape(-1, 4),
+        torch.tensor(quantiles, dtype=torch.float64),
+        reduce,
+    )
+    return [float(x) for x in out.tolist()]
+
+
+def _segments(tensor: int, shard: MomentShard, numel: int, statistics: Statistics) -> list[Segment]:
+    number = parameter_number(shard.name)
+    out = [
+        Segment(tensor, r.begin, r.end, _of_op(r.exp_avg), _of_op(r.exp_avg_sq), r.index, number)
+        for r in shard.rules
+    ]
+    if statistics:
+        # What no rule covers counts too.
+        at = 0
+        for rule in sorted(shard.rules, key=lambda r: r.begin):
+            if at < rule.begin:
+                out.append(Segment(tensor, at, rule.begin))
+            at = max(at, rule.end)
+        if at < numel:
+            out.append(Segment(tensor, at, numel))
+    return out
+
+
+def _of_op(rule: Any) -> Any:
+    """What the fused op is told; columns have been filled before it."""
+    return KEEP if isinstance(rule, FillColumns) else rule
+
+
+def _column_fills(
+    shard: MomentShard, pair: tuple[OpenMoment, OpenMoment]
+) -> list[Callable[[], torch.Tensor]]:
+    out: list[Callable[[], torch.Tensor]] = []
+    for which, moment in enumerate(pair):
+        for r, rule in zip(shard.rules, rules_of(shard, which), strict=True):
+            if isinstance(rule, FillColumns):
+                run = Run(r.begin, r.end, r.index)
+                out.append(functools.partial(_fill_columns, moment, run, rule.values))
+    return out
+
+
+def _fill_columns(moment: OpenMoment, run: Run, values: torch.Tensor) -> torch.Tensor:
+    target = moment.tensor().view(-1)[run.begin : run.end]
+    values = values.to(target.device, torch.float32)
+    for begin in range(0, run.end - run.begin, _COLUMNS_AT_A_TIME):
+        end = min(begin + _COLUMNS_AT_A_TIME, run.end - run.begin)
+        column = columns(run, begin, end, len(values), target.device)
+        target[begin:end] = values[column].to(target.dtype)
+    return target
+
+
+def _statistics(row: torch.Tensor | None) -> dict[str, MomentStatistics]:
+    if row is None:
+        return {}
+    out = {}
+    for key, (before, after, largest, nonfinite, changed) in zip(
+        MOMENT_KEYS, row.tolist(), strict=True
+    ):
+        counted = before != -1.0 or changed != -1.0
+        out[key] = MomentStatistics(
+            norm_before=math.sqrt(before) if counted else None,
+            norm_after=math.sqrt(after),
+            largest=largest,
+            nonfinite=int(nonfinite),
+            changed=int(changed) if counted else None,
+        )
+    return out
+
+
+@functools.cache
+def _announce(device: str) -> None:
+    """Say once which kernel does the work, and why."""
+    if device in native.DEVICES:
+        kernel = native.kernel(device)
+        name = "compiled" if kernel.native else "reference"
+        say(f"megatron_ext: moments on {device}: {name} kernel ({kernel.reason})")

@@ -1,0 +1,101 @@
+"""NaN and infinite moments: count them, then refuse, reset or keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..base import ranks
+from ..checkpoint.state import MOMENT_KEYS
+from ..errors import CheckpointError
+from .moments import Survey, survey
+from .parameters import held_by, names_of
+from .prepare_rules import MAX_NAMED
+from .scaled import values
+from .steps import is_adam, is_hybrid
+
+
+def count_nonfinite(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
+    """Look at this rank's moments, in one pass that reads them.
+
+    Returns:
+        Number of NaN and infinite elements; Euclidean norms of exp_avg and exp_avg_sq, None where
+        there are none.
+    """
+    found = _survey(optimizer)
+    return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
+
+
+def mend_nonfinite(
+    optimizer: Any,
+    model_chunks: Sequence[Any],
+    choice: str,
+    bad: Mapping[str, int] | None = None,
+) -> str:
+    """Refuse, reset or keep NaN and infinite moments; collective, called where some rank has any.
+
+    Args:
+        optimizer: A Megatron optimizer with state.
+        model_chunks: Its model, for the names.
+        choice: ``error``, ``reset`` or ``keep`` (`ResumePolicy.nonfinite`).
+        bad: Parameters on this rank -> elements that are not finite, where that is known.
+
+    Returns:
+        What was done, for the report.
+
+    Raises:
+        CheckpointError: For ``error``, on every rank that has one.
+        AgreementError: For ``error``, on the others, with the messages.
+    """
+    if bad is None:
+        names = names_of(optimizer, model_chunks)
+        bad = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
+    error = None
+    if bad and choice == "error":
+        listing = ", ".join(f"{name}: {n}" for name, n in list(bad.items())[:MAX_NAMED])
+        more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        error = CheckpointError(
+            f"the checkpoint's moments are not finite (elements of exp_avg and exp_avg_sq): "
+            f"{listing}{more}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
+            "set these elements to 0, or keep to go on with them"
+        )
+    ranks.agree("looking at the moments", "0" * 32, error)
+    if choice == "reset":
+        _reset_nonfinite(optimizer)
+    return f"not finite in the checkpoint: {'reset to 0' if choice == 'reset' else 'kept'}"
+
+
+def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
+    """The keys of the state, and their moments."""
+    inner = optimizer.optimizer
+    if inner is None or not is_adam(inner) or is_hybrid(inner):
+        return None
+    keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
+    return keys, survey(inner, keys)
+
+
+def _nonfinite(optimizer: Any) -> dict[int, int]:
+    """Id of each state's key -> number of elements that are not finite."""
+    found = _survey(optimizer)
+    return (
+        {}
+        if found is None
+        else {id(k): n for k, n in zip(found[0], found[1].nonfinite, strict=True)}
+    )
+
+
+@torch.no_grad()
+def _reset_nonfinite(optimizer: Any) -> None:
+    bad = {i for i, n in _nonfinite(optimizer).items() if n}
+    inner = optimizer.optimizer
+    for held in held_by(optimizer):
+        if id(held.key) not in bad:
+            continue
+        moments = {k: values(inner, held.key, k) for k in MOMENT_KEYS}
+        wrong = ~(moments["exp_avg"].isfinite() & moments["exp_avg_sq"].isfinite())
+        for key, found in moments.items():
+            found.masked_fill_(wrong, 0.0)
+            if found.data_ptr() != inner.state[held.key][key].data_ptr():
+                inner.set_scaled_state(held.key, key, found)

@@ -1,0 +1,249 @@
+"""`SelectiveAdam`: stock `DistributedOptimizer` but for what a load does.
+
+The training step is Megatron's own. Overridden are the load entry points, each a call into
+planning, merging and reporting, and two places where the stock class cannot load at all: plain
+torch AdamW (its step lives in the state) and fp32 parameters (their shards require grad).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from ..base.ranks import agree
+from ..checkpoint.state import (
+    FLATTENED,
+    does_not_fit,
+    misfits,
+    optimizer_section,
+    unreadable_sharding,
+)
+from ..errors import CheckpointError
+from ..plan.decisions import ResumePlan
+from ..policy.policy import ResumePolicy
+from ..report.model import LoadedState
+from . import merge, selective_read, vocabulary
+from .selective import Selective, allocate_torch_adam_state, moments_of
+from .session import Resume
+from .steps import is_torch_adam
+
+
+class SelectiveAdam(Selective, DistributedOptimizer):
+    """`DistributedOptimizer` that keeps the moments and takes hyperparameters from the arguments.
+
+    At a load, exp_avg, exp_avg_sq, the fp32 master weights and ``step`` come from the checkpoint;
+    every other key of every param_group comes from the current group unless the policy keeps it.
+    With unchanged arguments the load is bit for bit the stock load. The inner optimizer may be
+    TransformerEngine's or apex's FusedAdam or torch's AdamW.
+
+    Args:
+        *args: As `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+        policy: What to take from where; the default keeps no hyperparameter.
+        **kwargs: As `DistributedOptimizer`.
+
+    Note:
+        ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
+        group: one all_reduce of 40 bytes a rank before anything is changed (see
+        `megatron_ext.base.ranks`) and one of 56 bytes for the report. The training step has none.
+
+    Raises (at load):
+        PlanError: A key to keep is unknown or ambiguous.
+        CheckpointError: No optimizer state, or shards that do not fit the model.
+        AgreementError: Another rank refused, or the ranks planned differently.
+    """
+
+    def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
+        """Build the stock optimizer and remember the policy."""
+        super().__init__(*args, **kwargs)
+        self.join(Resume(policy or ResumePolicy()))
+        self.resume_chunks = self.model_chunks
+        self._tally = LoadedState()
+        self._awaiting_parameter_state: ResumePlan | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stock state dict; also before the first step of a torch AdamW.
+
+        Stock asserts one common step over an empty state there (distrib_optimizer.py, 0.19.2
+        lines 833-836).
+        """
+        if is_torch_adam(self.optimizer):
+            allocate_torch_adam_state(self.optimizer)
+            if not self.optimizer.state:
+                return self._state_dict_without_shards()
+        return super().state_dict()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock sharded state dict; its self-load for allocation is not taken for a resume.
+
+        Raises:
+            CheckpointError: The metadata say that the checkpoint's state is cut in a way that
+                Megatron does not read any more.
+        """
+        is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
+        if is_loading:
+            _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
+        if not is_loading:
+            return super().sharded_state_dict(*args, **kwargs)
+        with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
+            state_dict = super().sharded_state_dict(*args, **kwargs)
+        selective_read.mark_unread(self, state_dict, self.resume_chunks)
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Merge selectively, then load with the stock loader.
+
+        Args:
+            state_dict: As saved by any Megatron `DistributedOptimizer`; not modified. With
+                ``param_state`` (torch_dist) the resume is complete afterwards; without it
+                (legacy torch) after `load_parameter_state`.
+        """
+        if self._allocating:
+            super().load_state_dict(state_dict)
+            return
+        plan = self._agreed_plan(state_dict)
+        self._tally = LoadedState()
+        merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
+        self._place_grad_scaler(plan, merged)
+        if is_torch_adam(self.optimizer):
+            allocate_torch_adam_state(self.optimizer)
+            for group in optimizer_section(merged)[1]["param_groups"]:
+                group.setdefault("step", 0)
+        super().load_state_dict(merged)
+        self._write_back(plan)
+        if "param_state" in state_dict:
+            self._finish(plan, self._tally)
+        else:
+            self._awaiting_parameter_state = plan
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Load a legacy ``distrib_optim.pt``; a file that cannot be read raises on every rank.
+
+        Args:
+            filename: Read on data-parallel rank 0 and scattered from there.
+            update_legacy_format: As in `DistributedOptimizer.load_parameter_state`.
+        """
+        if self.is_stub_optimizer:
+            return
+        state_dict, error = None, None
+        if self.data_parallel_group.rank() == 0:
+            try:
+                state_dict = torch.load(filename, map_location="cpu")
+            except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
+                error = _unreadable(filename, e)
+        agree(f"reading {Path(filename).name}", "0" * 32, error)
+        self.load_parameter_state_from_dp_zero(
+            state_dict, update_legacy_format=update_legacy_format
+        )
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: Any, *, update_legacy_format: bool = False
+    ) -> None:
+        """Scatter the parameter state from data-parallel rank 0, after checking that it fits."""
+        error = None
+        if state_dict is not None and not update_legacy_format:
+            error = self._dp_zero_misfit(state_dict)
+        agree("loading the distributed optimizer's parameter state", "0" * 32, error)
+        super().load_parameter_state_from_dp_zero(
+            state_dict, update_legacy_format=update_legacy_format
+        )
+        plan, self._awaiting_parameter_state = self._awaiting_parameter_state, None
+        if plan is not None:
+            if update_legacy_format:
+                self._count_state()
+            self._finish(plan, self._tally)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
+        """One parameter's shard, without torch AdamW's 0-dim ``step``: the groups carry it."""
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if is_torch_adam(self.optimizer):
+            tensors.pop("step", None)
+        return tensors
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(
+        self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
+    ) -> None:
+        """Write one parameter's shard.
+
+        Without grad mode, because shards of fp32 parameters are views of a leaf that requires
+        grad (distrib_optimizer.py, 0.19.2 lines 467 and 1225). torch AdamW's ``step`` is no part
+        of it: stock either misses it (KeyError) or overwrites it with a stale one.
+        """
+        self._tally.add(tensors)
+        tensors = self._with_new_rows(model_param, tensors)
+        if is_torch_adam(self.optimizer):
+            group, order = self.model_param_group_index_map[model_param]
+            main_param = self.optimizer.param_groups[group]["params"][order]
+            tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def _with_new_rows(
+        self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The loaded shard with the live master weights in the rows the checkpoint has not."""
+        first = vocabulary.first_new_element(model_param)
+        if first is None:
+            return tensors
+        at = max(first - self._get_model_param_range_map(model_param)["param"].start, 0)
+        if at >= tensors["param"].numel():
+            return tensors
+        loaded = tensors["param"].clone()
+        live = self._get_main_param_and_optimizer_states(model_param)["param"]
+        loaded.view(-1)[at:] = live.view(-1)[at:]
+        return {**tensors, "param": loaded}
+
+    def _state_dict_without_shards(self) -> dict[str, Any]:
+        groups = [{**g, "step": 0} for g in self._live_hyperparameters()]
+        state_dict: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            state_dict["grad_scaler"] = self.grad_scaler.state_dict()
+        return state_dict
+
+    def _dp_zero_misfit(self, state_dict: Mapping[Any, Any]) -> CheckpointError | None:
+        wanted = {
+            f"buffer {index}, {dtype[0]}": [self.buffers[index].numel_unpadded]
+            for index, ranges in enumerate(self.gbuf_ranges)
+            for dtype in ranges
+        }
+        if any("uint8" in key for key in wanted):
+            return None  # fp8 buffers are split from bf16 ones by the stock loader
+        saved = {
+            f"buffer {index}, {dtype[0]}": [world["numel_unpadded"]]
+            for index, dtypes in state_dict.items()
+            if isinstance(index, int)
+            for dtype, world in dtypes.items()
+            if "numel_unpadded" in world
+        }
+        lines = misfits(wanted, saved)
+        return does_not_fit(lines) if lines else None
+
+    def _count_state(self) -> None:
+        """Count after the fact what the pre-2024 legacy loader has written by itself."""
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                self._tally.add({"param": param, **moments_of(self.optimizer, param)})
+
+
+def _require_readable(metadata: Mapping[str, Any] | None) -> None:
+    """Raise for the checkpoint's sharding; all ranks have the same metadata, from common state.
+
+    Without a name in the metadata stock takes the one it cannot read (distrib_optimizer.py:1509,
+    0.19.2).
+    """
+    sharding_type = (metadata or {}).get("distrib_optim_sharding_type", FLATTENED)
+    reason = unreadable_sharding(sharding_type)
+    if reason is not None:
+        raise CheckpointError(f"the checkpoint cannot be resumed from: {reason}")
+
+
+def _unreadable(filename: str, cause: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read the distributed optimizer's parameter state {filename}: "
+        f"{type(cause).__name__}: {cause}. Restore the file or pass --no-load-optim to start with "
+        "a new optimizer (the Adam moments are then lost)"
+    )

@@ -1,0 +1,222 @@
+"""This rank's parameters by their global name: where each shard lies in the unsharded parameter.
+
+Megatron itself says where, in the model's sharded state dict: for every parameter its global shape
+and this rank's offset, whatever tensor, pipeline, virtual pipeline or expert parallelism does. What
+the distributed optimizer cuts off that is in its range maps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..base.placement import Block, Run, block_of, runs
+from ..errors import HostError
+from ..plan.parameters import Parameter
+from . import vocabulary
+
+#: A local index in a module's name: a list's position, or TE's grouped weights (weight3).
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
+
+#: Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+Located = Mapping[int, tuple[str, tuple[int, ...], tuple[Block, ...]]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank's optimizer holds of one parameter.
+
+    Args:
+        parameter: The unsharded parameter.
+        blocks: The tensor-parallel shard, in its order.
+        begin: First element of the flattened tensor-parallel shard that this rank's optimizer has.
+        end: One past the last.
+        inner: The torch optimizer with the state.
+        key: The tensor its state is filed under.
+    """
+
+    parameter: Parameter
+    blocks: tuple[Block, ...]
+    begin: int
+    end: int
+    inner: Any
+    key: torch.Tensor
+
+    def runs(self) -> Iterator[Run]:
+        """Where its elements lie in the unsharded parameter."""
+        return runs(self.blocks, self.begin, self.end)
+
+
+def shards_of(
+    optimizer: Any, model_chunks: Sequence[Any], where: Located | None = None
+) -> list[Shard]:
+    """The shards of a Megatron optimizer on this rank.
+
+    Args:
+        optimizer: A DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
+        model_chunks: The model it was built for.
+        where: `located` of it, where that is known.
+
+    Raises:
+        HostError: The model does not say where a parameter lies.
+    """
+    found = located(model_chunks) if where is None else where
+    out = []
+    for held in held_by(optimizer):
+        if id(held.model_param) not in found:
+            raise HostError(
+                f"the model's sharded_state_dict has no entry for a parameter of shape "
+                f"{tuple(held.model_param.shape)}, so that its global name is not known. Rules for "
+                "moments need it: use the default policy, or give its module a sharded_state_dict"
+            )
+        name, shape, blocks = found[id(held.model_param)]
+        change = vocabulary.change_of(held.model_param)
+        saved_rows = None if change is None else change.saved
+        parameter = Parameter(name, shape, held.group, saved_rows)
+        out.append(Shard(parameter, blocks, held.begin, held.end, optimizer.optimizer, held.key))
+    return out
+
+
+def names_of(optimizer: Any, model_chunks: Sequence[Any]) -> dict[int, str]:
+    """Id of a state's key -> a name for messages; local names if the model gives no global ones."""
+    try:
+        return {id(s.key): s.parameter.name for s in shards_of(optimizer, model_chunks)}
+    except Exception:  # a model's own code may fail in any way; a message must not
+        names = {id(p): n for chunk in model_chunks for n, p in chunk.named_parameters()}
+        held = held_by(optimizer)
+        return {id(h.key): names.get(id(h.model_param), "unnamed") for h in held}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter that an optimizer holds, wholly or in part.
+
+    Args:
+        model_param: The model's parameter.
+        key: The tensor its state is filed under.
+        group: Position of its param_group.
+        begin: First element, of the flattened model parameter.
+        end: One past the last.
+    """
+
+    model_param: torch.Tensor
+    key: torch.Tensor
+    group: int
+    begin: int
+    end: int
+
+
+def held_by(optimizer: Any) -> list[Held]:
+    """What an optimizer holds on this rank, in an order that is the same at every call."""
+    if hasattr(optimizer, "model_param_gbuf_map"):
+        return [_distributed(optimizer, p) for p in optimizer.model_param_gbuf_map]
+    models = {}
+    for of_model, of_main in zip(
+        getattr(optimizer, "float16_groups", ()),
+        getattr(optimizer, "fp32_from_float16_groups", ()),
+        strict=True,
+    ):
+        models.update({id(main): model for model, main in zip(of_model, of_main, strict=True)})
+    return [
+        Held(models.get(id(param), param), param, number, 0, param.numel())
+        for number, group in enumerate(optimizer.optimizer.param_groups)
+        for param in group["params"]
+    ]
+
+
+def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
+    group, order = optimizer.model_param_group_index_map[model_param]
+    of_shard = optimizer._get_model_param_range_map(model_param)["param"]
+    key = optimizer.optimizer.param_groups[group]["params"][order]
+    return Held(model_param, key, group, of_shard.start, of_shard.end)
+
+
+def located(model_chunks: Sequence[Any]) -> Located:
+    """Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+
+    Args:
+        model_chunks: The model on this rank.
+
+    Raises:
+        HostError: The model does not say where a parameter lies.
+    """
+    out = {}
+    for chunk in model_chunks:
+        module = chunk
+        while hasattr(module, "module"):
+            module = module.module
+        local = {id(p): name for name, p in module.named_parameters()}
+        for entry in _flat(module.sharded_state_dict()):
+            # A ShardedTensor, or a ShardedTensorFactory that builds several.
+            if id(getattr(entry, "data", None)) in local:
+                out[id(entry.data)] = _locate(local[id(entry.data)], entry)
+    return out
+
+
+def _locate(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[Block, ...]]:
+    # A factory builds the parts that are sharded by themselves, such as a gated fc1's two halves.
+    parts = list(_flat(entry.build() if hasattr(entry, "build_fn") else entry))
+    extra = parts[0].prepend_axis_num
+    global_name = _global_name(name, entry.key, parts[0].global_offset[:extra])
+    shapes: dict[str, tuple[int, ...]] = {}
+    blocks = []
+    for part in parts:
+        shape = tuple(part.global_shape[extra:])
+        if part.key not in shapes and shapes and shape[1:] != next(iter(shapes.values()))[1:]:
+            raise HostError(
+                f"{global_name} is stored in parts of the shapes {[*shapes.values(), shape]}, "
+                "which are not rows of one matrix; rules for moments do not support that"
+            )
+        first_row = sum(s[0] for key, s in _before(shapes, part.key))
+        shapes.setdefault(part.key, shape)
+        local = tuple(part.local_shape)
+        blocks.append(block_of(shape, part.global_offset[extra:], local, first_row))
+    one = next(iter(shapes.values()))
+    whole = (sum(s[0] for s in shapes.values()), *one[1:]) if len(shapes) > 1 else one
+    numel = math.prod(entry.data.shape)
+    if sum(b.length for b in blocks) != numel:
+        raise HostError(
+            f"{global_name} has {numel} elements on this rank, and its sharded parts "
+            f"{[b.length for b in blocks]}; rules for moments do not support that"
+        )
+    return global_name, whole, tuple(blocks)
+
+
+def _before(shapes: Mapping[str, tuple[int, ...]], key: str) -> list[tuple[str, tuple[int, ...]]]:
+    items = list(shapes.items())
+    known = [k for k, _ in items]
+    return items[: known.index(key)] if key in shapes else items
+
+
+def _flat(entry: Any) -> Iterator[Any]:
+    if isinstance(entry, Mapping):
+        entry = list(entry.values())
+    if isinstance(entry, list | tuple):
+        for one in entry:
+            yield from _flat(one)
+    else:
+        yield entry
+
+
+def _global_name(name: str, key: str, offsets: Sequence[int]) -> str:
+    """A module's name with its local indices made global.
+
+    Of homogeneous layers the key has no index: the layer, and the expert, are axes of their own.
+    A parameter without any index is called as its key: a tied output layer is the embedding.
+    """
+    local = _INDEX.findall(name)
+    if not local:
+        return key
+    indices = [*_INDEX.findall(key), *map(str, offsets)]
+    if len(indices) != len(local):
+        raise HostError(
+            f"cannot tell the global name of {name}: the checkpoint key {key} with offsets "
+            f"{tuple(offsets)} has {len(indices)} indices; expected {len(local)}"
+        )
+    numbers = iter(indices)
+    return _INDEX.sub(lambda _: next(numbers), name)

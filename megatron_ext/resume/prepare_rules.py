@@ -1,0 +1,207 @@
+"""Resolve a plan's moment rules against this rank's shards, and tell the other ranks.
+
+Ranks that hold different parameters have to find the same statistics together, so they first tell
+each other which ones their parameters need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..base import ranks
+from ..errors import CheckpointError, PlanError
+from ..plan.decisions import ResumePlan
+from ..plan.matching import unmatched, used_group_rules, used_rules
+from ..plan.moments import plan_moments
+from ..plan.parameters import ParameterPlan
+from ..policy.policy import ResumePolicy
+from ..rules.base import Statistic
+from ..rules.elementwise import KEEP
+from ..rules.form import Key
+from .parameters import Shard, located, shards_of
+from .steps import is_adam
+
+MAX_NAMED = 8
+#: As many names a rule are told to the other ranks.
+_NAMED_BY_RANK = 4
+
+
+@dataclass(frozen=True)
+class MomentWork:
+    """What is to be done to one optimizer's moments on this rank.
+
+    Args:
+        policy: What the user asked.
+        shards: This rank's.
+        plans: By parameter name.
+        used: Positions of the rules that match a parameter of the chain on this rank.
+        used_groups: Positions of the group rules that fit one of its param_groups.
+        kept: The optimizer is not Adam: its state is left alone.
+        wanted: The statistics that some rank needs, the same list on every rank.
+        shapes: The unsharded shapes of their parameters.
+        unread: For each moment the parameters on this rank that it was not read of.
+        warnings: Rules that match nothing on any rank.
+        examples: For each rule some parameters that it matches, on all ranks.
+    """
+
+    policy: ResumePolicy
+    shards: tuple[Shard, ...]
+    plans: Mapping[str, ParameterPlan]
+    used: frozenset[int]
+    used_groups: frozenset[int] = frozenset()
+    kept: bool = False
+    wanted: tuple[Statistic, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    examples: tuple[tuple[str, ...], ...] = ()
+
+
+def prepare(
+    optimizer: Any,
+    model_chunks: Sequence[Any],
+    plan: ResumePlan,
+    saved_groups: Sequence[Mapping[str, Any]],
+    chain: Sequence[Any] = (),
+    unread: Mapping[Key, frozenset[str]] | None = None,
+) -> MomentWork | None:
+    """Resolve a plan's rules against this rank's shards; nothing is changed, not collective.
+
+    Args:
+        optimizer: A Megatron optimizer.
+        model_chunks: The model it was built for.
+        plan: Its plan.
+        saved_groups: The checkpoint's param_groups.
+        chain: All optimizers that the policy is for; a rule has to match in one of them.
+        unread: For each moment the parameters on this rank that it was not read of.
+
+    Returns:
+        None where the policy has no rules and keeps all moments.
+
+    Raises:
+        PlanError: A rule cannot be carried out.
+        CheckpointError: A moment was not read that is not overwritten.
+        HostError: The model does not say where its parameters lie.
+    """
+    policy, unread = plan.policy, unread or {}
+    if not policy.overwrites_moments:
+        _require_read(unread, {})
+    if not (policy.decides_moments or policy.groups):
+        return None
+    chain = [o for o in chain or [optimizer] if o.optimizer is not None]
+    used_groups = frozenset(
+        used_group_rules(policy, [g for one in chain for g in one.optimizer.param_groups])
+    )
+    if not policy.decides_moments:
+        return MomentWork(policy, (), {}, frozenset(), used_groups)
+    members = chain if policy.rules else [o for o in chain if o is optimizer]
+    of_members = _shards_by_optimizer(members, model_chunks)
+    used = frozenset().union(
+        *(
+            used_rules(policy, (s.parameter for s in of_members[id(o)]), o.optimizer.param_groups)
+            for o in members
+        )
+    )
+    if optimizer.optimizer is None:
+        return MomentWork(policy, (), {}, used, used_groups)
+    shards = of_members[id(optimizer)]
+    if not is_adam(optimizer.optimizer):
+        _refuse_rules(policy, optimizer.optimizer, shards)
+        return MomentWork(policy, (), {}, used, used_groups, kept=True)
+    parameters = {s.parameter.name: s.parameter for s in shards}
+    groups = optimizer.optimizer.param_groups
+    plans = {
+        p.parameter.name: p
+        for p in plan_moments(plan, list(parameters.values()), saved_groups, groups)
+    }
+    _require_read(unread, plans)
+    return MomentWork(policy, shards, plans, used, used_groups, unread=unread)
+
+
+def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan]) -> None:
+    """Raise unless all that was not read is overwritten.
+
+    With an empty `plans` nothing is overwritten.
+    """
+    for key, names in unread.items():
+        for name in names if not plans else names & plans.keys():
+            done = [getattr(rows, key) for rows in plans[name].rows] if plans else [KEEP]
+            if any(rule.reads_old for rule in done):
+                raise CheckpointError(
+                    f"{key} of {name} was not read from the checkpoint, for it was to be "
+                    f"overwritten, but now the plan is {done}; expected the same plan before and "
+                    "after reading. The checkpoint was replaced while it was being read, or its "
+                    "param_groups differ from its first ones; start again"
+                )
+
+
+def exchange_with_ranks(work: MomentWork) -> MomentWork:
+    """Tell the other ranks which rules matched and which statistics are needed; collective.
+
+    One gather of plain values, and only where a rule or the preset's quantile asks for it.
+
+    Raises:
+        PlanError: A rule matches nothing on any rank (strict policies); on every rank.
+    """
+    policy, effect = work.policy, work.policy.preset.effect
+    selects = effect.exp_avg.statistics or effect.exp_avg_sq.statistics
+    if not policy.rules and not policy.groups and not selects:
+        return work
+    needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
+    examples = sorted(work.plans)
+    ends = [*examples[:1], *examples[-1:]]
+    mine = (needed, work.used, work.used_groups, ends, _met(work))
+    of_ranks, used, used_groups, names, met = zip(*ranks.gather(mine), strict=True)
+    idle = unmatched(
+        policy,
+        frozenset().union(*used),
+        frozenset().union(*used_groups),
+        sorted({name for some in names for name in some}),
+    )
+    if idle and policy.strict:
+        raise PlanError(f"{idle}. Mend the rule, or pass --no-selective-strict")
+    return replace(
+        work,
+        wanted=tuple(sorted({s for needed in of_ranks for s in needed})),
+        shapes={s.parameter: shape for needed in of_ranks for s, shape in needed.items()},
+        warnings=(idle,) if idle else (),
+        examples=tuple(
+            tuple(sorted({name for some in of_rule for name in some})[:MAX_NAMED])
+            for of_rule in zip(*met, strict=True)
+        ),
+    )
+
+
+def _met(work: MomentWork) -> list[list[str]]:
+    """For each rule the first parameters on this rank that it matches."""
+    return [
+        [
+            name
+            for name, plan in sorted(work.plans.items())
+            if any(rows.rule == number for rows in plan.rows)
+        ][:_NAMED_BY_RANK]
+        for number in range(len(work.policy.rules))
+    ]
+
+
+def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> None:
+    """Raise if a rule is for a parameter that another optimizer than Adam updates."""
+    for shard in shards:
+        name, group = shard.parameter.name, inner.param_groups[shard.parameter.group]
+        for rule in policy.rules:
+            if rule.match.fits(name, len(shard.parameter.shape), group):
+                raise PlanError(
+                    f"rule {rule} matches {name}, which {type(inner).__name__} updates: it has no "
+                    "Adam moments, and its state is kept. Narrow the rule, for example with "
+                    "optimizer=adam"
+                )
+
+
+def _shards_by_optimizer(
+    optimizers: Sequence[Any], model_chunks: Sequence[Any]
+) -> dict[int, tuple[Shard, ...]]:
+    """Id of an optimizer -> what it holds on this rank; one look at the model for all."""
+    where = located(model_chunks) if optimizers else {}
+    return {id(one): tuple(shards_of(one, model_chunks, where)) for one in optimizers}

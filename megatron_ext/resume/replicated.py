@@ -1,0 +1,95 @@
+"""The load of `SelectiveAdam` for optimizers that are not distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from ..base.ranks import agree
+from ..checkpoint.state import optimizer_section
+from ..errors import MegatronExtError
+from ..policy.policy import ResumePolicy
+from ..report.model import LoadedState
+from . import merge, selective_read
+from .selective import Selective, kind_of, moments_of
+from .session import Resume
+from .steps import is_adam
+
+
+class _SelectiveReplicated(Selective):
+    """The same merge for the optimizers that are not distributed over the data-parallel ranks."""
+
+    _ids_are_live = False
+
+    def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
+        """Build the stock optimizer and remember the policy."""
+        super().__init__(*args, **kwargs)
+        self.join(Resume(policy or ResumePolicy()))
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        # The merged groups already are the live ones in their order.
+        return state_dict_groups
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        """The stock sharded state dict, whose groups need not be as many as the saved ones."""
+        state_dict = super().sharded_state_dict(  # type: ignore[misc]
+            model_sharded_state_dict, is_loading, **kwargs
+        )
+        if is_loading:
+            # dist_checkpointing merges lists only if they are equally long; the ids of the live
+            # parameters are known to us anyway.
+            self._ids_are_live = True
+            _, section = optimizer_section(state_dict)
+            section.pop("param_groups")  # type: ignore[attr-defined]
+            selective_read.mark_unread(self, state_dict, self.resume_chunks)
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Merge selectively, then load with the stock loader.
+
+        Args:
+            state_dict: As saved by the stock class, from torch_dist or legacy torch; not modified.
+        """
+        plan = self._agreed_plan(state_dict)
+        live_ids = [g["params"] for g in self.optimizer.state_dict()["param_groups"]]
+        merged, error = None, None
+        try:
+            merged = merge.merge_replicated(
+                plan,
+                state_dict,
+                self.optimizer.param_groups,
+                live_ids,
+                ids_are_live=self._ids_are_live,
+            )
+        except MegatronExtError as e:
+            error = e
+        agree(f"resume of {kind_of(self)}", "0" * 32, error)
+        assert merged is not None
+        self._place_grad_scaler(plan, merged)
+        super().load_state_dict(merged)  # type: ignore[misc]
+        self._ids_are_live = False
+        self._write_back(plan)
+        adam = is_adam(self.optimizer)
+        loaded = LoadedState() if adam else LoadedState(keys=("param", "state"))
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                state = self.optimizer.state.get(param, {})
+                loaded.add(
+                    {"param": param, **(moments_of(self.optimizer, param) if adam else state)}
+                )
+        self._finish(plan, loaded)
+
+
+class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat16Params):
+    """`Float16OptimizerWithFloat16Params` (bf16, fp16) with the load of `SelectiveAdam`."""
+
+
+class SelectiveFP32Optimizer(_SelectiveReplicated, FP32Optimizer):
+    """`FP32Optimizer` with the load of `SelectiveAdam`."""

@@ -1,0 +1,60 @@
+"""Parameters of this rank with another number of rows than the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..plan.decisions import ResumePlan
+from ..plan.moments import plan_moments
+from ..plan.resized import ResizedParameter, resized_by
+from . import vocabulary
+from .parameters import held_by, shards_of
+from .steps import is_adam
+
+
+def resized_of(
+    optimizer: Any,
+    model_chunks: Sequence[Any],
+    plan: ResumePlan,
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> tuple[ResizedParameter, ...]:
+    """The resized parameters of which this rank's optimizer holds a part; not collective.
+
+    Args:
+        optimizer: A Megatron optimizer.
+        model_chunks: The model it was built for.
+        plan: Its plan.
+        saved_groups: The checkpoint's param_groups.
+
+    Raises:
+        PlanError: A rule cannot be carried out.
+        HostError: The model does not say where its parameters lie.
+    """
+    if optimizer.optimizer is None or not vocabulary.any_change():
+        return ()
+    if not any(vocabulary.change_of(h.model_param) for h in held_by(optimizer)):
+        return ()
+    parameters = {
+        s.parameter.name: s.parameter
+        for s in shards_of(optimizer, model_chunks)
+        if s.parameter.saved_rows is not None
+    }
+    bare = dict.fromkeys(parameters, 0)
+    if is_adam(optimizer.optimizer):
+        groups = optimizer.optimizer.param_groups
+        for decided in plan_moments(plan, list(parameters.values()), saved_groups, groups):
+            bare[decided.parameter.name] = resized_by(decided).bare
+    return tuple(
+        sorted(
+            ResizedParameter(name, p.saved_rows or 0, p.rows, bare[name])
+            for name, p in parameters.items()
+        )
+    )
+
+
+def forget(optimizer: Any) -> None:
+    """The resume of an optimizer is complete: what was found about its parameters is history."""
+    if optimizer.optimizer is not None and vocabulary.any_change():
+        for held in held_by(optimizer):
+            vocabulary.forget(held.model_param)

@@ -1,0 +1,182 @@
+"""What `SelectiveAdam` and its non-distributed siblings share: plan, finish and report a load."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..base.ranks import agree, gather
+from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
+from ..errors import MegatronExtError
+from ..plan import resized
+from ..plan.decisions import Circumstances, ResumePlan
+from ..plan.hyperparameters import plan_resume
+from ..report.model import LoadedState, OptimizerReport
+from . import apply_rules, merge, nonfinite, prepare_rules
+from .resized import forget, resized_of
+from .session import Resume
+from .steps import is_adam, place_step
+
+
+class Selective:
+    """What the three optimizers share: the resume they belong to, planning and finishing."""
+
+    optimizer: Any
+    config: Any
+    grad_scaler: Any
+    resume: Resume
+    _moment_work: prepare_rules.MomentWork | None = None
+    #: On all ranks, of the resume that is going on.
+    _resized: tuple[resized.ResizedParameter, ...] = ()
+    #: True while Megatron loads the optimizer's own state dict into it to allocate memory
+    #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
+    _allocating = False
+
+    #: The checkpoint's loss scale, where it is a dynamic one (fp16).
+    _saved_scale: float | None = None
+    #: The model chunks it was built for, for the names of its parameters.
+    resume_chunks: Sequence[Any] = ()
+    #: Euclidean norms of exp_avg and exp_avg_sq on this rank when the resume was complete.
+    norms_after_load: tuple[float, float] | None = None
+    #: What the arguments say; a preset may change the config's.
+    _argument_clip_grad: float | None = None
+
+    def join(self, resume: Resume) -> None:
+        """Take part in a resume together with the other optimizers of a chain."""
+        self.resume = resume
+        resume.join(self)
+
+    @contextlib.contextmanager
+    def _self_load(self) -> Iterator[None]:
+        groups = self._live_hyperparameters()
+        self._allocating = True
+        try:
+            yield
+        finally:
+            self._allocating = False
+            # The stock loader pairs groups by a tuple that two groups may share.
+            merge.write_groups(groups, self.optimizer.param_groups)
+
+    def _live_hyperparameters(self) -> list[dict[str, Any]]:
+        if self.optimizer is None:
+            return []
+        return [merge.hyperparameters(g) for g in self.optimizer.param_groups]
+
+    def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
+        """Plan on this rank; raise on every rank unless all ranks made the same plan."""
+        plan, work, error = None, None, None
+        found: tuple[resized.ResizedParameter, ...] = ()
+        try:
+            saved = read_optimizer(state_dict)
+            phase = self.resume.phase_of(saved)
+            plan = plan_resume(
+                phase.policy, saved, self.optimizer.param_groups, self._circumstances(), phase
+            )
+            work = prepare_rules.prepare(
+                self,
+                self.resume_chunks,
+                plan,
+                saved.groups,
+                self.resume.members,
+                self.resume.unread,
+            )
+            found = resized_of(self, self.resume_chunks, plan, saved.groups)
+        except MegatronExtError as e:
+            error = e
+        digest = "" if plan is None else plan.digest()
+        if agree(f"resume of {kind_of(self)}", digest, error, tell=bool(found)):
+            found = tuple(sorted({one for of_rank in gather(found) for one in of_rank}))
+        assert plan is not None
+        self._moment_work = None if work is None else prepare_rules.exchange_with_ranks(work)
+        self._resized = found
+        return replace(plan, warnings=(*plan.warnings, *resized.warnings_of(plan, found)))
+
+    def _circumstances(self) -> Circumstances:
+        if self._argument_clip_grad is None:
+            self._argument_clip_grad = self.config.clip_grad
+        return Circumstances(
+            clip_grad=self._argument_clip_grad,
+            decoupled_weight_decay=getattr(self.config, "decoupled_weight_decay", True),
+            global_batch_size=self.resume.global_batch_size,
+            adam=is_adam(self.optimizer),
+        )
+
+    def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
+        """Check that the moments arrived, change them as planned, and hand the report in."""
+        work = self._moment_work
+        done, bad = apply_rules.apply_in_one_pass(work), None
+        if done is None:
+            loaded.nonfinite, self.norms_after_load = nonfinite.count_nonfinite(self)
+        else:
+            bad = done.nonfinite_before
+            loaded.nonfinite = sum(bad.values())
+        summed = loaded.summed()
+        summed.require_moments()
+        notes: tuple[str, ...] = ()
+        if summed.nonfinite:
+            choice = plan.policy.nonfinite
+            what = nonfinite.mend_nonfinite(self, self.resume_chunks, choice, bad)
+            notes = (f"{summed.nonfinite} elements of the moments {what}",)
+        moments = None if work is None else apply_rules.apply_rules(work, done)
+        if moments is not None:
+            self.norms_after_load = moments.norms_on_this_rank
+        elif summed.nonfinite:
+            self.norms_after_load = None
+        counts = tuple(len(g["params"]) for g in self.optimizer.param_groups)
+        scales = None
+        if self._saved_scale is not None:
+            scales = (self._saved_scale, float(self.grad_scaler.scale))
+        elif plan.policy.grad_scaler == "reset":
+            notes += ("grad scaler: there is no dynamic loss scale to reset",)
+        report = OptimizerReport(
+            kind_of(self), plan, summed, counts, moments, notes, scales, self._resized
+        )
+        forget(self)
+        self.resume.done(self, report)
+
+    def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:
+        """Let the stock loader find the loss scale that was planned."""
+        scaler = getattr(self, "grad_scaler", None)
+        own = {} if scaler is None else scaler.state_dict()
+        saved = merged.get("grad_scaler") or {}
+        self._saved_scale = float(saved["scale"]) if own and "scale" in saved else None
+        if own and plan.policy.grad_scaler == "reset":
+            merged["grad_scaler"] = own
+
+    def _write_back(self, plan: ResumePlan) -> None:
+        mark = {} if plan.mark is None else {MARK_KEY: plan.mark}
+        values = [{**g.values, **mark} for g in plan.groups]
+        merge.write_groups(values, self.optimizer.param_groups)
+        place_step(self.optimizer, plan.step)
+        if plan.clip_grad is not None:
+            # A chain's members may share the config.
+            self.config = copy.copy(self.config)
+            self.config.clip_grad = plan.clip_grad.value
+
+
+def kind_of(optimizer: Any) -> str:
+    """The classes of a Megatron optimizer and of the torch optimizer inside."""
+    return f"{type(optimizer).__name__} over {type(optimizer.optimizer).__name__}"
+
+
+def moments_of(inner: Any, param: torch.Tensor) -> dict[str, Any]:
+    """The moments of a parameter, where it has state."""
+    state = inner.state.get(param, {})
+    return {k: state[k] for k in MOMENT_KEYS if k in state}
+
+
+def allocate_torch_adam_state(inner: torch.optim.Optimizer) -> None:
+    """Give torch AdamW the state its first step would give it: zero moments and step 0."""
+    for group in inner.param_groups:
+        for param in group["params"]:
+            if not inner.state[param]:
+                inner.state[param].update(
+                    step=torch.tensor(0.0, dtype=torch.float32),
+                    exp_avg=torch.zeros_like(param, requires_grad=False),
+                    exp_avg_sq=torch.zeros_like(param, requires_grad=False),
+                )

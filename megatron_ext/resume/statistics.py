@@ -1,0 +1,199 @@
+"""Numbers about the moments of unsharded parameters, found by all ranks together.
+
+Means are summed exactly, in integers, and quantiles are selected, so that the result is the same
+bits on every layout. A parameter that several ranks hold in full counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+
+import torch
+
+from .. import _ops
+from ..base.placement import Run, within
+from ..rules.base import Statistic
+from .parameters import Shard
+
+#: fp32 exponents that share one integer sum: 2^31 a value leaves room for 2^32 of them.
+_WINDOW = 8
+_WINDOWS = 256 // _WINDOW
+#: x = mantissa * 2^(exponent - 150) for the 24-bit mantissa of an fp32 number.
+_EXPONENT_BIAS = 150
+_ELEMENTS_AT_A_TIME = 1 << 22
+#: Quantiles found in one go: a histogram of 16 KiB each.
+_QUANTILES_AT_A_TIME = 2048
+
+Value = float | torch.Tensor
+Reduce = Callable[[torch.Tensor], object]
+
+
+def find(
+    wanted: Sequence[Statistic],
+    shards: Sequence[Shard],
+    moment: Callable[[Shard, str], torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    reduce: Reduce,
+    device: torch.device,
+) -> dict[Statistic, Value]:
+    """Find statistics; collective.
+
+    One reduction for all means, three for each 2,048 medians and quantiles.
+
+    Args:
+        wanted: The same on every rank, in the same order.
+        shards: This rank's.
+        moment: One moment of a shard, flattened: fp32, bf16 or fp16.
+        shapes: Unsharded shape of each parameter in `wanted`.
+        reduce: Adds an int64 tensor up over all ranks, in place.
+        device: Of the moments.
+
+    Returns:
+        A number each; float64 ``[columns]`` on the CPU for ``column-mean``.
+    """
+    by_name: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_name.setdefault(shard.parameter.name, []).append(shard)
+    out: dict[Statistic, Value] = {}
+    means = [s for s in wanted if s.kind in ("mean", "column-mean")]
+    if means:
+        out.update(_means(means, by_name, moment, shapes, reduce, device))
+    selected = [s for s in wanted if s.kind in ("median", "quantile")]
+    for at in range(0, len(selected), _QUANTILES_AT_A_TIME):
+        some = selected[at : at + _QUANTILES_AT_A_TIME]
+        out.update(_quantiles(some, by_name, moment, shapes, reduce, device))
+    return out
+
+
+def pieces(shard: Shard, rows: Sequence[tuple[int, int]]) -> Iterator[Run]:
+    """The elements of a shard that lie in some rows of the unsharded parameter."""
+    width = shard.parameter.row_elements
+    for run in shard.runs():
+        for first, last in rows:
+            if (piece := within(run, first * width, last * width)) is not None:
+                yield piece
+
+
+def columns(run: Run, begin: int, end: int, width: int, device: torch.device) -> torch.Tensor:
+    """For elements ``begin`` to ``end`` of a run their index into the dimensions after the first.
+
+    Args:
+        run: Of a shard.
+        begin: First element, counted from the run's.
+        end: One past the last.
+        width: Elements of a row of the unsharded parameter.
+        device: Of the result, int64.
+    """
+    index = run.index
+    at = torch.arange(index.start + begin, index.start + end, dtype=torch.int64, device=device)
+    if index.row_length:
+        row = torch.div(at, index.row_length, rounding_mode="floor")
+        at = row * index.row_stride + (at - row * index.row_length)
+    return (at + index.base) % width
+
+
+def _means(
+    wanted: Sequence[Statistic],
+    by_name: Mapping[str, Sequence[Shard]],
+    moment: Callable[[Shard, str], torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    reduce: Reduce,
+    device: torch.device,
+) -> dict[Statistic, Value]:
+    width = [_width(s, shapes) for s in wanted]
+    # For each column the sums of all windows, then the number of elements.
+    sums = torch.zeros(sum(width), _WINDOWS + 1, dtype=torch.int64, device=device)
+    at = 0
+    for statistic, n in zip(wanted, width, strict=True):
+        target = sums[at : at + n].view(-1)
+        for shard in by_name.get(statistic.parameter, ()):
+            values = moment(shard, statistic.key)
+            for run in pieces(shard, statistic.rows):
+                _add(target, values, run, n)
+        at += n
+    reduce(sums)
+    out: dict[Statistic, Value] = {}
+    at = 0
+    for statistic, n in zip(wanted, width, strict=True):
+        found = [_mean(row) * statistic.factor for row in sums[at : at + n].tolist()]
+        by_column = statistic.kind == "column-mean"
+        out[statistic] = torch.tensor(found, dtype=torch.float64) if by_column else found[0]
+        at += n
+    return out
+
+
+def _width(statistic: Statistic, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if statistic.kind != "column-mean":
+        return 1
+    width = 1
+    for n in shapes[statistic.parameter][1:]:
+        width *= n
+    return width
+
+
+def _add(target: torch.Tensor, values: torch.Tensor, run: Run, width: int) -> None:
+    """Add a run's values to the flattened ``[columns, windows + 1]`` sums, exactly."""
+    length = run.end - run.begin
+    for begin in range(0, length, _ELEMENTS_AT_A_TIME):
+        end = min(begin + _ELEMENTS_AT_A_TIME, length)
+        bits = values[run.begin + begin : run.begin + end].float().view(torch.int32).long()
+        exponent = (bits >> 23) & 255
+        mantissa = bits & 0x7FFFFF
+        mantissa = torch.where(exponent > 0, mantissa | 0x800000, mantissa)
+        exponent = exponent.clamp(min=1)
+        value = mantissa << (exponent % _WINDOW)
+        value = torch.where(bits < 0, -value, value)
+        finite = exponent < 255
+        column = columns(run, begin, end, width, values.device) * (_WINDOWS + 1)
+        target.index_add_(0, column + exponent // _WINDOW, torch.where(finite, value, 0))
+        target.index_add_(0, column + _WINDOWS, finite.long())
+
+
+def _mean(row: Sequence[int]) -> float:
+    *windows, count = row
+    if not count:
+        return 0.0
+    total = sum(value << (_WINDOW * w) for w, value in enumerate(windows))
+    return float(Fraction(total, count << _EXPONENT_BIAS))
+
+
+def _quantiles(
+    wanted: Sequence[Statistic],
+    by_name: Mapping[str, Sequence[Shard]],
+    moment: Callable[[Shard, str], torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    reduce: Reduce,
+    device: torch.device,
+) -> dict[Statistic, Value]:
+    # One that is empty, so that a rank without these parameters still says its device.
+    tensors, ranges = [torch.empty(0, device=device)], []
+    for group, statistic in enumerate(wanted):
+        for shard in by_name.get(statistic.parameter, ()):
+            found = [[len(tensors), r.begin, r.end, group] for r in pieces(shard, statistic.rows)]
+            ranges += found
+            tensors += [moment(shard, statistic.key)] if found else []
+    elements = torch.tensor([_elements(s, shapes) for s in wanted], dtype=torch.int64)
+    copies: list[torch.Tensor] = []
+
+    def reduce_once(counts: torch.Tensor) -> None:
+        reduce(counts)
+        if not copies:  # the first histogram has every element in it
+            copies.append((counts.sum(1) // elements.to(counts.device)).clamp(min=1)[:, None])
+        counts //= copies[0]
+
+    p = [0.5 if s.kind == "median" else s.fraction for s in wanted]
+    values = _ops.magnitude_thresholds(
+        tensors,
+        torch.tensor(ranges, dtype=torch.int64).reshape(-1, 4),
+        torch.tensor(p, dtype=torch.float64),
+        reduce_once,
+    )
+    return {s: v * s.factor for s, v in zip(wanted, values.tolist(), strict=True)}
+
+
+def _elements(statistic: Statistic, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    width = 1
+    for n in shapes[statistic.parameter][1:]:
+        width *= n
+    return max(1, width * sum(last - first for first, last in statistic.rows))

@@ -1,0 +1,61 @@
+"""Where an inner optimizer keeps Adam's ``step``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+
+def is_torch_adam(inner: Any) -> bool:
+    """Whether the inner optimizer keeps ``step`` in each parameter's state, as torch does."""
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def is_adam(inner: Any) -> bool:
+    """Whether the inner optimizer is one of Adam's: its groups have betas, Muon's have none."""
+    return all("betas" in group for group in inner.param_groups)
+
+
+def is_hybrid(inner: Any) -> bool:
+    """Whether it is HybridDeviceOptimizer (CPU offload), whose state is in several optimizers."""
+    return type(inner).__name__ == "HybridDeviceOptimizer"
+
+
+def step_of(inner: Any) -> int | None:
+    """The step of a live optimizer; None before the first.
+
+    Raises:
+        CheckpointError: Its groups or parameters disagree.
+    """
+    found = {int(g["step"]) for g in inner.param_groups if g.get("step") is not None}
+    found |= {int(s["step"]) for s in inner.state.values() if "step" in s}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"the optimizer's param_groups disagree about step: found {sorted(found)}, expected one"
+        )
+    return found.pop() if found else None
+
+
+def place_step(inner: Any, step: int | None) -> None:
+    """Put ``step`` where the inner optimizer reads it.
+
+    torch's Adam reads one tensor per parameter. Stock hands all parameters the same tensor, which
+    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam
+    reads an int in each group.
+    """
+    if not is_torch_adam(inner):
+        for group in inner.param_groups:
+            if step is not None:
+                group["step"] = step
+        return
+    for group in inner.param_groups:
+        group.pop("step", None)
+        on_device = group.get("capturable") or group.get("fused")
+        for param in group["params"]:
+            state = inner.state.get(param)
+            if state:
+                device = param.device if on_device else torch.device("cpu")
+                state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)

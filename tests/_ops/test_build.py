@@ -1,0 +1,203 @@
+"""Building csrc/: for every architecture, without a warning or a spill; and where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_NVCC = bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc")) and torch.version.cuda
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build left behind."""
+
+    returncode: int
+    output: str
+    record: dict[str, str]
+    directory: Path
+
+    def library(self, device: str) -> Path:
+        return self.directory / "lib" / "megatron_ext" / "_ops" / f"_{device}.so"
+
+    def log(self, device: str) -> str:
+        return (self.directory / "temp" / device / "compile.log").read_text()
+
+
+def build(directory: Path, **environment: str) -> Built:
+    arguments = ["setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
+    arguments[3], arguments[5] = str(directory / "lib"), str(directory / "temp")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_EXT", "TORCH_CUDA"))}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    path = directory / "lib" / "megatron_ext" / "_ops" / "build.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return Built(done.returncode, done.stdout + done.stderr, record, directory)
+
+
+@pytest.fixture
+def wrapper(tmp_path: Path) -> Path:
+    """A directory with an nvcc that is a script and calls the real one."""
+    real = shutil.which("nvcc") or Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"
+    path = tmp_path / "bin" / "nvcc"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    path.chmod(0o755)
+    return path.parent
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="needs a CUDA toolkit and a torch with CUDA")
+def test_the_cuda_kernels_compile_for_every_architecture_without_warning_or_spill(
+    wrapper: Path, tmp_path: Path
+) -> None:
+    built = build(
+        tmp_path,
+        PATH=f"{wrapper}:{os.environ['PATH']}",
+        CUDA_HOME="",
+        MEGATRON_EXT_BUILD_CPU="0",
+        MEGATRON_EXT_BUILD_CUDA="1",
+    )
+    assert built.returncode == 0, built.output[-3000:]
+    assert built.library("cuda").exists()
+    log = built.log("cuda")
+    assert str(wrapper) not in log
+    assert "warning" not in log.lower().replace("all-warnings", "")
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    # Three kinds of statistics and the histogram, for each of three architectures.
+    assert len(found) == 4 * 3
+    assert {arch for _, arch, *_ in found} == {"sm_80", "sm_90", "sm_100"}
+    assert {(name, arch) for name, arch, *spilled, _ in found if spilled != ["0", "0"]} == set()
+    assert "code=compute_100" in built.record["cuda"]
+
+
+def test_without_a_compiler_the_package_builds_and_says_why(tmp_path: Path) -> None:
+    built = build(tmp_path, CXX="no-such-compiler")
+    assert built.returncode == 0, built.output[-3000:]
+    assert not built.library("cpu").exists()
+    reason = "not built: no C++ compiler: no-such-compiler is not on the PATH"
+    assert built.record == {"cpu": reason, "cuda": reason}
+
+
+def test_a_compiler_that_fails_is_no_silent_success(tmp_path: Path) -> None:
+    built = build(tmp_path, CXX="false", MEGATRON_EXT_BUILD_CUDA="0")
+    assert built.returncode == 0
+    assert re.match(r"not built: false failed on csrc/\S+ with exit status 1", built.record["cpu"])
+    assert built.record["cuda"] == "not built: MEGATRON_EXT_BUILD_CUDA=0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"MEGATRON_EXT_BUILD_CPU": "1", "CXX": "no-such-compiler"},
+            "MEGATRON_EXT_BUILD_CPU=1, but: no C++ compiler: no-such-compiler",
+        ),
+        (
+            {"MEGATRON_EXT_BUILD_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "MEGATRON_EXT_BUILD_CUDA=1, but: no nvcc in /nowhere/bin",
+        ),
+        ({"MEGATRON_EXT_BUILD_CUDA": "yes"}, "MEGATRON_EXT_BUILD_CUDA is 'yes'; it must be 0, 1"),
+        (
+            {"MEGATRON_EXT_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.x"},
+            "TORCH_CUDA_ARCH_LIST has '9.x'; expected numbers such as 9.0 or 10.0+PTX",
+        ),
+    ],
+)
+def test_what_is_asked_for_and_cannot_be_built_is_an_error(
+    tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    if "ARCH_LIST" in message and not HAS_NVCC:
+        pytest.skip("needs a CUDA toolkit and a torch with CUDA")
+    if environment.get("MEGATRON_EXT_BUILD_CUDA") == "1" and torch.version.cuda is None:
+        pytest.skip("needs a torch with CUDA")
+    built = build(tmp_path, **{"MEGATRON_EXT_BUILD_CPU": "0", **environment})
+    assert built.returncode != 0
+    assert message in built.output
+
+
+def env(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_ext", "env", "--json"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_compiled_kernel_serves_and_says_why() -> None:
+    ((_, native, reason), *_) = kernels(ROOT)
+    assert native
+    assert reason.startswith("built for torch >= 2.10 against torch")
+
+
+def test_the_reference_serves_where_it_is_asked_for() -> None:
+    for device, native, reason in kernels(ROOT, MEGATRON_EXT_KERNEL="reference"):
+        assert (native, reason) == (False, "MEGATRON_EXT_KERNEL=reference"), device
+
+
+def kernels(directory: Path, **environment: str) -> list[tuple[str, bool, str]]:
+    """Device, whether its kernel is compiled, and why; without importing Megatron as env does."""
+    code = (
+        "import json; from megatron_ext import _ops; print(json.dumps([(d, _ops.kernel(d).native, "
+        "_ops.kernel(d).reason) for d in _ops.DEVICES]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [tuple(kernel) for kernel in json.loads(done.stdout)]
+
+
+def test_a_kernel_that_is_asked_for_and_missing_is_an_error(tmp_path: Path) -> None:
+    # The package without what was built.
+    copy = tmp_path / "megatron_ext"
+    shutil.copytree(
+        ROOT / "megatron_ext", copy, ignore=shutil.ignore_patterns("*.so", "build.json")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ext", "env", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "MEGATRON_EXT_KERNEL": "native", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "MEGATRON_EXT_KERNEL=native, but there are no compiled kernels" in done.stderr
+    assert "cpu: not built" in done.stderr
+    found = kernels(tmp_path, MEGATRON_EXT_KERNEL="auto", PYTHONPATH=str(tmp_path))
+    assert [native for _, native, _ in found] == [False, False]
+
+
+def test_another_value_is_an_error() -> None:
+    done = env(MEGATRON_EXT_KERNEL="fast")
+    assert done.returncode == 2
+    assert "MEGATRON_EXT_KERNEL is 'fast'; it must be auto, native or reference" in done.stderr

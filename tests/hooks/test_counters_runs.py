@@ -1,0 +1,238 @@
+"""Iteration, data position and schedule, each by itself, in runs of an unmodified script.
+
+What a row has to be is computed by hand here: the learning rate from the schedule's formula, the
+token ids from a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from packaging.version import Version
+
+from megatron_ext.demo import corpus
+from tests.support.runs import TOKENS, Runs, Scenario, needs_training, ok, runs_of
+from tests.support.training import Training, Zygote
+
+pytestmark = [
+    pytest.mark.e2e,
+    needs_training,
+]
+
+BATCH, FIRST, LAST = 8, 10, 24
+LR, MIN_LR, DECAY = 3e-5, 2e-5, 40
+
+FORMAT = "--bf16 --use-distributed-optimizer --ckpt-format torch"
+#: How the length of a run is given -> of phase 1, of the runs after it, with a batch of 8.
+LENGTHS = {
+    "iters": (
+        f"--train-iters {FIRST} --lr-decay-iters {DECAY}",
+        f"--train-iters {LAST} --lr-decay-iters {DECAY}",
+    ),
+    "samples": (
+        f"--train-samples {FIRST * BATCH} --lr-decay-samples {DECAY * BATCH}",
+        f"--train-samples {LAST * BATCH} --lr-decay-samples {DECAY * BATCH}",
+    ),
+}
+PHASE_1 = f"--lr 3e-4 --min-lr 3e-5 {FORMAT}"
+PHASE_2 = f"--lr {LR} --min-lr {MIN_LR} {FORMAT} --override-opt_param-scheduler"
+OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
+
+BLEND = (
+    "--vocab-size 300 --data-path 0.5 {directory}/text 0.5 {directory}/text --split 100,0,0 "
+    "--data-cache-path {directory}/cache"
+)
+
+#: Flags -> iteration, data position and schedule position (in iterations) that the run begins at.
+COMBINATIONS = {
+    "": (FIRST, FIRST, FIRST),
+    "--reset-iteration": (0, FIRST, 0),
+    "--reset-dataloader": (FIRST, 0, FIRST),
+    "--reset-iteration --reset-dataloader": (0, 0, 0),
+    "--selective-schedule restart": (FIRST, FIRST, 0),
+    "--reset-iteration --selective-schedule continue": (0, FIRST, FIRST),
+    "--reset-dataloader --selective-schedule restart": (FIRST, 0, 0),
+}
+CASES = list(itertools.product(LENGTHS, COMBINATIONS))
+
+SCENARIOS = {
+    "uninterrupted": Scenario(f"{PHASE_1} --train-iters 60 --lr-decay-iters 60", script=TOKENS),
+    **{
+        f"phase 1 {unit}": Scenario(f"{PHASE_1} {first}", saves=True, script=TOKENS)
+        for unit, (first, _) in LENGTHS.items()
+    },
+    **{
+        f"{unit} {flags}": Scenario(
+            f"{PHASE_2} {LENGTHS[unit][1]} {OURS} {flags}", f"phase 1 {unit}", script=TOKENS
+        )
+        for unit, flags in CASES
+    },
+    # The batch size changes in samples, so the last iteration does.
+    **{
+        f"batch {batch} {unit} {flags}": Scenario(
+            f"{PHASE_2} {LENGTHS[unit][1]} {OURS} {flags} --global-batch-size {batch} "
+            "--eval-iters 2 --eval-interval 3",
+            f"phase 1 {unit}",
+            script=TOKENS,
+        )
+        for batch, (unit, flags) in itertools.product(
+            (4, 16), itertools.product(LENGTHS, ("", "--reset-iteration"))
+        )
+    },
+    # A blend of datasets has no sample more than is asked for.
+    "blend phase 1": Scenario(f"{PHASE_1} {LENGTHS['iters'][0]} {BLEND}", saves=True),
+    "blend": Scenario(
+        f"{PHASE_2} {LENGTHS['iters'][1]} {BLEND} {OURS} --reset-iteration", "blend phase 1"
+    ),
+    # The command of Megatron-LM #963, its three flags verbatim.
+    "issue 963": Scenario(
+        f"--lr {LR} --min-lr {MIN_LR} --bf16 --use-distributed-optimizer --train-iters 4 "
+        f"--lr-decay-iters {DECAY} --ckpt-format torch_dist {OURS} --reset-dataloader "
+        "--override-opt_param-scheduler --reset-iteration --tensorboard-dir {issue 963}-events "
+        "--tensorboard-log-interval 1",
+        "issue 963 phase 1",
+        saves=True,
+        script=TOKENS,
+    ),
+    "issue 963 phase 1": Scenario(
+        f"--lr 3e-4 --min-lr 3e-5 --bf16 --use-distributed-optimizer --train-iters {FIRST} "
+        f"--lr-decay-iters {DECAY} --ckpt-format torch_dist",
+        saves=True,
+        script=TOKENS,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote
+) -> Iterator[Runs]:
+    directory = tmp_path_factory.mktemp("runs")
+    corpus.build(directory / "text", megabytes=0.1)
+    yield from runs_of(SCENARIOS, request, directory, zygote)
+
+
+def logged(position: int) -> float:
+    """What is logged of the schedule at a position, in iterations of 8 samples."""
+    return MIN_LR + (LR - MIN_LR) * (1 - position / DECAY)
+
+
+def batches(run: Training, size: int = BATCH) -> list[list[tuple[int, ...]]]:
+    """The token ids of each iteration's samples."""
+    return [list(batch) for batch in itertools.batched(run.rows, size)]
+
+
+def table(run: Training, size: int = BATCH) -> list[tuple[int, int, float, list[tuple[int, ...]]]]:
+    """Iteration, consumed samples, learning rate and token ids of each logged iteration."""
+    rows = run.iterations.items()
+    return [
+        (iteration, samples, lr, batch)
+        for (iteration, (samples, lr, _)), batch in zip(rows, batches(run, size), strict=True)
+    ]
+
+
+_executed: list[tuple[str, str]] = []
+
+
+@pytest.mark.reads("uninterrupted", *(f"{unit} {flags}" for unit, flags in CASES))
+@pytest.mark.parametrize(("unit", "flags"), CASES, ids=[" ".join(c).strip() for c in CASES])
+def test_the_first_ten_rows_are_those_computed_by_hand(unit: str, flags: str, runs: Runs) -> None:
+    stream = batches(ok(runs["uninterrupted"]))
+    assert len({tuple(map(tuple, b)) for b in stream}) == len(stream) == 60
+    iteration, data, schedule = COMBINATIONS[flags]
+    expected = [
+        (
+            iteration + k,
+            (data + k) * BATCH,
+            pytest.approx(logged(schedule + k)),
+            stream[data + k - 1],
+        )
+        for k in range(1, 11)
+    ]
+    found = table(ok(runs[f"{unit} {flags}"]))
+    assert found[:10] == expected
+    # The run goes on to the iteration that its arguments name, whatever it began at.
+    assert found[-1][0] == LAST
+    report = runs[f"{unit} {flags}"].report["counters"]
+    assert report["iteration"] == {"checkpoint": FIRST, "value": iteration}
+    assert report["consumed_train_samples"] == {"checkpoint": FIRST * BATCH, "value": data * BATCH}
+    assert report["num_steps"] == {"checkpoint": FIRST * BATCH, "value": schedule * BATCH}
+    _executed.append((unit, flags))
+
+
+def test_so_many_combinations_ran() -> None:
+    if not _executed:
+        pytest.skip("the combinations were deselected")
+    assert len(set(_executed)) == len(_executed) == len(CASES) == 14
+
+
+@pytest.mark.reads(*(n for n in SCENARIOS if n.startswith("batch ")), "uninterrupted")
+@pytest.mark.parametrize("flags", ["", "--reset-iteration"])
+@pytest.mark.parametrize("unit", LENGTHS)
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_changed_batch_size_goes_on_at_the_same_sample(
+    batch: int, unit: str, flags: str, runs: Runs
+) -> None:
+    stream = [row for b in batches(ok(runs["uninterrupted"])) for row in b]
+    found = table(ok(runs[f"batch {batch} {unit} {flags}"]), batch)
+    begin = FIRST * BATCH
+    first = 0 if flags else FIRST
+    # 192 samples, of which the first phase has counted 80 unless the count begins again.
+    last = LAST if unit == "iters" else first + (LAST * BATCH - first * BATCH) // batch
+    assert [row[0] for row in found] == list(range(first + 1, last + 1))
+    expected = [
+        (first + k, begin + k * batch, stream[begin + (k - 1) * batch : begin + k * batch])
+        for k in range(1, len(found) + 1)
+    ]
+    assert [(i, samples, rows) for i, samples, _, rows in found] == expected
+    # --lr-decay-iters are iterations of the new batch, --lr-decay-samples are samples.
+    decay = DECAY * (batch if unit == "iters" else BATCH)
+    positions = [first * BATCH + k * batch for k in range(1, len(found) + 1)]
+    wanted = [MIN_LR + (LR - MIN_LR) * max(0.0, 1 - p / decay) for p in positions]
+    assert [lr for _, _, lr, _ in found] == pytest.approx(wanted)
+    warnings = runs[f"batch {batch} {unit} {flags}"].report["optimizers"][0]["warnings"]
+    assert any(f"goes from {BATCH} to {batch}" in w and "data position" in w for w in warnings)
+
+
+@pytest.mark.reads("blend")
+def test_there_is_data_up_to_the_last_iteration(runs: Runs) -> None:
+    """Stock asks for 24 x 8 samples; the run begins at the 80th and needs 24 x 8 more."""
+    found = ok(runs["blend"])
+    assert list(found.iterations) == list(range(1, LAST + 1))
+    assert "train:      272" in found.log
+
+
+@pytest.mark.matrix
+@pytest.mark.reads("issue 963")
+def test_the_command_of_issue_963(runs: Runs, megatron: Version) -> None:
+    """Its flags verbatim: a phase that starts at 0, with the moments kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from megatron_ext.checkpoint.stored import open_checkpoint
+
+    found, before = ok(runs["issue 963"]), ok(runs["issue 963 phase 1"])
+    assert table(found) == [
+        (k, k * BATCH, pytest.approx(logged(k)), batches(before)[k - 1]) for k in range(1, 5)
+    ]
+    (optimizer,) = found.report["optimizers"]
+    assert optimizer["step"] == {"value": FIRST, "checkpoint": FIRST, "taken": "checkpoint"}
+    assert optimizer["moments"] is None
+    assert optimizer["loaded"]["elements"]["exp_avg"] == 21760
+    assert found.report["megatron_core"] == str(megatron)
+
+    events = EventAccumulator(f"{runs.checkpoint('issue 963')}-events")
+    events.Reload()
+    assert [e.step for e in events.Scalars("lm loss")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("lm loss vs samples")] == [8, 16, 24, 32]
+    assert [e.value for e in events.Scalars("learning-rate")] == pytest.approx(
+        [logged(k) for k in range(1, 5)]
+    )
+
+    saved = open_checkpoint(runs.checkpoint("issue 963"))
+    assert saved.iteration == 4
+    assert saved.args["consumed_train_samples"] == 4 * BATCH
+    assert saved.scheduler is not None
+    assert saved.scheduler["num_steps"] == 4 * BATCH
+    assert [o.step for o in saved.optimizers] == [FIRST + 4]

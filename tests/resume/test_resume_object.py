@@ -1,0 +1,136 @@
+"""`Resume`: the optimizers of a chain report together, once, and a later resume starts anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.report import files
+from megatron_ext.report.model import OptimizerReport
+from megatron_ext.resume.session import Resume
+from tests.support.reports import optimizer_report, scheduler_section
+
+
+def reports(*steps: int) -> list[OptimizerReport]:
+    return [replace(optimizer_report(step=s), kind=f"optimizer at {s}") for s in steps]
+
+
+def chain(length: int, report_dir: Path | None = None) -> tuple[Resume, list[object]]:
+    write = None if report_dir is None else files.writer(report_dir)
+    resume = Resume(megatron="0.19.2", write_report=write)
+    members = [object() for _ in range(length)]
+    for member in members:
+        resume.join(member)
+    return resume, members
+
+
+def test_a_resume_nobody_joined_is_not_complete() -> None:
+    assert Resume().complete is False
+    assert Resume().report is None
+
+
+def test_the_report_waits_for_the_last_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    resume, (first, second) = chain(2)
+    one, other = reports(1, 2)
+    resume.done(second, other)
+    assert (resume.complete, resume.report) == (False, None)
+    assert capsys.readouterr().out == ""
+    resume.done(first, one)
+    assert resume.complete is True
+    assert resume.report is not None
+    assert resume.report.megatron == "0.19.2"
+    assert resume.report.optimizers == [one, other]
+    assert capsys.readouterr().out.splitlines() == resume.report.lines()
+
+
+def test_members_that_compare_equal_are_told_apart() -> None:
+    resume = Resume()
+    first, second = [1], [1]
+    resume.join(first)
+    resume.join(second)
+    one, other = reports(1, 2)
+    resume.done(second, other)
+    assert resume.complete is False
+    resume.done(first, one)
+    assert resume.report is not None
+    assert resume.report.optimizers == [one, other]
+
+
+def test_a_second_resume_replaces_the_first_one_as_a_whole() -> None:
+    resume, (first, second) = chain(2)
+    for member, report in zip((first, second), reports(1, 2), strict=True):
+        resume.done(member, report)
+    earlier = resume.report
+    three, four = reports(3, 4)
+    resume.done(first, three)
+    assert resume.complete is False
+    assert resume.report is earlier
+    resume.done(second, four)
+    assert resume.report is not None
+    assert resume.report.optimizers == [three, four]
+
+
+def test_an_optimizer_that_loads_again_before_the_others_counts_once() -> None:
+    resume, (first, second) = chain(2)
+    one, again, other = reports(1, 2, 3)
+    resume.done(first, one)
+    resume.done(first, again)
+    assert resume.complete is False
+    resume.done(second, other)
+    assert resume.report is not None
+    assert resume.report.optimizers == [again, other]
+
+
+def test_the_scheduler_is_added_to_the_report_and_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume, (only,) = chain(1, tmp_path)
+    resume.done(only, reports(100)[0])
+    path = tmp_path / "resume-report.json"
+    assert json.loads(path.read_text())["scheduler"] is None
+    assert f"megatron_ext: resume report written to {path}" in capsys.readouterr().out
+
+    section = scheduler_section()
+    resume.scheduler_loaded(section)
+    assert json.loads(path.read_text())["scheduler"] == section
+    assert json.loads(path.read_text())["optimizers"][0]["step"]["value"] == 100
+    assert "first resumed step, optimizer 0 group 0" in capsys.readouterr().out
+
+
+def test_each_load_names_its_report_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume, (only,) = chain(1, tmp_path)
+    for step in (1, 2):
+        resume.begin_load()
+        resume.done(only, reports(step)[0])
+        resume.scheduler_loaded(scheduler_section())
+        written = json.loads((tmp_path / "resume-report.json").read_text())
+        assert written["optimizers"][0]["step"]["value"] == step
+        assert written["scheduler"] == scheduler_section()
+        assert capsys.readouterr().out.count("resume report written to") == 1
+
+
+def test_a_scheduler_without_a_resume_is_no_news(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume, _ = chain(1, tmp_path)
+    resume.scheduler_loaded(scheduler_section())
+    assert resume.report is None
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_directory_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resume, (only,) = chain(1)
+    resume.done(only, reports(1)[0])
+    resume.scheduler_loaded(scheduler_section())
+    assert resume.report is not None
+    assert resume.report.scheduler == scheduler_section()
+    assert list(tmp_path.iterdir()) == []

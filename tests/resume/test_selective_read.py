@@ -1,0 +1,284 @@
+"""What a policy overwrites is not read, and no memory is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.plan.matching import overwritten
+from megatron_ext.plan.parameters import Parameter
+from megatron_ext.policy.match import Match, MomentRule
+from megatron_ext.policy.policy import ResumePolicy
+from megatron_ext.policy.presets import Preset
+from megatron_ext.rules.registry import parse
+from tests.conftest import FIRST, Checkpoints
+from tests.support.harness import Hyper, Layout
+from tests.support.pool import RankPool
+
+SECOND = Hyper(lr=1e-3, min_lr=1e-4, train_iters=60)
+
+#: Buckets without padding, so that the ratios are exact.
+BF16 = Layout(hidden=128)
+FULLY = replace(BF16, format="fully_reshardable")
+SMALL = Layout(hidden=20, layers=4)
+
+#: Name -> layout, ranks, bytes of weights and master weights a parameter.
+LAYOUTS: dict[str, tuple[Layout, int, tuple[int, int]]] = {
+    "dp_reshardable": (BF16, 1, (2, 4)),
+    "dp_reshardable, fully parallel": (replace(BF16, parallel_load=True), 2, (2, 4)),
+    "fully_reshardable": (FULLY, 1, (2, 4)),
+    "fully_reshardable, fully parallel": (replace(FULLY, parallel_load=True), 2, (2, 4)),
+    "fp32, dp_reshardable": (replace(BF16, dtype="fp32"), 1, (4, 4)),
+    "fp32, fully_reshardable": (replace(FULLY, dtype="fp32"), 1, (4, 4)),
+    "bf16, not distributed": (replace(BF16, distributed=False), 1, (2, 4)),
+}
+#: Stock writes into a view of a leaf there (distrib_optimizer.py:1225, 0.19.2).
+NOT_BY_STOCK = {"fp32, dp_reshardable"}
+ALL = "moments: [{match: '*', exp_avg: %s, exp_avg_sq: %s}]"
+#: Name -> policy, and which moments are not read.
+POLICIES = {
+    "reset": ("preset: reset", ("exp_avg", "exp_avg_sq")),
+    "reset v": (ALL % ("keep", "reset"), ("exp_avg_sq",)),
+    "fill m": (ALL % ("fill 0.25", "keep"), ("exp_avg",)),
+}
+
+_executed: list[tuple[str, str]] = []
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_overwritten_is_not_read(
+    layout: str, policy: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    where, world, (weights, master) = LAYOUTS[layout]
+    text, unread = POLICIES[policy]
+    directory, _ = checkpoints.phase_1(where, world)
+    call: dict[str, Any] = {"layout": where, "hyper": SECOND, "directory": directory}
+    # The arguments of phase 1: with others stock does not load at all.
+    unchanged = {**call, "hyper": FIRST, "policy": "{}" if layout in NOT_BY_STOCK else None}
+    stock = ext.run("tests.support.reading:resumed", world, **unchanged)[0]
+    found = ext.run("tests.support.reading:resumed", world, policy=text, **call)[0]
+    all_bytes = weights + master + 8
+    assert found["payload"] * all_bytes == stock["payload"] * (all_bytes - 4 * len(unread))
+    assert found["metadata"] == 1
+    if layout not in NOT_BY_STOCK:
+        assert stock["metadata"] > 1
+    (report,) = found["report"]["optimizers"]
+    elements = sum(t["param"].size for t in stock["state"].values())
+    for key in ("exp_avg", "exp_avg_sq"):
+        state = report["moments"]["state"][key]
+        # A replica counts on each rank that has it; here there is none.
+        assert state["unread"] == (elements if key in unread else 0)
+        assert (state["rms_before"] is None) == (key in unread)
+        for name, tensors in found["state"].items():
+            wanted = stock["state"][name][key]
+            if key in unread:
+                wanted = np.full_like(wanted, 0.25 if policy == "fill m" else 0.0)
+            np.testing.assert_array_equal(tensors[key], wanted, err_msg=name)
+            np.testing.assert_array_equal(tensors["param"], stock["state"][name]["param"])
+    assert sum("without being read" in line for line in found["lines"]) == len(unread)
+    _executed.append((layout, policy))
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+def test_so_many_cells_ran() -> None:
+    if not _executed:
+        pytest.skip("the matrix was deselected")
+    assert len(set(_executed)) == len(_executed) == 21
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+def test_padding_between_parameters_is_not_read_either(
+    ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    directory, _ = checkpoints.phase_1(SMALL, 1)
+    call: dict[str, Any] = {"layout": SMALL, "hyper": SECOND, "directory": directory}
+    stock, found = (
+        ext.run("tests.support.reading:resumed", 1, policy=policy, **call)[0]
+        for policy in ("{}", "preset: reset")
+    )
+    elements = sum(t["param"].size for t in stock["state"].values())
+    assert stock["payload"] > 14 * elements
+    # bf16 weights have no padding; master weights and each of the moments have the same.
+    assert 3 * (found["payload"] - 2 * elements) == stock["payload"] - 2 * elements
+
+
+LAYER = "moments: [{match: 'decoder.layers.2.*', exp_avg: reset, exp_avg_sq: reset}]"
+ROWS = "moments: [{match: '*.linear_fc1.weight[:8]', exp_avg: reset, exp_avg_sq: reset}]"
+
+
+def _layer(name: str) -> bool:
+    return name.startswith("decoder.layers.2.")
+
+
+def _none(name: str) -> bool:
+    return False
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        (SMALL, 1),
+        (SMALL, 2),
+        (replace(SMALL, format="fully_reshardable"), 1),
+        (replace(SMALL, format="fully_reshardable"), 2),
+        (replace(SMALL, format="fully_reshardable", tp=2, pp=2), 4),
+        (replace(SMALL, format="fully_reshardable", parallel_load=True, pp=2), 4),
+        (replace(SMALL, overlap=True), 2),
+        (replace(SMALL, distributed=False, tp=2), 2),
+        (replace(SMALL, experts=4, ep=2), 2),
+    ],
+    ids=[
+        "buckets, one rank",
+        "buckets",
+        "model space, one rank",
+        "model space",
+        "tp 2, pp 2",
+        "fully parallel, pp 2",
+        "many buckets",
+        "not distributed",
+        "experts",
+    ],
+)
+@pytest.mark.parametrize(
+    ("policy", "chosen"), [(LAYER, _layer), (ROWS, _none)], ids=["one layer", "some rows"]
+)
+def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
+    layout: Layout,
+    world: int,
+    policy: str,
+    chosen: Callable[[str], bool],
+    ext: RankPool,
+    checkpoints: Checkpoints,
+) -> None:
+    """One layer is a part of a tensor that all layers are stored in, on one pipeline stage."""
+    directory, _ = checkpoints.phase_1(layout, world)
+    call: dict[str, Any] = {"layout": layout, "hyper": SECOND, "directory": directory}
+    # The arguments of phase 1: with others stock does not load at all.
+    unchanged = {**call, "hyper": FIRST, "policy": None}
+    stock = ext.run("tests.support.reading:resumed", world, **unchanged)[0]
+    found = ext.run("tests.support.reading:resumed", world, policy=policy, **call)[0]
+    left_out = sum(t["param"].size for n, t in stock["state"].items() if chosen(n))
+    if world == 1:
+        left_out = 0  # a part of a stored tensor: not on one rank
+    assert (found["payload"] < stock["payload"]) == (left_out > 0)
+    unread = [o["moments"]["state"]["exp_avg"]["unread"] for o in found["report"]["optimizers"]]
+    assert (sum(unread) >= left_out) if left_out else (sum(unread) == 0)
+    for name, tensors in found["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            wanted = stock["state"][name][key].copy()
+            if chosen(name):
+                wanted[:] = 0
+            elif policy == ROWS and name.endswith(".linear_fc1.weight"):
+                wanted[:8] = 0
+            np.testing.assert_array_equal(tensors[key], wanted, err_msg=name)
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+def test_a_phase_that_goes_on_reads_everything(
+    ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    directory, _ = checkpoints.phase_1(BF16, 1)
+    call: dict[str, Any] = {"layout": BF16, "hyper": SECOND, "policy": "preset: reset"}
+    second = str(tmp_path / "second")
+    first = ext.run(
+        "tests.support.reading:resumed", 1, directory=directory, save_to=second, **call
+    )[0]
+    again = ext.run("tests.support.reading:resumed", 1, directory=second, **call)[0]
+    assert first["report"]["phase"]["state"] == "applied"
+    assert again["report"]["phase"]["state"] == "continued"
+    assert first["payload"] * 14 == again["payload"] * 6
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+def test_everything_is_read_where_stock_would_miss_keys(ext: RankPool) -> None:
+    """What is not asked for counts as missing there. Not by a load: with torch 2.15 those fail."""
+    found = ext.run("tests.support.reading:strictness", 1)[0]
+    assert found == {
+        None: False,
+        "assume_ok_unexpected": False,
+        "log_unexpected": False,
+        "raise_unexpected": False,
+        "return_unexpected": False,
+        "log_all": True,
+        "raise_all": True,
+        "return_all": True,
+        "ignore_all": True,
+    }
+
+
+@pytest.mark.ranks
+@pytest.mark.latest
+@pytest.mark.parametrize("policy", ["{}", "preset: gradient-scale 0.5"])
+def test_a_moment_that_was_not_read_and_is_kept_is_refused(
+    policy: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    directory, _ = checkpoints.phase_1(BF16, 1)
+    error = ext.run(
+        "tests.support.reading:planned_otherwise",
+        1,
+        layout=BF16,
+        hyper=SECOND,
+        directory=directory,
+        policy=policy,
+    )[0]
+    assert error.startswith("CheckpointError: ")
+    assert "exp_avg of decoder.layers.0.mlp.linear_fc1.weight was not read" in error
+
+
+OPERATIONS = ["keep", "reset", "fill 0.5", "fill mean", "scale 2", "prune-random 0.5"]
+NAMES = st.sampled_from(["*", "a.*", "*.weight", "a.weight", "a.weight[:4]", "a.weight[4:]"])
+
+
+@given(
+    rules=st.lists(st.tuples(NAMES, *[st.sampled_from(OPERATIONS)] * 2), max_size=2),
+    reset=st.booleans(),
+)
+def test_what_counts_as_overwritten(rules: list[tuple[str, str, str]], reset: bool) -> None:
+    """By a count of its own: for each row the rules that match it, or the preset."""
+    policy = ResumePolicy(
+        preset=Preset("reset" if reset else "keep"),
+        rules=tuple(MomentRule(Match.parse(n), parse(m), parse(v)) for n, m, v in rules),
+    )
+    found = overwritten(policy, Parameter("a.weight", (8, 3), 0), {})
+    blind = {"reset", "fill 0.5"}
+    wanted = set()
+    for which, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
+        done = []
+        for row in range(8):
+            spans = {"a.weight[:4]": range(4), "a.weight[4:]": range(4, 8)}
+            fits = [r for r in rules if row in spans.get(r[0], range(8))]
+            done.append([r[which] for r in fits] or ["reset" if reset else "keep"])
+        if all(len(d) == 1 and d[0] in blind for d in done):
+            wanted.add(key)
+    contradiction = any(
+        len([r for r in rules if row in spans.get(r[0], range(8))]) > 1 for row in range(8)
+    )
+    assert found == (frozenset() if contradiction else frozenset(wanted))
+
+
+def test_a_rule_for_a_group_counts_only_where_the_group_is_known() -> None:
+    rule = MomentRule(Match.parse("* wd_mult=1.0"), parse("reset"), parse("reset"))
+    policy, parameter = ResumePolicy(rules=(rule,)), Parameter("a.weight", (8, 3), 0)
+    assert overwritten(policy, parameter, {"wd_mult": 1.0}) == {"exp_avg", "exp_avg_sq"}
+    assert overwritten(policy, parameter, {"wd_mult": 0.0}) == frozenset()
+    assert overwritten(policy, parameter, None) == frozenset()
+    kept = MomentRule(Match.parse("* wd_mult=1.0"))
+    policy = ResumePolicy(preset=Preset("reset"), rules=(kept,))
+    assert overwritten(policy, parameter, {"wd_mult": 0.0}) == {"exp_avg", "exp_avg_sq"}
+    assert overwritten(policy, parameter, None) == frozenset()
