@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from .errors import HostError, MegatronExtError
-from .policy import flags, from_flags
+from .policy import flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,16 +89,16 @@ def _prepare(argv: list[str]) -> None:
     if args.optimizer_class is None:
         _refuse_without_class(args)
         return
-    from .hooks import installing, session
+    from .hooks import installing, preflight, session
     from .host import arguments, classes, contract
-    from .plan import preflight
 
     if args.yaml_cfg is not None:
         raise _yaml(args)
     installing.install(arguments=True)
     if contract.has_training() and not {"-h", "--help"} & set(argv[1:]):
-        preflight.check(arguments.parse_arguments(argv))
-    request = from_flags.request_from_args(args)
+        args = arguments.parse_arguments(argv)
+        preflight.before_the_script(args)
+    request = session.request_of(args)
     classes.resolve_class(request.optimizer_class)
     session.launch_request(request)
     if int(os.environ.get("RANK", "0")) == 0:

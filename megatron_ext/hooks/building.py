@@ -16,13 +16,13 @@ from ..errors import HostError, MegatronExtError
 from ..host.arguments import global_args
 from ..host.classes import resolve_class
 from ..host.contract import CORE, megatron_version
-from ..plan import preflight
 from ..policy.request import Request
 from ..report import files
 from ..resume.members import members_of
-from ..resume.session import Resume
+from ..resume.session import Resume, current
 from ..resume.steps import is_adam
-from .session import active_request, state
+from . import preflight
+from .session import active_request
 
 
 def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
         with _substituted(cls):
             optimizer = original(*args, **kwargs)
         _check_built(request, cls, optimizer, call["model_chunks"])
-        state.built += 1
+        current.built += 1
         return optimizer
 
     return build
@@ -144,7 +144,7 @@ def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
         if not is_adam(member.optimizer):
             inner = type(member.optimizer).__name__
             say(f"megatron_ext: {inner} is not Adam: its state is kept, moment rules do not apply")
-    state.built += 1
+    current.built += 1
 
 
 def _not_adam(request: Request, optimizer: str) -> HostError:
@@ -182,12 +182,13 @@ def _agreed_request() -> Request | None:
     args, request, error = global_args(), None, None
     try:
         if getattr(args, "optimizer_class", None) is not None:
-            preflight.check(args)
+            error = preflight.error_of(args)
         request = active_request()
     except MegatronExtError as e:
         error = e
     if request is not None or error is not None:
         ranks.agree("the policy", "" if request is None else _digest(request), error)
+        current.agreed = True
     return request
 
 

@@ -17,7 +17,8 @@ from ..checkpoint.state import read_optimizer
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.counters import Counters, begin, last_iteration, ramp_of
 from ..policy.phase import Mark, Phase, decide, identity
-from ..resume.session import Resume
+from ..policy.policy import ResumePolicy
+from ..resume.session import Resume, current
 
 
 def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
@@ -83,7 +84,7 @@ def length_of_run(resume: Resume, args: Any) -> dict[str, Any]:
         resume: Of the optimizers that were loaded.
         args: Megatron's, or None where its training loop does not run.
     """
-    sizes = resume.global_batch_size or (None, None)
+    sizes = (None, None) if resume.load is None else resume.load.batch_sizes or (None, None)
     constant = args is not None and ramp_of(args) is None
     return {
         "train_iters": None if args is None else _last_iteration(resume, args),
@@ -133,11 +134,22 @@ def _decide(
         saved.step,
     )
     mark = None if saved.mark is None else Mark.parse(saved.mark)
-    phase = decide(policy, mark, source, resume.where)
+    phase = _decided_before(policy, saved.mark, source)
+    if phase is None:
+        phase = decide(policy, mark, source, resume.where)
     before = _counters(iteration, arguments, state_dict)
     offset = 0 if mark is None else mark.offset
     after, offset = begin(phase.policy, before, offset)
     return phase.at(offset), saved.mark, before, after
+
+
+def _decided_before(policy: ResumePolicy, mark: str | None, source: str) -> Phase | None:
+    """What the preflight has decided, if it has seen this checkpoint and this policy."""
+    found = None if current.preflight is None else current.preflight.found
+    if found is None or found.phase is None or found.mark != mark:
+        return None
+    phase = found.phase
+    return phase if (phase.source, phase.asked) == (source, policy) else None
 
 
 def _first_optimizer(section: Any) -> Mapping[str, Any] | None:

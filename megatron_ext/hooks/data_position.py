@@ -12,8 +12,7 @@ from typing import Any
 
 from ..host.arguments import global_args
 from ..policy.counters import Counters, ramp_of, samples_needed
-from ..resume.session import Resume
-from .session import state
+from ..resume.session import Resume, current
 
 
 def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +25,7 @@ def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def build(provider: Any, *rest: Any, **kwargs: Any) -> Any:
-        resume, args = state.resumed, global_args()
+        resume, args = current.resumed, global_args()
         if resume is None or not _own_data_position(resume):
             return original(provider, *rest, **kwargs)
         iteration = args.iteration
@@ -52,7 +51,7 @@ def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def count(*rest: Any, **kwargs: Any) -> Any:
         train, valid, test = original(*rest, **kwargs)
-        resume, args = state.resumed, global_args()
+        resume, args = current.resumed, global_args()
         if resume is None or resume.counters is None or ramp_of(args) is not None:
             return train, valid, test
         if args.phase_transition_iterations or not args.train_iters:

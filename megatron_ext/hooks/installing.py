@@ -10,7 +10,7 @@ from typing import Any
 
 from ..host.contract import CORE, TRAINING, check_contract, has_training
 from ..policy.flags import add_flags
-from . import data_position, running
+from . import data_position, preflight, running
 from .building import build_emerging, build_optimizer, chain
 from .directories import choose_directories
 from .loading import check_checkpoint_args, load_base_checkpoint, load_checkpoint
@@ -51,6 +51,7 @@ def install(*, arguments: bool = False) -> None:
     _rebind(checkpointing, "check_checkpoint_args", check_checkpoint_args)
     _rebind(checkpointing, "_load_base_checkpoint", load_base_checkpoint)
     training = importlib.import_module(f"{TRAINING}.training")
+    _rebind(training, "setup_model_and_optimizer", preflight.setup)
     _rebind(training, "load_checkpoint", load_checkpoint)
     _rebind(training, "build_train_valid_test_data_loaders", data_position.loaders)
     _rebind(training, "get_train_valid_test_num_samples", data_position.sample_counts)

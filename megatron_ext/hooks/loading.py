@@ -17,8 +17,9 @@ from ..host.contract import TRAINING
 from ..plan import resized
 from ..resume import vocabulary
 from ..resume.members import members_of
+from ..resume.session import current
 from . import counters
-from .session import require_built, state
+from .session import require_built
 from .sharded import no_optimizer_state
 
 
@@ -37,22 +38,21 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         megatron_args = global_args()
         dropped = dropping_flag(megatron_args)
         resume = members[0].resume
-        resume.begin_load()
         if dropped and resume.policy.needs_optimizer:
             raise needs_optimizer(dropped, resume.policy)
         if dropped:
             say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
         else:
             _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
-        state.loading, state.resumed = resume, None if dropped else resume
-        try:
-            result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
-        except KeyError as e:
-            if e.args != ("optimizer",):
-                raise
-            _raise_no_optimizer_state(getattr(megatron_args, kwargs.get("load_arg", "load")), e)
-        finally:
-            state.loading = None
+        current.resumed = None if dropped else resume
+        with resume.loading():
+            try:
+                result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
+            except KeyError as e:
+                if e.args != ("optimizer",):
+                    raise
+                where = getattr(megatron_args, kwargs.get("load_arg", "load"))
+                _raise_no_optimizer_state(where, e)
         if not dropped and _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
@@ -74,8 +74,8 @@ def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, rank0, *rest, **kwargs)
-        if state.loading is not None and state.resumed is not None and not rank0:
-            counters.before_the_load(state.resumed, load_dir, result[0])
+        if current.load is not None and current.resumed is not None and not rank0:
+            counters.before_the_load(current.resumed, load_dir, result[0])
         return result
 
     return load
@@ -87,10 +87,9 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
         saved = getattr(checkpoint_args, "global_batch_size", None)
-        current = getattr(global_args(), "global_batch_size", None)
-        if state.loading is not None and saved and current:
-            state.loading.global_batch_size = (int(saved), int(current))
-        if state.loading is not None:
+        now = getattr(global_args(), "global_batch_size", None)
+        if (load := current.load) is not None:
+            load.batch_sizes = (int(saved), int(now)) if saved and now else None
             _refuse_resized_legacy(checkpoint_args, global_args())
         return original(checkpoint_args, *args, **kwargs)
 

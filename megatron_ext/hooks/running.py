@@ -10,7 +10,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -21,26 +20,11 @@ from ..host.arguments import global_args
 from ..policy.request import Request
 from ..resume import guard
 from ..resume.moments import survey
+from ..resume.session import current
 from ..resume.steps import is_adam, is_hybrid
 from . import writers
 from .buckets import bucket_layout
-from .session import active_request, state
-
-
-@dataclass
-class Watch:
-    """What the guard knows of the steps since the load.
-
-    Args:
-        gradients: Norm of each successful step's gradient before clipping, as Megatron returned it.
-        started: Whether the first step has been looked at.
-    """
-
-    gradients: list[Any] = field(default_factory=list)
-    started: bool = False
-
-
-_watch: list[Watch] = []
+from .session import active_request
 
 
 def train(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,10 +40,11 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
                 dist.barrier()
                 dist.destroy_process_group()
             sys.exit(0)
-        resume = state.resumed
+        resume, current.watch = current.resumed, None
         if resume is not None and resume.complete:
             writers.write_to_writers(resume, int(global_args().iteration))
-        _watch[:] = [Watch()] if _guarded(request) and resume and resume.complete else []
+            if request is not None and request.guard:
+                current.watch = guard.Watch()
         return original(*args, **kwargs)
 
     return run
@@ -70,15 +55,15 @@ def train_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        if not _watch:
+        if (watch := current.watch) is None:
             return original(*args, **kwargs)
-        if not _watch[0].started:
-            _watch[0].started = True
+        if not watch.started:
+            watch.started = True
             _check_hyperparameters()
         result = original(*args, **kwargs)
         # loss_dict, skipped_iter, should_checkpoint, should_exit, exit_code, grad_norm, ...
         if not result[1]:
-            _watch[0].gradients.append(result[5])
+            watch.gradients.append(result[5])
         return result
 
     return step
@@ -90,11 +75,12 @@ def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def log(*args: Any, **kwargs: Any) -> Any:
-        if _watch and _watch[0].gradients:
+        if (watch := current.watch) is not None and watch.gradients:
             call = signature.bind(*args, **kwargs).arguments
             first = call.get("is_first_iteration", False)
             if first or call["iteration"] % global_args().log_interval == 0:
-                _check_moments(_watch.pop())
+                current.watch = None
+                _check_moments(watch)
         return original(*args, **kwargs)
 
     return log
@@ -102,10 +88,10 @@ def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _write_layout(request: Request) -> None:
     """Write which parameter lies where in the buckets, where a report is asked for; collective."""
-    if request.report_dir is None or state.resumed is None:
+    if request.report_dir is None or current.resumed is None:
         return
     try:
-        layout = bucket_layout(state.resumed.members)
+        layout = bucket_layout(current.resumed.members)
     except MegatronExtError as e:
         say(f"megatron_ext: the layout of the parameters is not written: {e}")
         return
@@ -116,17 +102,13 @@ def _write_layout(request: Request) -> None:
         say(f"megatron_ext: layout of the parameters in buckets written to {path}")
 
 
-def _guarded(request: Any) -> bool:
-    return request is not None and request.guard
-
-
 def _check_hyperparameters() -> None:
     """Compare the groups with the plan.
 
     Raises:
         GuardError: On every rank alike, for all have the same groups.
     """
-    resume = state.resumed
+    resume = current.resumed
     if resume is None or resume.report is None or resume.report.scheduler is None:
         return
     first = {(f["optimizer"], f["group"]): f for f in resume.report.scheduler["first_step"]}
@@ -147,13 +129,13 @@ def _of_scheduler(first: dict[str, Any]) -> dict[str, Any]:
     return {key: first[key] for key in ("lr", "weight_decay")}
 
 
-def _check_moments(watch: Watch) -> None:
+def _check_moments(watch: guard.Watch) -> None:
     """Compare the norms of this rank's moments with what the steps can have made of them.
 
     Raises:
         GuardError: On the ranks that hold such moments.
     """
-    resume = state.resumed
+    resume = current.resumed
     members = [] if resume is None else resume.members
     for number, member in enumerate(members):
         before, inner = member.norms_after_load, member.optimizer

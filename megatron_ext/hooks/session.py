@@ -1,59 +1,57 @@
-"""What was asked for and done in this process: the one object with state."""
+"""What is asked of this process: the request in force, read once from the arguments."""
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from ..errors import HostError
 from ..host.arguments import global_args
+from ..policy.flags import values_of
 from ..policy.from_flags import request_from_args
 from ..policy.request import Request
-from ..resume.session import Resume
-
-
-@dataclass
-class State:
-    """What has been asked for and done in this process.
-
-    Args:
-        launched: The launcher's request.
-        built: How many optimizers were built by request.
-        loading: The resume whose checkpoint Megatron is loading.
-        resumed: The same, where the optimizer is loaded too; afterwards that of the running
-            training.
-    """
-
-    launched: Request | None = None
-    built: int = 0
-    loading: Resume | None = None
-    resumed: Resume | None = None
-
-
-state = State()
-_scoped: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
+from ..resume.session import current
 
 
 def launch_request(request: Request | None) -> None:
     """Set the request of the whole process (the launcher's)."""
-    state.launched = request
+    current.launched = request
 
 
 @contextlib.contextmanager
 def requested(request: Request) -> Iterator[None]:
     """Make a request active for the calls inside (a library call's)."""
-    token = _scoped.set(request)
+    before, current.scoped = current.scoped, request
     try:
         yield
     finally:
-        _scoped.reset(token)
+        current.scoped = before
+
+
+def request_of(args: Any) -> Request:
+    """The request in parsed arguments; flags become a policy once, however often they are parsed.
+
+    Args:
+        args: Megatron's namespace, or one that only has this package's flags.
+
+    Raises:
+        PolicyError: The flags contradict themselves.
+    """
+    asked = repr(values_of(args))
+    if current.read is None or current.read[0] != asked:
+        current.read = asked, request_from_args(args)
+    return current.read[1]
 
 
 def active_request() -> Request | None:
     """The request in force: a library call's, else Megatron's arguments, else the launcher's."""
-    return _scoped.get() or _request_from_megatron_args() or state.launched
+    if current.scoped is not None:
+        return current.scoped
+    args = global_args()
+    if getattr(args, "optimizer_class", None) is not None:
+        return request_of(args)
+    return current.launched
 
 
 def require_built() -> None:
@@ -63,16 +61,9 @@ def require_built() -> None:
         HostError: The script built no optimizer through Megatron, or not with this class.
     """
     request = active_request()
-    if request is not None and not state.built:
+    if request is not None and not current.built:
         raise HostError(
             f"--optimizer-class {request.optimizer_class}: no optimizer was built with it. The "
             "script has to build its optimizer with megatron.core.optimizer.get_megatron_optimizer "
             "(as megatron.training does), and --skip-train builds none"
         )
-
-
-def _request_from_megatron_args() -> Request | None:
-    args = global_args()
-    if getattr(args, "optimizer_class", None) is None:
-        return None
-    return request_from_args(args)

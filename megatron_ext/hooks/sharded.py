@@ -19,8 +19,8 @@ from ..checkpoint.stored import open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.phase import Mark, decide
 from ..resume import direct_read, selective_read, vocabulary
-from ..resume.session import Resume
-from .session import state
+from ..resume.session import Resume, current
+from ..resume.vocabulary import RowChanges
 
 #: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
 _OPTIMIZER_PREFIX = "optimizer."
@@ -32,7 +32,7 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
-        if not state.built:
+        if not current.built:
             return original(*args, **kwargs)
         with _metadata_read_once(), direct_read.active():
             return _load(original, signature.bind(*args, **kwargs))
@@ -46,10 +46,11 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     requested = _optimizer_entries(call["sharded_state_dict"])
     # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
     dcp = importlib.import_module("torch.distributed.checkpoint.api")
-    resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested)
+    rows = RowChanges() if current.load is None else current.load.rows
+    resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested, rows)
     if not requested:
         say(resized.lines())  # no optimizer is loaded that would report them
-        resized.forget()
+        rows.clear()
     left_out = _leave_out(call)
     try:
         result = original(*bound.args, **bound.kwargs)
@@ -59,7 +60,7 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         resized.put_back(loaded)
         return result
     except (Exception, dcp.CheckpointException) as e:
-        resized.forget()
+        rows.clear()
         stored = _stored_entries(call["checkpoint_dir"])
         lines = misfits(requested, stored)
         if not lines:
@@ -107,10 +108,10 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
     Args:
         call: The arguments of ``dist_checkpointing.load``; changed in place.
     """
-    resume = selective_read.take_pending()
-    if resume is None:
+    load = current.load
+    if load is None or not load.awaits_tensors:
         return selective_read.LeftOut()
-    resume.unread = {}
+    load.awaits_tensors, load.unread, resume = False, {}, load.resume
     # The ranks of a part of the job cannot agree over the default group.
     partly = call.get("process_group") is not None
     if not resume.policy.overwrites_moments or partly or _strict(call):
@@ -125,7 +126,7 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
         call["validate_access_integrity"] = False
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     left_out = selective_read.leave_out(call["sharded_state_dict"], whole=alone)
-    resume.unread = left_out.names
+    load.unread = left_out.names
     return left_out
 
 
@@ -144,7 +145,10 @@ def _phase_begins(resume: Resume, directory: Any) -> bool:
     no beginning at all, everything is read, and what comes after the load says what is wrong.
     """
 
-    def look() -> bool:
+    def begins() -> bool:
+        found = None if current.preflight is None else current.preflight.found
+        if found is not None and found.phase is not None and found.directory == Path(directory):
+            return found.phase.state == "applied"
         try:
             saved = open_checkpoint(directory).optimizers[0]
             mark = None if saved.mark is None else Mark.parse(saved.mark)
@@ -152,7 +156,7 @@ def _phase_begins(resume: Resume, directory: Any) -> bool:
         except (MegatronExtError, OSError, IndexError):
             return False
 
-    return ranks.broadcast_from_rank_0(look)
+    return ranks.broadcast_from_rank_0(begins)
 
 
 def _built(state_dict: Any, mapping: Any) -> list[Any]:
@@ -167,13 +171,15 @@ def _built(state_dict: Any, mapping: Any) -> list[Any]:
     return out
 
 
-def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> vocabulary.Resized:
+def _resized(
+    state_dict: Any, directory: Any, requested: Mapping[str, Any], rows: RowChanges
+) -> vocabulary.Resized:
     """What of a resume has another number of rows than the checkpoint.
 
     Raises:
         CheckpointError: The optimizer state is stored for the old number only; on every rank.
     """
-    if not requested and state.loading is None:
+    if not requested and current.load is None:
         return vocabulary.Resized()
     mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
 
@@ -183,10 +189,12 @@ def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> v
         except Exception:  # no torch_dist checkpoint, or damaged: the load itself says so
             return {}
 
-    resized = vocabulary.look(state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored)
+    resized = vocabulary.find_resized(
+        state_dict, mapping.ShardedTensor, _OPTIMIZER_PREFIX, stored, rows
+    )
     error = vocabulary.unsupported(resized, requested)
     if error is not None:
-        resized.forget()
+        rows.clear()
     if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
         ranks.agree("looking at the vocabulary", "0" * 32, error)
     elif error is not None:

@@ -23,8 +23,9 @@ from ..host.schedule import (
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
 from ..plan.parameters import ParameterPlan
-from ..plan.preflight import findings
-from ..plan.preflight_checkpoint import identity_of, padded_rows
+from ..plan.preflight import examine
+from ..plan.preflight_checkpoint import padded_rows
+from ..plan.preflight_phase import identity_of
 from ..plan.resized import resized_by, warnings_of
 from ..policy.counters import Counters, begin
 from ..policy.from_flags import request_from_args
@@ -101,7 +102,7 @@ class _Forecaster:
         """Everything."""
         stored, now = self.stored, self.now
         self._look_at_the_length()
-        for error in findings(self._as_given(), stored):
+        for error in examine(self._as_given(), stored).errors:
             self.found.refuse(error)
         request = _quietly(lambda: request_from_args(now))
         policy = None if request is None else request.policy

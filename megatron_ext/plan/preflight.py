@@ -1,12 +1,13 @@
 """Everything that can be known to be wrong before a model is built, found at once.
 
 From the arguments and the checkpoint's metadata alone: no tensor is read, no process group needed.
-The launcher calls it on every rank; all of them see the same files and stop with the same error.
+What is wrong with the arguments is found on every rank; the checkpoint is opened on rank 0 only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,37 @@ from ..host.arguments import refused_flags
 from ..policy.counters import ramp_of
 from ..policy.from_flags import request_from_args
 from ..policy.policy import ResumePolicy
-from ..policy.request import DEFAULT_CLASS
-from .preflight_checkpoint import checkpoint_findings
+from ..policy.request import DEFAULT_CLASS, Request
+from .preflight_checkpoint import Found, examine_checkpoint
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found before a model is built.
+
+    Args:
+        of_arguments: Everything that is wrong with the arguments: the same on every rank.
+        of_checkpoint: Everything that is wrong with the checkpoint.
+        found: The checkpoint that is to be loaded, and whether a phase begins with it; None where
+            it was not opened, or is none.
+    """
+
+    of_arguments: tuple[MegatronExtError, ...]
+    of_checkpoint: tuple[MegatronExtError, ...] = ()
+    found: Found | None = None
+
+    @property
+    def errors(self) -> tuple[MegatronExtError, ...]:
+        """Everything that is wrong."""
+        return (*self.of_arguments, *self.of_checkpoint)
+
+    @property
+    def error(self) -> MegatronExtError | None:
+        """A single finding as it is, several as one `HostError`, None where nothing is wrong."""
+        if len(self.errors) < 2:
+            return next(iter(self.errors), None)
+        listing = "\n".join(f"  {n}. {e}" for n, e in enumerate(self.errors, 1))
+        return HostError(f"{len(self.errors)} things are wrong with this resume:\n{listing}")
 
 
 def check(args: Any) -> None:
@@ -29,23 +59,27 @@ def check(args: Any) -> None:
         args: Megatron's arguments as parsed, before its own validation.
 
     Raises:
-        MegatronExtError: What was found; a single finding as it is, several as one `HostError`.
+        MegatronExtError: What was found; see `Preflight.error`.
     """
-    errors = list(findings(args))
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        listing = "\n".join(f"  {n}. {e}" for n, e in enumerate(errors, 1))
-        raise HostError(f"{len(errors)} things are wrong with this resume:\n{listing}")
+    if (error := examine(args).error) is not None:
+        raise error
 
 
-def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[MegatronExtError]:
-    """Everything that is wrong with a resume, one by one.
+def examine(
+    args: Any,
+    stored: StoredCheckpoint | None = None,
+    *,
+    read_request: Callable[[Any], Request] = request_from_args,
+    open_checkpoint: bool = True,
+) -> Preflight:
+    """Find everything that is wrong with a resume.
 
     Args:
         args: As for `check`.
         stored: The checkpoint that is loaded, for a plan that has read it already; of a run with
             this package's own class then, whose import is not tried.
+        read_request: Reads the request from the arguments.
+        open_checkpoint: False: look at the arguments only.
     """
     found: list[MegatronExtError] = []
 
@@ -56,7 +90,7 @@ def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[Mega
             found.append(e)
             return None
 
-    request = attempt(lambda: request_from_args(args))
+    request = attempt(lambda: read_request(args))
     if stored is None or args.optimizer_class != DEFAULT_CLASS:
         attempt(lambda: classes.resolve_class(args.optimizer_class))
     # Of a policy that cannot be read these two flags can.
@@ -69,11 +103,14 @@ def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[Mega
     found += map(HostError, refused_flags(args))
     chosen = attempt(lambda: _directories(args))
     found += map(HostError, _counter_conflicts(args, policy))
-    if chosen is not None:
-        found += map(HostError, _directory_conflicts(args, chosen, policy))
-        known = request is not None
-        found += checkpoint_findings(args, policy, chosen, stored, known=known)
-    yield from found
+    if chosen is None:
+        return Preflight(tuple(found))
+    found += map(HostError, _directory_conflicts(args, chosen, policy))
+    if not open_checkpoint:
+        return Preflight(tuple(found))
+    known = request is not None
+    wrong, checkpoint = examine_checkpoint(args, policy, chosen, stored, known=known)
+    return Preflight(tuple(found), wrong, checkpoint)
 
 
 def _directory_conflicts(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directories import NON_PERSISTENT, Directories, is_remote, name_of, newest
+from ..checkpoint.directories import NON_PERSISTENT, Directories, is_remote, newest
 from ..checkpoint.state import unreadable_sharding
 from ..checkpoint.stored import StoredCheckpoint
-from ..errors import CheckpointError, HostError, MegatronExtError
+from ..errors import CheckpointError, MegatronExtError
 from ..host import arguments
-from ..policy.phase import Mark, Phase, decide, identity, same_checkpoint
+from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
+from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
 
 #: Saved argument -> its flag; the layouts that only a fully reshardable checkpoint may change.
 _MODEL_PARALLEL = {
@@ -24,39 +24,64 @@ _MODEL_PARALLEL = {
 }
 
 
-def checkpoint_findings(
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run is to load.
+
+    Args:
+        directory: The iteration's own.
+        phase: Whether a phase begins or goes on; None without optimizer state, or where it cannot
+            be decided.
+        mark: The saved mark that it was decided from.
+    """
+
+    directory: Path
+    phase: Phase | None = None
+    mark: str | None = None
+
+
+def examine_checkpoint(
     args: Any,
     policy: ResumePolicy,
     chosen: Directories,
     stored: StoredCheckpoint | None,
     *,
     known: bool,
-) -> Iterator[MegatronExtError]:
-    """What is wrong with the checkpoint, for this run; without `known` whatever its policy."""
+) -> tuple[tuple[MegatronExtError, ...], Found | None]:
+    """Find what is wrong with the checkpoint, for this run.
+
+    Args:
+        args: Megatron's arguments as parsed.
+        policy: What is asked.
+        chosen: What the run loads from and saves to.
+        stored: The checkpoint, where it has been read already.
+        known: Whether the policy could be read; if not, only what is wrong whatever the policy.
+    """
     if arguments.dropping_flag(args) or is_remote(args.load):
-        return  # nothing is taken from it, or only Megatron can open it
+        return (), None  # nothing is taken from it, or only Megatron can open it
     if stored is None and chosen.load is not None:
         try:
             # Megatron takes --ckpt-step 0 for none (training/checkpointing.py:1664, 0.19.2).
             step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
         except CheckpointError as e:
-            yield e
-            return
+            return (e,), None
     if stored is None:
-        yield from map(CheckpointError, _nothing_to_start_from(args, chosen, policy))
-        return
-    facts = _ResumeContext(args, policy, chosen, stored)
-    yield from map(CheckpointError, _stored_problems(facts))
+        return tuple(map(CheckpointError, _nothing_to_start_from(args, chosen, policy))), None
+    context = ResumeContext(args, policy, chosen, stored)
+    wrong: list[MegatronExtError] = [CheckpointError(p) for p in _stored_problems(context)]
+    found = Found(stored.directory)
     if not known:
-        return
+        return tuple(wrong), found
     try:
-        phase = _phase(facts)
+        phase = phase_of(context)
         if phase is not None:
-            _check_save_directory(facts, phase)
-            _check_length(facts, phase)
+            found = Found(stored.directory, phase, stored.optimizers[0].mark)
+            check_save_directory(context, phase)
+            check_length(context, phase)
     except MegatronExtError as e:
-        yield e
+        wrong.append(e)
+    return tuple(wrong), found
 
 
 def _non_persistent(args: Any, load: Path) -> Path | None:
@@ -67,19 +92,9 @@ def _non_persistent(args: Any, load: Path) -> Path | None:
     return Path(named) if named else load / NON_PERSISTENT
 
 
-@dataclass(frozen=True)
-class _ResumeContext:
-    """What the checks look at."""
-
-    args: Any
-    policy: ResumePolicy
-    chosen: Directories
-    stored: StoredCheckpoint
-
-
-def _stored_problems(facts: _ResumeContext) -> Iterator[str]:
+def _stored_problems(context: ResumeContext) -> Iterator[str]:
     """What the checkpoint cannot give to this run."""
-    stored, args = facts.stored, facts.args
+    stored, args = context.stored, context.args
     if not stored.optimizers:
         yield (
             f"the checkpoint in {stored.directory} holds no optimizer state (a release checkpoint, "
@@ -140,120 +155,6 @@ def padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
         padded = {-(-(args.vocab_size + more) // multiple) * multiple for more in (0, 1)}
         now = padded.pop() if len(padded) == 1 else None
     return None if now is None else (int(before), int(now))
-
-
-def _phase(facts: _ResumeContext) -> Phase | None:
-    stored = facts.stored
-    if not stored.optimizers:
-        return None
-    saved = stored.optimizers[0]
-    source = identity_of(stored)
-    mark = None if saved.mark is None else Mark.parse(saved.mark)
-    phase = decide(facts.policy, mark, source, facts.chosen.where)
-    if facts.chosen.where == "own" and mark is not None and facts.chosen.start is not None:
-        _check_start(mark, facts.chosen.start, stored)
-        _check_start_step(facts, mark, stored)
-    return phase
-
-
-def identity_of(stored: StoredCheckpoint) -> str:
-    """What tells a checkpoint from others (`megatron_ext.policy.phase.identity`)."""
-    saved = stored.optimizers[0]
-    return identity(name_of(stored.root), stored.iteration, stored.args, saved.groups, saved.step)
-
-
-def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
-    """Raise if the phase in its own directory began at another checkpoint than is named now."""
-    name, _, begun = mark.source.rpartition("@")
-    iteration = begun.partition("#")[0]
-    found = None
-    # It may have been deleted since: then the name has to do.
-    with contextlib.suppress(CheckpointError, ValueError):
-        found = newest(start, int(iteration))
-    if found is not None and found.optimizers:
-        fits, there = same_checkpoint(identity_of(found), mark.source), identity_of(found)
-    else:
-        fits, there = name_of(start) == name, f"no iteration {iteration} (of {name_of(start)})"
-    if fits:
-        return
-    raise CheckpointError(
-        f"--selective-from {start}: the phase in {own.root} was started from {mark.source}, and "
-        f"that directory holds {there}; expected the same checkpoint. Name the one it was started "
-        "from, leave --selective-from out to go on with the phase, or name an empty directory for "
-        "--load and --save to begin another one"
-    )
-
-
-def _check_start_step(facts: _ResumeContext, mark: Mark, own: StoredCheckpoint) -> None:
-    """Raise if --ckpt-step was meant to go back within the phase, not to say where it starts."""
-    step = getattr(facts.args, "selective_start_step", None)
-    begun = mark.source.rpartition("@")[2].partition("#")[0]
-    if step and str(step) != begun:
-        raise CheckpointError(
-            f"--ckpt-step {step} with --selective-from {facts.chosen.start}: it says at which "
-            f"iteration the phase starts, and the one in {own.root} was started at iteration "
-            f"{begun}. To go back within the phase leave --selective-from out: --load {own.root} "
-            f"--save {own.root} --ckpt-step {step}"
-        )
-
-
-def _check_length(facts: _ResumeContext, phase: Phase) -> None:
-    """Raise if a phase that begins here would have nothing to train; a finished one may restart."""
-    last = getattr(facts.args, "train_iters", None)
-    first = 0 if facts.policy.reset_iteration else facts.stored.iteration
-    if phase.state == "applied" and last and last <= first:
-        raise HostError(
-            f"--train-iters {last}: the phase begins at iteration {first}, so there is nothing "
-            "left to train; expected the last iteration, not a number of more. Raise it, or add "
-            "--reset-iteration"
-        )
-
-
-def _check_save_directory(facts: _ResumeContext, phase: Phase) -> None:
-    """Raise if a phase that begins here would overwrite other checkpoints."""
-    save, load = facts.chosen.save, facts.chosen.load
-    if phase.state != "applied" or save is None:
-        return
-    there = newest(save, non_persistent=save / NON_PERSISTENT)
-    if there is None:
-        return
-    if facts.policy.operations and _same_phase(there, phase):
-        if save.resolve() == (load or save).resolve():
-            instead = "leave --ckpt-step out; to start again, give it another --selective-phase"
-        else:
-            instead = (
-                f"give --selective-from {load} --load {save} --save {save}; to start again, empty "
-                "the directory or name another one"
-            )
-        raise HostError(
-            f"--load {load} with --save {save}: this phase has been started from there before and "
-            f"has reached iteration {there.iteration} in {save}; starting it again would overwrite "
-            f"that. To go on, {instead}"
-        )
-    elsewhere = load is not None and save.resolve() != load.resolve()
-    if elsewhere and not facts.policy.reset_iteration and there.iteration > facts.stored.iteration:
-        raise HostError(
-            f"--load {load} with --save {save}: that directory holds checkpoints up to iteration "
-            f"{there.iteration} of another phase, and a phase that begins at iteration "
-            f"{facts.stored.iteration} would overwrite them. Name an empty --save directory"
-        )
-    if facts.policy.reset_iteration:
-        raise HostError(
-            f"--reset-iteration with --save {save}: that directory holds checkpoints up to "
-            f"iteration {there.iteration} of another phase, and counting from 0 again would "
-            "overwrite them. Give the phase a --save (and --load) directory of its own and name "
-            f"{load} in --selective-from"
-        )
-
-
-def _same_phase(there: StoredCheckpoint, phase: Phase) -> bool:
-    """Whether a checkpoint was written by the phase that is about to begin."""
-    mark = there.optimizers[0].mark if there.optimizers else None
-    if mark is None or phase.mark is None:
-        return False
-    begun = Mark.parse(mark)
-    same = (begun.phase, begun.operations) == (phase.mark.phase, phase.mark.operations)
-    return same and same_checkpoint(begun.source, phase.mark.source)
 
 
 def _nothing_to_start_from(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:

@@ -198,6 +198,12 @@ def policy_defaults() -> dict[str, Any]:
     return {k: v for k, v in defaults.items() if k not in _OTHER_FLAGS}
 
 
+def values_of(args: Any) -> dict[str, Any]:
+    """Everything in parsed arguments that a `Request` is made from."""
+    others = (*_OTHER_FLAGS, "selective_where", "use_checkpoint_opt_param_scheduler")
+    return {name: getattr(args, name, None) for name in (*policy_defaults(), *others)}
+
+
 def flag_of(name: str) -> str:
     """The flag of a destination."""
     return "--no-selective-strict" if name == "selective_strict" else f"--{name.replace('_', '-')}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.values import plain
@@ -31,6 +31,19 @@ _CAUSE = (
     "Something has changed the optimizer between the load and the first steps: the training "
     "script, a callback, or another extension of Megatron. Find it, or pass --no-selective-guard"
 )
+
+
+@dataclass
+class Watch:
+    """What the guard knows of the steps since the load.
+
+    Args:
+        gradients: Norm of each successful step's gradient before clipping, as Megatron returned it.
+        started: Whether the first step has been looked at.
+    """
+
+    gradients: list[Any] = field(default_factory=list)
+    started: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
 from ..policy.policy import ResumePolicy
 from ..policy.presets import KEEP_ALL
-from ..report.model import LoadedState, OptimizerReport
+from ..report.loaded import LoadedState
+from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
 from . import apply_rules, prepare_rules
 from .members import adam_optimizers

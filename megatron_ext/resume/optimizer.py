@@ -26,7 +26,7 @@ from ..checkpoint.state import (
 from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy
-from ..report.model import LoadedState
+from ..report.loaded import LoadedState
 from . import merge, selective_read, vocabulary
 from .selective import Selective, allocate_torch_adam_state, moments_of
 from .session import Resume
@@ -89,8 +89,10 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         if not is_loading:
             return super().sharded_state_dict(*args, **kwargs)
+        load = self.resume.enter("allocate", self)
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
+        load.awaits_tensors = True
         selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
 
@@ -186,7 +188,8 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """The loaded shard with the live master weights in the rows the checkpoint has not."""
-        first = vocabulary.first_new_element(model_param)
+        rows = vocabulary.rows_of(self)
+        first = None if rows is None else rows.first_new_element(model_param)
         if first is None:
             return tensors
         at = max(first - self._get_model_param_range_map(model_param)["param"].start, 0)

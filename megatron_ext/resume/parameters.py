@@ -66,6 +66,7 @@ def shards_of(
         HostError: The model does not say where a parameter lies.
     """
     found = located(model_chunks) if where is None else where
+    rows = vocabulary.rows_of(optimizer)
     out = []
     for held in held_by(optimizer):
         if id(held.model_param) not in found:
@@ -75,7 +76,7 @@ def shards_of(
                 "moments need it: use the default policy, or give its module a sharded_state_dict"
             )
         name, shape, blocks = found[id(held.model_param)]
-        change = vocabulary.change_of(held.model_param)
+        change = None if rows is None else rows.of(held.model_param)
         saved_rows = None if change is None else change.saved
         parameter = Parameter(name, shape, held.group, saved_rows)
         out.append(Shard(parameter, blocks, held.begin, held.end, optimizer.optimizer, held.key))

@@ -11,7 +11,7 @@ from ..base.ranks import agree
 from ..checkpoint.state import optimizer_section
 from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
-from ..report.model import LoadedState
+from ..report.loaded import LoadedState
 from . import merge, selective_read
 from .selective import Selective, kind_of, moments_of
 from .session import Resume
@@ -48,6 +48,7 @@ class _SelectiveReplicated(Selective):
             self._ids_are_live = True
             _, section = optimizer_section(state_dict)
             section.pop("param_groups")  # type: ignore[attr-defined]
+            self.resume.enter("allocate", self).awaits_tensors = True
             selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
 

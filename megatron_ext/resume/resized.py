@@ -8,9 +8,9 @@ from typing import Any
 from ..plan.decisions import ResumePlan
 from ..plan.moments import plan_moments
 from ..plan.resized import ResizedParameter, resized_by
-from . import vocabulary
 from .parameters import held_by, shards_of
 from .steps import is_adam
+from .vocabulary import rows_of
 
 
 def resized_of(
@@ -31,9 +31,10 @@ def resized_of(
         PlanError: A rule cannot be carried out.
         HostError: The model does not say where its parameters lie.
     """
-    if optimizer.optimizer is None or not vocabulary.any_change():
+    rows = rows_of(optimizer)
+    if optimizer.optimizer is None or not rows:
         return ()
-    if not any(vocabulary.change_of(h.model_param) for h in held_by(optimizer)):
+    if not any(rows.of(h.model_param) for h in held_by(optimizer)):
         return ()
     parameters = {
         s.parameter.name: s.parameter
@@ -51,10 +52,3 @@ def resized_of(
             for name, p in parameters.items()
         )
     )
-
-
-def forget(optimizer: Any) -> None:
-    """The resume of an optimizer is complete: what was found about its parameters is history."""
-    if optimizer.optimizer is not None and vocabulary.any_change():
-        for held in held_by(optimizer):
-            vocabulary.forget(held.model_param)

@@ -16,10 +16,11 @@ from ..errors import MegatronExtError
 from ..plan import resized
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
-from ..report.model import LoadedState, OptimizerReport
+from ..report.loaded import LoadedState
+from ..report.model import OptimizerReport
 from . import apply_rules, merge, nonfinite, prepare_rules
-from .resized import forget, resized_of
-from .session import Resume
+from .resized import resized_of
+from .session import Load, Resume
 from .steps import is_adam, place_step
 
 
@@ -69,13 +70,14 @@ class Selective:
 
     def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
         """Plan on this rank; raise on every rank unless all ranks made the same plan."""
+        load = self.resume.enter("plan", self)
         plan, work, error = None, None, None
         found: tuple[resized.ResizedParameter, ...] = ()
         try:
             saved = read_optimizer(state_dict)
             phase = self.resume.phase_of(saved)
             plan = plan_resume(
-                phase.policy, saved, self.optimizer.param_groups, self._circumstances(), phase
+                phase.policy, saved, self.optimizer.param_groups, self._circumstances(load), phase
             )
             work = prepare_rules.prepare(
                 self,
@@ -83,7 +85,7 @@ class Selective:
                 plan,
                 saved.groups,
                 self.resume.members,
-                self.resume.unread,
+                load.unread,
             )
             found = resized_of(self, self.resume_chunks, plan, saved.groups)
         except MegatronExtError as e:
@@ -96,13 +98,13 @@ class Selective:
         self._resized = found
         return replace(plan, warnings=(*plan.warnings, *resized.warnings_of(plan, found)))
 
-    def _circumstances(self) -> Circumstances:
+    def _circumstances(self, load: Load) -> Circumstances:
         if self._argument_clip_grad is None:
             self._argument_clip_grad = self.config.clip_grad
         return Circumstances(
             clip_grad=self._argument_clip_grad,
             decoupled_weight_decay=getattr(self.config, "decoupled_weight_decay", True),
-            global_batch_size=self.resume.global_batch_size,
+            global_batch_size=load.batch_sizes,
             adam=is_adam(self.optimizer),
         )
 
@@ -136,7 +138,6 @@ class Selective:
         report = OptimizerReport(
             kind_of(self), plan, summed, counts, moments, notes, scales, self._resized
         )
-        forget(self)
         self.resume.done(self, report)
 
     def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Moments that a policy overwrites without looking at them are not read from the checkpoint.
 
-`tag` marks them in a sharded state dict that is about to be filled; around
-``dist_checkpointing.load`` (`megatron_ext.host`) `leave_out` takes the marked entries out of what
-is requested, and `LeftOut.put_back` gives the stock loader zeros in their place, so that nothing
-downstream meets uninitialised memory. A moment that is reset is 8 of the 14 bytes a parameter that
-stock reads for bf16 weights with fp32 master weights: exp_avg and exp_avg_sq are 4 each.
+`mark_unread` marks them in a sharded state dict that is about to be filled. Around
+``dist_checkpointing.load`` (`megatron_ext.hooks.sharded`) `leave_out` takes the marked entries out
+of what is requested, and `LeftOut.put_back` gives the stock loader zeros in their place, so that
+nothing downstream meets uninitialised memory. A moment that is reset is 8 of the 14 bytes a
+parameter that stock reads for bf16 weights with fp32 master weights: exp_avg and exp_avg_sq are 4
+each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from ..plan.matching import overwritten
 from ..plan.parameters import Parameter
 from ..rules.form import Key
 from .parameters import held_by, located
-from .session import Resume
 from .steps import is_adam, is_hybrid
 from .vocabulary import walk
 
@@ -78,15 +78,6 @@ class LeftOut:
             found[path[-1]] = zero.expand(data.shape) if shared else torch.zeros_like(data)
 
 
-#: The resume whose optimizers are to be filled by the next load; the same on every rank.
-_pending: list[Resume] = []
-
-
-def take_pending() -> Resume | None:
-    """The resume that the load which begins now belongs to."""
-    return _pending.pop() if _pending else None
-
-
 def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Sequence[Any]) -> None:
     """Mark the moments that an optimizer's policy overwrites whatever they are.
 
@@ -98,7 +89,6 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
         state_dict: Its sharded state dict for a load; entries are marked in place.
         model_chunks: The model it was built for.
     """
-    _pending[:] = [optimizer.resume]
     inner, policy = optimizer.optimizer, optimizer.resume.policy
     if not policy.overwrites_moments or inner is None or not is_adam(inner) or is_hybrid(inner):
         return

@@ -1,9 +1,14 @@
-"""One resume of one run: its policy, the optimizers that take part, and their common report."""
+"""One resume of one run, the load that is going on, and what was asked for and done in the process.
+
+`current` is the only object of the package that changes: what is known of a load lives in its
+`Load`, which is dropped when the load ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -14,12 +19,87 @@ import torch.distributed as dist
 from ..base.log import say
 from ..checkpoint.state import DirectoryRole, SavedOptimizer
 from ..errors import CheckpointError
+from ..plan.preflight import Preflight
 from ..policy.counters import Counters
 from ..policy.phase import Mark, Phase, decide, identity
 from ..policy.policy import ResumePolicy
+from ..policy.request import Request
 from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
 from ..rules.form import Key
+from .guard import Watch
+from .vocabulary import RowChanges
+
+
+@dataclass
+class Load:
+    """What is known of one load of a checkpoint, from its beginning to its end.
+
+    Args:
+        resume: The resume whose optimizers are loaded.
+        scoped: Whether somebody else ends it (`Resume.loading`); else it ends with the last
+            optimizer.
+        batch_sizes: Global batch size of the checkpoint's run and of this one, where both are
+            known.
+        phase: Whether a phase begins or goes on, once that is decided.
+        saved_mark: The saved mark that `phase` was decided from.
+        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
+            loads.
+        awaits_tensors: Whether the next ``dist_checkpointing.load`` fills the optimizers.
+        unread: For each moment the parameters on this rank that it was not read of, because the
+            policy overwrites it (`megatron_ext.resume.selective_read`).
+        rows: The model parameters with another number of rows than the checkpoint.
+        reports: The reports of the optimizers that are loaded, by position in the chain.
+    """
+
+    resume: Resume
+    scoped: bool = False
+    batch_sizes: tuple[int, int] | None = None
+    phase: Phase | None = None
+    saved_mark: str | None = None
+    counters: tuple[Counters, Counters] | None = None
+    awaits_tensors: bool = False
+    unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
+    rows: RowChanges = field(default_factory=RowChanges)
+    reports: dict[int, OptimizerReport] = field(default_factory=dict)
+    _entered: set[tuple[str, int]] = field(default_factory=set)
+
+    def enter(self, step: str, member: int) -> bool:
+        """Whether an optimizer takes a step of this load for the first time."""
+        first = (step, member) not in self._entered
+        self._entered.add((step, member))
+        return first
+
+
+@dataclass
+class Session:
+    """What was asked for and done in this process.
+
+    Args:
+        launched: The launcher's request.
+        scoped: The request of the library call that is going on.
+        read: The last arguments that a request was read from, and the request.
+        preflight: What was found before the script ran, or before the model was built.
+        agreed: Whether all ranks have agreed on it.
+        built: How many optimizers were built by request.
+        load: The load that began last, until it ends.
+        resumed: The resume of the running training, where Megatron loaded its optimizer.
+        watch: What the guard knows of the steps since the load; None where it has nothing to do.
+    """
+
+    launched: Request | None = None
+    scoped: Request | None = None
+    read: tuple[str, Request] | None = None
+    preflight: Preflight | None = None
+    agreed: bool = False
+    built: int = 0
+    load: Load | None = None
+    resumed: Resume | None = None
+    watch: Watch | None = None
+
+
+#: The one object with the state of the process.
+current = Session()
 
 
 @dataclass
@@ -31,40 +111,53 @@ class Resume:
         write_report: Writes a report on rank 0 and returns a line for the log
             (`megatron_ext.report.files.writer`), or None.
         megatron: Version of megatron-core, for the report.
-        global_batch_size: Of the checkpoint's run and of this one, where both are known.
         where: Which directory the checkpoint lies in.
-        phase: Whether a phase begins or goes on, from the last load.
-        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
-            loads.
         members: The optimizers of the chain.
-        unread: For each moment the parameters on this rank that it was not read of, because the
-            policy overwrites it (`megatron_ext.resume.selective_read`).
-        report: Of the last complete load.
+        report: Of the last load, once it is complete.
+        load: The load that is going on.
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
     write_report: Callable[[ResumeReport], str] | None = None
     megatron: str = ""
-    global_batch_size: tuple[int, int] | None = None
     where: DirectoryRole = "load"
-    phase: Phase | None = None
-    counters: tuple[Counters, Counters] | None = None
     members: list[Any] = field(default_factory=list)
-    unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     report: ResumeReport | None = None
-    _done: dict[int, OptimizerReport] = field(default_factory=dict)
-    #: The saved mark that `phase` was decided from; it holds until the load is complete.
-    _decided: list[str | None] = field(default_factory=list)
+    load: Load | None = None
 
-    def begin_load(self) -> None:
-        """A checkpoint is about to be loaded."""
-        self.phase, self.counters, self.unread = None, None, {}
-        self._decided.clear()
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[Load]:
+        """One load, from its beginning to its end, whatever happens within."""
+        self.load = load = self._begin(scoped=True)
+        try:
+            yield load
+        finally:
+            self.end_load()
+
+    def end_load(self) -> None:
+        """Drop what was known of the load."""
+        if current.load is not None and current.load.resume is self:
+            current.load = None
+        self.load = None
+
+    def enter(self, step: str, optimizer: Any) -> Load:
+        """The load that an optimizer takes part in; a step taken twice is a new load's.
+
+        Args:
+            step: ``allocate`` or ``plan``.
+            optimizer: One of the members.
+        """
+        member = next(i for i, one in enumerate(self.members) if one is optimizer)
+        load = self.load or self._begin()
+        if not load.enter(step, member) and not load.scoped:
+            load = self._begin()
+            load.enter(step, member)
+        return load
 
     def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
         """Take what was decided for the whole run before the optimizers are loaded."""
-        self.phase, self.counters = phase, (before, after)
-        self._decided[:] = [mark]
+        load = self.load or self._begin()
+        load.phase, load.saved_mark, load.counters = phase, mark, (before, after)
 
     def phase_of(self, saved: SavedOptimizer) -> Phase:
         """Whether a phase begins or goes on, the same for all optimizers of a chain.
@@ -73,18 +166,33 @@ class Resume:
             CheckpointError: The optimizers of the chain were saved in different phases.
             PlanError: The checkpoint is another phase's (`megatron_ext.policy.phase.decide`).
         """
-        if not self._decided or self.phase is None:
+        load = self.load or self._begin()
+        if load.phase is None:
             mark = None if saved.mark is None else Mark.parse(saved.mark)
             source = identity("checkpoint", 0, {}, saved.groups, saved.step)
-            self.phase = decide(self.policy, mark, source, self.where)
-            self._decided[:] = [saved.mark]
-        elif saved.mark != self._decided[0]:
+            load.phase = decide(self.policy, mark, source, self.where)
+            load.saved_mark = saved.mark
+        elif saved.mark != load.saved_mark:
             raise CheckpointError(
                 "the optimizers of the checkpoint were saved in different phases: found "
-                f"{self._decided[0]} and {saved.mark}, expected one. The checkpoint was edited; "
+                f"{load.saved_mark} and {saved.mark}, expected one. The checkpoint was edited; "
                 "load another one"
             )
-        return self.phase
+        return load.phase
+
+    @property
+    def phase(self) -> Phase | None:
+        """Whether a phase begins or goes on, in this load or the last complete one."""
+        if self.load is not None:
+            return self.load.phase
+        return None if self.report is None else self.report.phase
+
+    @property
+    def counters(self) -> tuple[Counters, Counters] | None:
+        """The checkpoint's counters and those the run goes on with, likewise."""
+        if self.load is not None:
+            return self.load.counters
+        return None if self.report is None else self.report.counters
 
     def join(self, optimizer: Any) -> None:
         """Register an optimizer of the chain, in the chain's order."""
@@ -93,23 +201,25 @@ class Resume:
     @property
     def complete(self) -> bool:
         """Whether every optimizer of the chain has got its state back."""
-        return bool(self.members) and len(self._done) == len(self.members)
+        return self.report is not None
 
     def done(self, optimizer: Any, report: OptimizerReport) -> None:
         """Take one optimizer's report; after the last one, log and write the run's."""
+        load = self.load or self._begin()
         index = next(i for i, member in enumerate(self.members) if member is optimizer)
-        if index in self._done and self.complete:
-            self._done.clear()
-        self._done[index] = report
-        if self.complete:
-            self._decided.clear()
-            self.unread = {}
-            reports = [self._done[i] for i in range(len(self.members))]
-            self.report = ResumeReport(
-                self.megatron, reports, counters=self.counters, environment=_environment()
-            )
-            say(self.report.lines())
-            say(self._write())
+        load.reports[index] = report
+        if len(load.reports) < len(self.members):
+            return
+        self.report = ResumeReport(
+            self.megatron,
+            [load.reports[i] for i in range(len(self.members))],
+            counters=load.counters,
+            environment=_environment(),
+        )
+        if not load.scoped:
+            self.end_load()
+        say(self.report.lines())
+        say(self._write())
 
     def scheduler_loaded(self, section: dict[str, Any]) -> None:
         """Add what the scheduler will use from the first resumed step on, and write once more."""
@@ -117,6 +227,11 @@ class Resume:
             self.report.scheduler = section
             say(self.report.scheduler_lines())
             self._write()
+
+    def _begin(self, *, scoped: bool = False) -> Load:
+        self.report = None
+        self.load = current.load = Load(self, scoped)
+        return self.load
 
     def _write(self) -> list[str]:
         """Write the report where that is asked for; returns lines for the log."""

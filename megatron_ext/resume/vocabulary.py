@@ -29,26 +29,55 @@ _BY_BUCKET = "optimizer.distributed."
 _MASTERS = "fp32_from_fp16_params"
 
 
+class RowChanges:
+    """The model parameters of one load that have another number of rows than the checkpoint."""
+
+    def __init__(self) -> None:
+        self._of: MutableMapping[torch.Tensor, RowChange] = WeakIdKeyDictionary()
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return len(self._of) > 0
+
+    def __setitem__(self, model_param: torch.Tensor, change: RowChange) -> None:
+        """Note a change."""
+        self._of[model_param] = change
+
+    def of(self, model_param: torch.Tensor) -> RowChange | None:
+        """The change of a model parameter; None if its rows are the checkpoint's."""
+        return self._of.get(model_param)
+
+    def clear(self) -> None:
+        """No optimizer will take what was found."""
+        self._of.clear()
+
+    def first_new_element(self, model_param: torch.Tensor) -> int | None:
+        """First element of the flattened shard that the checkpoint does not have; None: it has all.
+
+        Args:
+            model_param: This rank's tensor-parallel shard.
+        """
+        change = self.of(model_param)
+        if change is None or change.first_new >= model_param.shape[0]:
+            return None
+        return change.first_new * (model_param.numel() // model_param.shape[0])
+
+
 @dataclass
 class Resized:
     """The entries of a sharded state dict that have another number of rows than the checkpoint.
 
     Args:
-        changes: The model parameters on this rank, and what has changed.
+        changes: What has changed, one for each model parameter on this rank.
         kept: Where in the state dict new rows are, the first of them, and their values.
     """
 
-    changes: list[tuple[torch.Tensor, RowChange]] = field(default_factory=list)
+    changes: list[RowChange] = field(default_factory=list)
     kept: list[tuple[tuple[Any, ...], int, torch.Tensor]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """What has changed, as log lines."""
-        return [f" > {change}" for _, change in self.changes]
-
-    def forget(self) -> None:
-        """No optimizer will take what was found."""
-        for model_param, _ in self.changes:
-            forget(model_param)
+        return [f" > {change}" for change in self.changes]
 
     @torch.no_grad()
     def put_back(self, state_dict: Any) -> None:
@@ -65,15 +94,12 @@ class Resized:
             found[first:] = rows.to(found)
 
 
-#: Model parameter -> what the last load has found, until its optimizer has taken it.
-_changes: MutableMapping[torch.Tensor, RowChange] = WeakIdKeyDictionary()
-
-
-def look(
+def find_resized(
     state_dict: Any,
     sharded_tensor: Any,
     optimizer_prefix: str,
     stored: Callable[[], Mapping[str, tuple[int, ...] | None]],
+    rows: RowChanges,
 ) -> Resized:
     """Compare a sharded state dict with the checkpoint it is about to be filled from.
 
@@ -84,6 +110,7 @@ def look(
         sharded_tensor: Megatron's ShardedTensor.
         optimizer_prefix: In every checkpoint key of the optimizer's entries.
         stored: Reads the checkpoint key and global shape of everything that is stored.
+        rows: Gets the changes of model parameters.
 
     Returns:
         What has another number of rows, with copies of the new ones.
@@ -101,45 +128,22 @@ def look(
     shapes = stored()
     for path, entry in entries:
         of_model = optimizer_prefix not in entry.key
-        if of_model:
-            _changes.pop(entry.data, None)
         change = _compare(entry, shapes.get(entry.key))
         if change is None:
             continue
         if of_model:
-            _changes[entry.data] = change
-            resized.changes.append((entry.data, change))
+            rows[entry.data] = change
+            resized.changes.append(change)
         if (of_model or _MASTERS in path) and change.first_new < entry.data.shape[0]:
-            rows = entry.data[change.first_new :].detach().clone()
-            resized.kept.append((path, change.first_new, rows))
+            copied = entry.data[change.first_new :].detach().clone()
+            resized.kept.append((path, change.first_new, copied))
     return resized
 
 
-def any_change() -> bool:
-    """Whether the load that is going on has found a change of any model parameter."""
-    return len(_changes) > 0
-
-
-def change_of(model_param: torch.Tensor) -> RowChange | None:
-    """What the load that is going on has found about a model parameter; None: nothing changed."""
-    return _changes.get(model_param)
-
-
-def forget(model_param: torch.Tensor) -> None:
-    """The load of a parameter is complete: a later one finds out for itself."""
-    _changes.pop(model_param, None)
-
-
-def first_new_element(model_param: torch.Tensor) -> int | None:
-    """First element of the flattened shard that the checkpoint does not have; None if it has all.
-
-    Args:
-        model_param: This rank's tensor-parallel shard.
-    """
-    change = _changes.get(model_param)
-    if change is None or change.first_new >= model_param.shape[0]:
-        return None
-    return change.first_new * (model_param.numel() // model_param.shape[0])
+def rows_of(optimizer: Any) -> RowChanges | None:
+    """The changed rows of the load that a Megatron optimizer takes part in; None without one."""
+    load = getattr(getattr(optimizer, "resume", None), "load", None)
+    return None if load is None else load.rows
 
 
 def unsupported(resized: Resized, optimizer_keys: Mapping[str, Any]) -> CheckpointError | None:
@@ -152,7 +156,7 @@ def unsupported(resized: Resized, optimizer_keys: Mapping[str, Any]) -> Checkpoi
     if not resized.changes or not by_bucket(optimizer_keys):
         return None
     form = "dp_reshardable" if any(".gbuf_idx_" in k for k in optimizer_keys) else "gathered"
-    return refusal(resized.changes[0][1], f"{form}, by buckets of parameters one after the other")
+    return refusal(resized.changes[0], f"{form}, by buckets of parameters one after the other")
 
 
 def by_bucket(optimizer_keys: Mapping[str, Any]) -> bool:

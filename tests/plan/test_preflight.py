@@ -28,7 +28,7 @@ CLASS = "--optimizer-class megatron_ext.SelectiveAdam"
 
 
 def assert_nothing_found(args: argparse.Namespace) -> None:
-    assert [str(e) for e in preflight.findings(args)] == []
+    assert [str(e) for e in preflight.examine(args).errors] == []
     preflight.check(args)
 
 

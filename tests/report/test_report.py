@@ -26,7 +26,8 @@ from megatron_ext.policy.phase import Mark, Phase, decide
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
 from megatron_ext.report import files as report_files
-from megatron_ext.report.model import LoadedState, MomentReport, OptimizerReport, RuleReport
+from megatron_ext.report.loaded import LoadedState
+from megatron_ext.report.model import MomentReport, OptimizerReport, RuleReport
 from megatron_ext.report.resume_report import ResumeReport
 from megatron_ext.rules.bias_consistent import BiasConsistent
 from megatron_ext.rules.elementwise import Scale

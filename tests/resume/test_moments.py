@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.checkpoint.state import MOMENT_KEYS
 from megatron_ext.errors import CheckpointError
-from megatron_ext.report.model import LoadedState
+from megatron_ext.report.loaded import LoadedState
 
 
 def shard(*shape: int) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.report.model import OptimizerReport
 from megatron_ext.report.resume_report import ResumeReport
 from megatron_ext.resume import vocabulary
+from megatron_ext.resume.session import Resume
 from tests.support.groups import group
 from tests.support.reports import LOADED
 from tests.support.reports import optimizer_report as plain_report
@@ -45,8 +46,13 @@ def entry(
     )
 
 
-def look(state_dict: Any, stored: dict[str, tuple[int, ...] | None]) -> vocabulary.Resized:
-    return vocabulary.look(state_dict, Entry, "optimizer.", lambda: stored)
+def find(
+    state_dict: Any,
+    stored: dict[str, tuple[int, ...] | None],
+    rows: vocabulary.RowChanges | None = None,
+) -> vocabulary.Resized:
+    rows = vocabulary.RowChanges() if rows is None else rows
+    return vocabulary.find_resized(state_dict, Entry, "optimizer.", lambda: stored, rows)
 
 
 def weight(rows: int = 4) -> torch.nn.Parameter:
@@ -57,23 +63,24 @@ def weight(rows: int = 4) -> torch.nn.Parameter:
     ("saved", "offset", "first"), [(10, 8, 2), (8, 8, 0), (5, 8, 0), (12, 8, 4), (2, 0, 2)]
 )
 def test_the_first_new_row_of_a_shard(saved: int, offset: int, first: int) -> None:
-    data = weight()
-    found = look({"model": {"w": entry(data, 16, offset)}}, {NAME: (saved, 3)})
-    change = vocabulary.change_of(data)
+    data, rows = weight(), vocabulary.RowChanges()
+    found = find({"model": {"w": entry(data, 16, offset)}}, {NAME: (saved, 3)}, rows)
+    change = rows.of(data)
     assert change == RowChange(NAME, saved, 16, first)
-    assert vocabulary.first_new_element(data) == (first * 3 if first < 4 else None)
+    assert rows.first_new_element(data) == (first * 3 if first < 4 else None)
     loaded = torch.zeros(4, 3)
     found.put_back({"model": {"w": loaded}})
     assert torch.equal(loaded[first:], data[first:])
     assert not loaded[:first].any()
-    vocabulary.forget(data)
-    assert vocabulary.change_of(data) is None
+    rows.clear()
+    assert rows.of(data) is None
+    assert not rows
 
 
 def test_what_is_put_back_is_what_was_there_before_the_load() -> None:
     data = weight()
     before = data.detach().clone()
-    found = look({"m": [entry(data, 4)]}, {NAME: (3, 3)})
+    found = find({"m": [entry(data, 4)]}, {NAME: (3, 3)})
     data.detach().zero_()
     found.put_back({"m": [data.detach()]})
     assert torch.equal(data[3:], before[3:])
@@ -81,9 +88,9 @@ def test_what_is_put_back_is_what_was_there_before_the_load() -> None:
 
 
 def test_prepended_axes_are_no_rows() -> None:
-    data = weight()
-    look({"w": entry(data, 4, extra=1)}, {NAME: (1, 3, 3)})
-    change = vocabulary.change_of(data)
+    data, rows = weight(), vocabulary.RowChanges()
+    find({"w": entry(data, 4, extra=1)}, {NAME: (1, 3, 3)}, rows)
+    change = rows.of(data)
     assert change is not None
     assert (change.saved, change.now, change.first_new) == (3, 4, 3)
 
@@ -94,10 +101,10 @@ def test_prepended_axes_are_no_rows() -> None:
     ids=["the same", "not flexible", "other columns", "other dimensions", "no tensor"],
 )
 def test_what_is_no_change_of_rows(stored: Any, flexible: bool) -> None:
-    data = weight()
-    found = look({"w": entry(data, 4, flexible=flexible)}, {NAME: stored})
+    data, rows = weight(), vocabulary.RowChanges()
+    found = find({"w": entry(data, 4, flexible=flexible)}, {NAME: stored}, rows)
     assert (found.changes, found.kept) == ([], [])
-    assert vocabulary.change_of(data) is None
+    assert not rows
 
 
 def test_metadata_is_read_for_flexible_entries_only() -> None:
@@ -105,7 +112,9 @@ def test_metadata_is_read_for_flexible_entries_only() -> None:
         raise AssertionError
 
     state_dict = {"w": entry(weight(), 4, flexible=False), "plain": 1}
-    assert vocabulary.look(state_dict, Entry, "optimizer.", read).changes == []
+    rows = vocabulary.RowChanges()
+    found = vocabulary.find_resized(state_dict, Entry, "optimizer.", read, rows)
+    assert (found.changes, found.kept) == ([], [])
 
 
 def test_only_live_master_weights_are_kept_from_an_optimizers_entries() -> None:
@@ -119,21 +128,22 @@ def test_only_live_master_weights_are_kept_from_an_optimizers_entries() -> None:
     stored: dict[str, tuple[int, ...] | None] = dict.fromkeys(
         (key, "optimizer.state.exp_avg." + NAME), (3, 3)
     )
-    found = look(state_dict, stored)
+    found = find(state_dict, stored)
     assert [path for path, _, _ in found.kept] == [("fp32_from_fp16_params", 0, 0)]
     assert found.changes == []
 
 
-def test_a_load_of_the_same_size_forgets_the_one_before() -> None:
-    data = weight()
-    look({"w": entry(data, 4)}, {NAME: (3, 3)})
-    assert vocabulary.change_of(data) is not None
-    look({"w": entry(data, 4)}, {NAME: (4, 3)})
-    assert vocabulary.change_of(data) is None
+def test_every_load_finds_out_for_itself() -> None:
+    resume, data = Resume(), weight()
+    resume.join(optimizer := object())
+    find({"w": entry(data, 4)}, {NAME: (3, 3)}, resume.enter("allocate", optimizer).rows)
+    assert resume.load is not None
+    assert resume.load.rows.of(data) == RowChange(NAME, 3, 4, 3)
+    assert not resume.enter("allocate", optimizer).rows
 
 
 def test_buckets_are_refused_by_name() -> None:
-    found = look({"w": entry(weight(), 4)}, {NAME: (3, 3)})
+    found = find({"w": entry(weight(), 4)}, {NAME: (3, 3)})
     bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0.param"
     for key, form in ((bucket, "dp_reshardable"), ("optimizer.distributed.x.param_state", "gath")):
         error = vocabulary.unsupported(found, {key: None})

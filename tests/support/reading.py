@@ -125,7 +125,8 @@ def planned_otherwise(layout: Layout, hyper: Hyper, directory: str, policy: str)
     original = member.load_state_dict
 
     def load_state_dict(state_dict: Any) -> None:
-        member.resume.unread = {"exp_avg": frozenset(["decoder.layers.0.mlp.linear_fc1.weight"])}
+        unread = frozenset(["decoder.layers.0.mlp.linear_fc1.weight"])
+        member.resume.load.unread = {"exp_avg": unread}
         original(state_dict)
 
     member.load_state_dict = load_state_dict

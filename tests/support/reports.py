@@ -8,7 +8,8 @@ from typing import Any
 from megatron_ext.checkpoint.state import SavedOptimizer
 from megatron_ext.plan.hyperparameters import plan_resume
 from megatron_ext.policy.policy import ResumePolicy
-from megatron_ext.report.model import LoadedState, OptimizerReport
+from megatron_ext.report.loaded import LoadedState
+from megatron_ext.report.model import OptimizerReport
 from megatron_ext.report.resume_report import ResumeReport
 
 from .groups import group

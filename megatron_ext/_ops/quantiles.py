@@ -1,0 +1,57 @@
+"""Quantiles of abs(x) by a radix select over histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import reference
+from . import schema as schema
+
+
+def magnitude_thresholds(
+    tensors: Sequence[torch.Tensor],
+    ranges: torch.Tensor,
+    quantiles: torch.Tensor,
+    reduce: Callable[[torch.Tensor], object] | None = None,
+) -> torch.Tensor:
+    r"""The p-quantile of abs(x), per group of ranges, exactly and without sorting.
+
+    A radix select in three histograms over the 31 bits of the fp32 magnitude: the k-th smallest
+    value for :math:`k = \lfloor p (n - 1) \rfloor`, which is numpy's ``method="lower"``. NaN counts
+    as the largest. Works on any number of elements (torch.quantile stops at 16M in most versions).
+
+    Args:
+        tensors: float32, bfloat16 or float16, contiguous, on one device.
+        ranges: int64 ``[n, 4]`` on the CPU: tensor, begin, end, group.
+        quantiles: float64 ``[groups]``, p of each group, in [0, 1].
+        reduce: Called with each histogram (int64 ``[groups, 2048]``) to add up those of other
+            ranks, in place; three calls of 16 KiB a group.
+
+    Returns:
+        float32 ``[groups]`` on the tensors' device; 0 for a group without elements.
+
+    Raises:
+        RuntimeError: A quantile outside [0, 1], or what `.schema` lists.
+    """
+    if not bool(((quantiles >= 0) & (quantiles <= 1)).all()):
+        raise RuntimeError(f"quantiles must be between 0 and 1, not {quantiles.tolist()}")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    prefixes = torch.zeros(len(quantiles), dtype=torch.int64, device=device)
+    rank = None
+    for level, (bits, _) in enumerate(reference.LEVELS):
+        counts = torch.ops.megatron_ext.magnitude_histogram(tensors, ranges, prefixes, level)
+        if reduce is not None:
+            reduce(counts)
+        up_to = counts.cumsum(1)
+        if rank is None:
+            last = (up_to[:, -1] - 1).clamp(min=0).double()
+            rank = (quantiles.to(device) * last).floor().long()
+        bin_ = (up_to <= rank[:, None]).sum(1).clamp(max=(1 << bits) - 1)
+        below = torch.where(bin_ > 0, up_to.gather(1, (bin_ - 1).clamp(min=0)[:, None])[:, 0], 0)
+        rank = rank - below
+        prefixes = (prefixes << bits) | bin_
+        if level == 0:
+            empty = up_to[:, -1] == 0
+    return torch.where(empty, 0.0, prefixes.int().view(torch.float32))

@@ -1,0 +1,82 @@
+"""A segment table bound to the tensors it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..rules.registry import COEFFICIENTS
+from . import schema as schema
+from .segments import COLUMNS, Segment, Statistics, encode
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A segment table bound to the tensors it is for, ready to be applied any number of times.
+
+    `prepare` copies the table to the device once; applying it afterwards is one launch without a
+    copy or a synchronization, which a CUDA graph can capture.
+
+    Args:
+        exp_avg: Written in place.
+        exp_avg_sq: Written in place; as many, each as long as its exp_avg.
+        segments: int64 table (`encode`).
+        coefficients: float64 table.
+        tables: What ``launch_table`` returned; None: made at every call.
+    """
+
+    exp_avg: tuple[torch.Tensor, ...]
+    exp_avg_sq: tuple[torch.Tensor, ...]
+    segments: torch.Tensor
+    coefficients: torch.Tensor
+    tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        exp_avg: Sequence[torch.Tensor],
+        exp_avg_sq: Sequence[torch.Tensor],
+        segments: Sequence[Segment],
+    ) -> Transform:
+        """Encode the segments."""
+        return cls(tuple(exp_avg), tuple(exp_avg_sq), *encode(segments))
+
+    @classmethod
+    def keep(cls, exp_avg: Sequence[torch.Tensor], exp_avg_sq: Sequence[torch.Tensor]) -> Transform:
+        """Change nothing, for the statistics alone; one segment for each tensor."""
+        table = torch.zeros(len(exp_avg), len(COLUMNS), dtype=torch.int64)
+        table[:, COLUMNS.index("tensor")] = torch.arange(len(exp_avg))
+        table[:, COLUMNS.index("end")] = torch.tensor([x.numel() for x in exp_avg])
+        coefficients = torch.zeros(len(exp_avg), 2 * COEFFICIENTS, dtype=torch.float64)
+        return cls(tuple(exp_avg), tuple(exp_avg_sq), table, coefficients)
+
+    def prepare(self) -> Transform:
+        """The same with its table on the device."""
+        tables = torch.ops.megatron_ext.launch_table(
+            self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients
+        )
+        return Transform(
+            self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients, tuple(tables)
+        )
+
+    def __call__(self, statistics: Statistics = Statistics.NONE) -> torch.Tensor:
+        """Apply the rules in place.
+
+        Returns:
+            float64 ``[tensors, 2, 5]`` (`.segments.STATISTICS_COLUMNS`), ``[0, 2, 5]`` for
+            `Statistics.NONE`; on the tensors' device, not synchronized.
+
+        Raises:
+            RuntimeError: See `.schema`; nothing has been written.
+        """
+        out: torch.Tensor = torch.ops.megatron_ext.transform_moments_(
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.segments,
+            self.coefficients,
+            int(statistics),
+            *(self.tables or ()),
+        )
+        return out

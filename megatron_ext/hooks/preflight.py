@@ -1,0 +1,75 @@
+"""Run the preflight once a process, and let all ranks stop together.
+
+The arguments are the same on every rank. The checkpoint is opened on rank 0 only: its index grows
+with the whole job. What rank 0 finds before there is a process group it keeps until there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from ..base import ranks
+from ..errors import MegatronExtError
+from ..host.arguments import global_args
+from ..plan.preflight import examine
+from ..resume.session import current
+from .session import request_of
+
+
+def before_the_script(args: Any) -> None:
+    """The launcher's preflight, on every rank, before there is a process group.
+
+    Args:
+        args: Megatron's arguments as parsed.
+
+    Raises:
+        MegatronExtError: Something is wrong with the arguments; or with the checkpoint of a run of
+            one rank.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in _OF_TORCHRUN)
+    found = examine(args, read_request=request_of, open_checkpoint=rank == 0)
+    if found.error is not None and (found.of_arguments or world == 1):
+        raise found.error
+    if found.error is not None:
+        print(
+            f"megatron_ext: error: {found.error}\n"
+            "megatron_ext: all ranks stop as soon as they have joined their process group",
+            flush=True,
+        )
+    current.preflight = found
+
+
+_OF_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def error_of(args: Any) -> MegatronExtError | None:
+    """What this rank has found; None where nothing is wrong, or all ranks have agreed already.
+
+    Args:
+        args: Megatron's, for a script that was started without the launcher.
+    """
+    if current.agreed:
+        return None
+    if current.preflight is None:
+        on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
+        current.preflight = examine(args, read_request=request_of, open_checkpoint=on_rank_0)
+    return current.preflight.error
+
+
+def setup(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``setup_model_and_optimizer`` (training/training.py:2017, 0.19.2): before a model."""
+
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        megatron_args = global_args()
+        if getattr(megatron_args, "optimizer_class", None) is not None and not current.agreed:
+            ranks.agree("the preflight", "0" * 32, error_of(megatron_args))
+            current.agreed = True
+        return original(*args, **kwargs)
+
+    return setup_model_and_optimizer

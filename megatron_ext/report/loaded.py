@@ -1,0 +1,69 @@
+"""Count the tensors that a load brings back, so that one that kept nothing cannot pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..base import ranks
+from ..checkpoint.state import MOMENT_KEYS
+from ..errors import CheckpointError
+
+
+@dataclass
+class LoadedState:
+    """Counts of loaded tensors and elements, by state key.
+
+    Args:
+        tensors: State key -> number of shards written on this rank (after `summed`: on all).
+        elements: State key -> number of elements in them.
+        nonfinite: Elements of the moments that are NaN or infinite.
+        keys: What has to arrive; of an optimizer that is not Adam all but ``param`` is ``state``.
+    """
+
+    tensors: dict[str, int] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
+    nonfinite: int = 0
+    keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
+
+    def add(self, tensors: Mapping[str, Any]) -> None:
+        """Count the tensors of one parameter shard (``param`` and the moments; not ``step``)."""
+        for key, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor) and key != "step":
+                key = key if key in self.keys or "state" not in self.keys else "state"
+                self.tensors[key] = self.tensors.get(key, 0) + 1
+                self.elements[key] = self.elements.get(key, 0) + tensor.numel()
+
+    def summed(self) -> LoadedState:
+        """The counts summed over all ranks; collective over the default process group.
+
+        Replicas (tensor-parallel duplicates, ranks of a non-distributed optimizer) count on each
+        rank that holds them.
+        """
+        keys, n = self.keys, len(self.keys)
+        flat = [self.tensors.get(k, 0) for k in keys] + [self.elements.get(k, 0) for k in keys]
+        sums = ranks.total([*flat, self.nonfinite])
+        return LoadedState(
+            tensors=dict(zip(keys, sums[:n], strict=True)),
+            elements=dict(zip(keys, sums[n:-1], strict=True)),
+            nonfinite=sums[-1],
+            keys=keys,
+        )
+
+    def require_moments(self) -> None:
+        """Raise where moments were to be kept and none arrived.
+
+        Raises:
+            CheckpointError: A moment has no element on any rank.
+        """
+        missing = [k for k in self.keys[1:] if not self.elements.get(k)]
+        if missing:
+            raise CheckpointError(
+                f"no element of {' and '.join(missing)} was loaded on any rank, but the moments "
+                "were to be kept: the checkpoint holds none, or its format is not read by this "
+                "optimizer. Pass --no-load-optim to start with a new optimizer (the Adam moments "
+                "are then lost)"
+            )
