@@ -19,7 +19,11 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
+from tests.support import counting
 from tests.support.worker import fork_for_saves
+
+#: Environment variable: print how often the functions of `tests.support.counting` were called.
+COUNT_CALLS = "MEGATRON_EXT_TEST_COUNT_CALLS"
 
 #: Seconds that the other ranks have to end in after one has failed.
 GRACE = 60
@@ -80,11 +84,13 @@ def _child(request: dict[str, Any], rank: int, file: str) -> None:
         WORLD_SIZE=str(len(request["logs"])),
         LOCAL_WORLD_SIZE=str(len(request["logs"])),
     )
-    code = 1
+    code, report = 1, None
     try:
         fork_for_saves()
         from megatron_ext import launch
 
+        if os.environ.get(COUNT_CALLS):
+            report = counting.start()
         launch.main(request["argv"])
         code = 0
     except SystemExit as e:
@@ -92,6 +98,8 @@ def _child(request: dict[str, Any], rank: int, file: str) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        if report is not None:
+            report()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
