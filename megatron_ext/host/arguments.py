@@ -46,8 +46,8 @@ def megatron_parser(prog: str, usage: str) -> argparse.ArgumentParser:
 
 def global_args() -> Any:
     """Megatron's parsed arguments, or None (also where megatron.training is not used)."""
-    module = sys.modules.get(f"{TRAINING}.global_vars")
-    return getattr(module, "_GLOBAL_ARGS", None)
+    variables = sys.modules.get(f"{TRAINING}.global_vars")
+    return getattr(variables, "_GLOBAL_ARGS", None)
 
 
 def dropping_flag(args: Any) -> str | None:

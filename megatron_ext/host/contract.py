@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
+import textwrap
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,7 @@ class HostName:
         attribute: Its name there; dotted for a class attribute.
         parameters: Parameters that have to be in its signature.
         rebound: Whether `install` puts something in its place.
+        instance: Whether it is an attribute of instances, which methods of the class assign.
         since: First megatron-core version that has it.
         reference: File and line in megatron-core 0.19.2, and why it is needed.
     """
@@ -39,6 +43,7 @@ class HostName:
     attribute: str
     parameters: tuple[str, ...] = ()
     rebound: bool = False
+    instance: bool = False
     since: str = "0.16.1"
     reference: str = ""
 
@@ -134,13 +139,6 @@ CONTRACT = (
         "DistributedOptimizer.sharded_state_dict",
         ("model_sharded_state_dict", "is_loading"),
         reference="core/optimizer/distrib_optimizer.py:1460; overridden (self-load)",
-    ),
-    HostName(
-        "megatron.core.dist_checkpointing.mapping",
-        "ShardedTensor.from_rank_offsets",
-        ("key", "data"),
-        reference="core/dist_checkpointing/mapping.py:181; its global shape, offset and prepended "
-        "axes say where a shard lies (parameters.py)",
     ),
     HostName(
         "megatron.core.dist_checkpointing.mapping",
@@ -260,6 +258,331 @@ CONTRACT = (
         since="0.18.0",
         reference="training/training.py:2568; the first logging step after a resume",
     ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.buffers",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:710; the buffers whose buckets hold the "
+        "parameters",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.data_parallel_group",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:712; which rank reads a legacy file",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.data_parallel_group_idx",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:714; in the keys of buckets",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.gbuf_ranges",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:727; which part of each bucket this "
+        "rank holds "
+        "core/optimizer/distrib_optimizer.py:727; which part of each bucket this rank holds",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.model_chunks",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:682; the model, for the names of its "
+        "parameters "
+        "core/optimizer/distrib_optimizer.py:682; the model, for the names of its parameters",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.model_param_gbuf_map",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:747; the parameters that this rank holds",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.model_param_group_index_map",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:657; the param_group of a parameter",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.is_stub_optimizer",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:700; a rank without parameters",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "Range.start",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:89; the shard of a parameter",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "Range.end",
+        instance=True,
+        reference="core/optimizer/distrib_optimizer.py:90; the shard of a parameter",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "MegatronOptimizer.optimizer",
+        instance=True,
+        reference="core/optimizer/optimizer.py:207; the torch optimizer inside",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "MegatronOptimizer.config",
+        instance=True,
+        reference="core/optimizer/optimizer.py:213; clip_grad and decoupled_weight_decay",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "MixedPrecisionOptimizer.grad_scaler",
+        instance=True,
+        reference="core/optimizer/optimizer.py:679; fp16's loss scale",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "Float16OptimizerWithFloat16Params.float16_groups",
+        instance=True,
+        reference="core/optimizer/optimizer.py:995; the model parameters, in the order of "
+        "their masters "
+        "core/optimizer/optimizer.py:995; the model parameters, in the order of their masters",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "Float16OptimizerWithFloat16Params.fp32_from_float16_groups",
+        instance=True,
+        reference="core/optimizer/optimizer.py:996; their fp32 master weights",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "ChainedOptimizer.chained_optimizers",
+        instance=True,
+        reference="core/optimizer/optimizer.py:1448; the members of a chain",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBuffer.param_index_map",
+        instance=True,
+        reference="core/distributed/param_and_grad_buffer.py:1072; where a parameter lies in "
+        "its buffer "
+        "core/distributed/param_and_grad_buffer.py:1072; where a parameter lies in its buffer",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBuffer.buckets",
+        instance=True,
+        reference="core/distributed/param_and_grad_buffer.py:217; the buckets of a buffer",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBuffer.numel_unpadded",
+        instance=True,
+        reference="core/distributed/param_and_grad_buffer.py:1109; whether a legacy file fits",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBucket.offset",
+        instance=True,
+        reference="core/distributed/param_and_grad_buffer.py:132; where a bucket begins",
+    ),
+    HostName(
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_ParamAndGradBucket.numel_unpadded",
+        instance=True,
+        reference="core/distributed/param_and_grad_buffer.py:133; the elements of a bucket",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.key",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:81; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.data",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:82; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.local_shape",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:84; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.global_shape",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:85; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.global_offset",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:86; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensor.prepend_axis_num",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:89; what is asked of storage, and where it "
+        "belongs",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedObject.unique_key",
+        reference="core/dist_checkpointing/mapping.py:397; the key of an object",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensorFactory.build",
+        reference="core/dist_checkpointing/mapping.py:471; what a factory asks for",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.dict_utils",
+        "nested_values",
+        ("x",),
+        reference="core/dist_checkpointing/dict_utils.py:166; all entries of a sharded state dict",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.validation",
+        "StrictHandling.ASSUME_OK_UNEXPECTED",
+        reference="core/dist_checkpointing/validation.py:65; the default of --dist-ckpt-strictness",
+    ),
+    HostName(
+        "megatron.core.parallel_state",
+        "get_data_parallel_rank",
+        reference="core/parallel_state.py:2147; which rank has a legacy file",
+    ),
+    HostName(
+        "megatron.core.parallel_state",
+        "get_pipeline_model_parallel_world_size",
+        reference="core/parallel_state.py:1958; whether a stage has no vocabulary",
+    ),
+    HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.step",
+        ("increment",),
+        reference="core/optimizer_param_scheduler.py:284; sets lr and weight decay of the "
+        "param_groups "
+        "core/optimizer_param_scheduler.py:284; sets lr and weight decay of the param_groups",
+    ),
+    HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.num_steps",
+        instance=True,
+        reference="core/optimizer_param_scheduler.py:155; set around its load",
+    ),
+    HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.override_opt_param_scheduler",
+        instance=True,
+        reference="core/optimizer_param_scheduler.py:173; set around its load",
+    ),
+    HostName(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.use_checkpoint_opt_param_scheduler",
+        instance=True,
+        reference="core/optimizer_param_scheduler.py:174; set around its load",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "get_checkpoint_name",
+        since="0.18.0",
+        reference="training/checkpointing.py:195; the files of a legacy checkpoint",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "get_checkpoint_tracker_filename",
+        since="0.18.0",
+        reference="training/checkpointing.py:340; the iteration of a legacy checkpoint",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "get_distributed_optimizer_checkpoint_name",
+        since="0.18.0",
+        reference="training/checkpointing.py:261; the file of all parameter state",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
+        "get_loaded_iteration",
+        since="0.18.0",
+        reference="training/checkpointing.py:137; whether a checkpoint was loaded",
+    ),
+    HostName(
+        f"{TRAINING}.arguments",
+        "parse_args",
+        ("ignore_unknown_args",),
+        since="0.18.0",
+        reference="training/arguments.py:116; its own parsing of a command line",
+    ),
+    HostName(
+        f"{TRAINING}.global_vars",
+        "_GLOBAL_ARGS",
+        since="0.18.0",
+        reference="training/global_vars.py:20; the parsed arguments, None before",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "setup_model_and_optimizer",
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py:2017; all ranks agree on the preflight before a model "
+        "is built "
+        "training/training.py:2017; all ranks agree on the preflight before a model is built",
+    ),
+    HostName(
+        f"{TRAINING}.training",
+        "load_checkpoint",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        rebound=True,
+        since="0.18.0",
+        reference="training/training.py; bound there at import",
+    ),
+    HostName(
+        "torch.distributed.checkpoint.filesystem",
+        "FileSystemReader.read_data",
+        ("plan", "planner"),
+        reference="torch 2.15, torch/distributed/checkpoint/filesystem.py:869; rebound for "
+        "the time of "
+        "a load (direct_read.py)",
+    ),
+    HostName(
+        "torch.distributed.checkpoint.filesystem",
+        "FileSystemReader.read_metadata",
+        reference="torch 2.15, torch/distributed/checkpoint/filesystem.py; rebound for the "
+        "time of a "
+        "load, to read an index once (sharded.py)",
+    ),
+    HostName(
+        "torch.distributed.checkpoint.api",
+        "CheckpointException",
+        reference="torch/distributed/checkpoint/api.py; is no Exception",
+    ),
+    HostName(
+        "megatron.core",
+        "__version__",
+        reference="core/package_info.py; the version that is imported",
+    ),
+    HostName(
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel.ddp_config",
+        instance=True,
+        reference="core/distributed/distributed_data_parallel.py; whether Megatron-FSDP is used",
+    ),
+    HostName(
+        "megatron.core.dist_checkpointing.mapping",
+        "ShardedTensorFactory.build_fn",
+        instance=True,
+        reference="core/dist_checkpointing/mapping.py:466; how a gated layer is cut",
+    ),
 )
 
 
@@ -327,8 +650,12 @@ def _problem(name: HostName, found: Version) -> str | None:
     where = f"{name.module}.{name.attribute}"
     try:
         target: Any = importlib.import_module(name.module)
-        for part in name.attribute.split("."):
+        *owners, last = name.attribute.split(".")
+        for part in owners:
             target = getattr(target, part)
+        if name.instance and last in _assigned(target):
+            return None
+        target = getattr(target, last)
     except (ImportError, AttributeError) as e:
         return f"{where} is gone ({e}); needed for: {name.reference}"
     target = getattr(target, "__megatron_ext_original__", target)
@@ -338,6 +665,21 @@ def _problem(name: HostName, found: Version) -> str | None:
         if missing:
             return f"{where} has no parameter {', '.join(missing)}; needed for: {name.reference}"
     return None
+
+
+def _assigned(cls: type) -> set[str]:
+    """The attributes that methods of a class and of its bases assign to instances, and fields."""
+    found: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        with contextlib.suppress(OSError, TypeError):  # without a source: torch's own in C
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            stored = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Name))
+            found |= {
+                n.attr if isinstance(n, ast.Attribute) else n.id
+                for n in stored
+                if isinstance(n.ctx, ast.Store)
+            }
+    return found
 
 
 @functools.cache
