@@ -20,6 +20,9 @@ BYTES_PER_RANK = 40
 
 _MAX_NAMED = 8
 
+#: Stands in for the digest of a rank that compares nothing or has none.
+_NO_DIGEST = "0" * 32
+
 #: In the last of the five integers; 1: a rank has something to tell.
 _FAILED = 2
 
@@ -50,7 +53,7 @@ def agree(
         if error is not None:
             raise error
         return tell
-    digest = digest if error is None else "0" * 32
+    digest = digest if error is None else _NO_DIGEST
     high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
     # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
     probe = torch.tensor(
@@ -63,6 +66,22 @@ def agree(
     if most == _FAILED or high_max != -high_min or low_max != -low_min:
         _raise_on_every_rank(what, digest, error)
     return bool(most)
+
+
+def stop_together(what: str, error: MegatronExtError | None) -> None:
+    """Raise on every rank if any rank has an error; the collective of `agree`, without a plan.
+
+    Other ranks may be in `agree` at the same time, because both make the same collective calls.
+
+    Args:
+        what: What the ranks are doing, for the message.
+        error: Why this rank cannot go on, or None.
+
+    Raises:
+        MegatronExtError: `error` itself, on the rank that has one.
+        AgreementError: On the other ranks, with the failing ranks and their messages.
+    """
+    agree(what, _NO_DIGEST, error)
 
 
 def total(values: list[int]) -> list[int]:

@@ -188,7 +188,7 @@ def _resized(state_dict: Any, directory: Any, requested: Mapping[str, Any]) -> v
     if error is not None:
         resized.forget()
     if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
-        ranks.agree("looking at the vocabulary", "0" * 32, error)
+        ranks.stop_together("looking at the vocabulary", error)
     elif error is not None:
         raise error
     return resized
