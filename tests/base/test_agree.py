@@ -19,7 +19,7 @@ TWO = [*ONE, ("all_gather_object", None)]
 
 def test_without_ranks_nothing_is_compared() -> None:
     assert not agree("resume", A)
-    assert agree("resume", A, tell=True)
+    assert agree("resume", A, flag=True)
     assert total([1, 2, 3]) == [1, 2, 3]
 
 
