@@ -1,6 +1,6 @@
 """Loading a checkpoint's objects to write them again, from a stated list of classes.
 
-`inert` reads without constructing anything, and what it reads cannot be written again. Here the
+`checkpoint.pickles` builds placeholders, which cannot be written again. Here the
 objects are constructed, by torch's ``weights_only`` unpickler or one that is as narrow, and no name
 is imported that is not on the lists below. They are those that Megatron itself trusts
 (core/safe_globals.py, 0.19.2), its enums, and torch's own classes of an index.

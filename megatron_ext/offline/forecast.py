@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoint.pickles import without_collection
+from ..checkpoint.pickles import gc_disabled
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..host.arguments import dropping_flag
@@ -62,7 +62,7 @@ def forecast(
     """
     line = parse(words)
     place = locate(line, checkpoint, iteration)
-    with without_collection():
+    with gc_disabled():
         return _forecast(line, place, Path(checkpoint))
 
 

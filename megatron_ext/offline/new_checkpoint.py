@@ -95,11 +95,11 @@ class TensorWriter:
     def describe(
         self, key: str, properties: Any, shape: Iterable[int], chunks: Iterable[tuple[Any, Any]]
     ) -> None:
-        """A tensor's entry in the index; `properties` is an `inert.Inert`, dtype first."""
+        """A tensor's entry in the index; `properties` is an `Placeholder`, dtype first."""
         from torch.distributed.checkpoint import metadata
 
         self._entries[key] = metadata.TensorStorageMetadata(
-            properties=metadata.TensorProperties(dtype=properties.inert_state[0]),
+            properties=metadata.TensorProperties(dtype=properties.placeholder_state[0]),
             size=torch.Size(shape),
             chunks=[
                 metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
