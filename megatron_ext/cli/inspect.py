@@ -102,7 +102,7 @@ def _print(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> 
         title = f"optimizer {number}: step {optimizer.step}"
         output.print_table(to, title, columns, rows)
         if optimizer.mark is not None:
-            to.print(output.cell(f"{optimizer.mark.told()} (offset {optimizer.mark.offset})"))
+            to.print(output.cell(f"{optimizer.mark.describe()} (offset {optimizer.mark.offset})"))
         output.print_table(to, "grad_scaler", ("", ""), (optimizer.grad_scaler or {}).items())
     output.print_table(to, "scheduler", ("", ""), (found.scheduler or {}).items())
     columns = ["optimizer", "state", "dtype", "by", "tensors", "chunks", "elements", "bytes"]

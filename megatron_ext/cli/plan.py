@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _OUTCOMES = {
     "transition": "TRANSITION: a phase begins",
-    "continued": "CONTINUED: the checkpoint is of this phase already",
+    "continued": "CONTINUED: the checkpoint belongs to this phase already",
     "resume": "RESUME: nothing is asked that must happen once",
     "drops": "THE MOMENTS ARE DROPPED",
     "refused": "REFUSED: the run would stop before its first step",

@@ -128,7 +128,7 @@ def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[Ru
     """
     if not policy.decides_moments:
         return ()
-    told = policy.told_rules
+    told = policy.described_rules
     parameters, elements = [0] * len(told), [0] * len(told)
     examples: list[list[str]] = [[] for _ in told]
     for one in decided:

@@ -650,7 +650,7 @@ def test_a_non_persistent_checkpoint_counts_where_megatron_loads_it(place: Place
     flags = flags.replace("{one}", "{three}")
     place.check(flags)
     error = place.refusal(flags, non_persistent_ckpt_type="global")
-    assert "--selective-phase b: the checkpoint is of phase 'b'" in str(error)
+    assert "--selective-phase b: the checkpoint belongs to phase 'b'" in str(error)
 
 
 def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(
