@@ -1,7 +1,8 @@
-"""Everything that can be known to be wrong before a model is built, found at once.
+"""Find every problem of a resume that can be found before a model is built.
 
-From the arguments and the checkpoint's metadata alone: no tensor is read, no process group needed.
-The launcher calls it on every rank; all of them see the same files and stop with the same error.
+The checks use the arguments and the checkpoint's metadata. They read no tensor and need no process
+group. The launcher runs them on every rank: all ranks read the same files and stop with the same
+error.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from .preflight_checkpoint import checkpoint_findings
 
 
 def check(args: Any) -> None:
-    """Raise one error that lists everything found.
+    """Raise one error that lists all problems.
 
     Args:
         args: Megatron's arguments as parsed, before its own validation.
 
     Raises:
-        MegatronExtError: What was found; a single finding as it is, several as one `HostError`.
+        MegatronExtError: The problem, or a `HostError` that lists several.
     """
     errors = list(findings(args))
     if len(errors) == 1:
@@ -40,12 +41,12 @@ def check(args: Any) -> None:
 
 
 def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[MegatronExtError]:
-    """Everything that is wrong with a resume, one by one.
+    """Yield the problems of a resume one by one.
 
     Args:
         args: As for `check`.
-        stored: The checkpoint that is loaded, for a plan that has read it already; of a run with
-            this package's own class then, whose import is not tried.
+        stored: The checkpoint, if a plan has read it already. The import of this package's own
+            optimizer class is then not tried.
     """
     found: list[MegatronExtError] = []
 
@@ -59,7 +60,7 @@ def findings(args: Any, stored: StoredCheckpoint | None = None) -> Iterator[Mega
     request = attempt(lambda: request_from_args(args))
     if stored is None or args.optimizer_class != DEFAULT_CLASS:
         attempt(lambda: classes.resolve_class(args.optimizer_class))
-    # Of a policy that cannot be read these two flags can.
+    # These two flags can be read even if the policy cannot.
     policy = ResumePolicy(
         reset_iteration=bool(getattr(args, "reset_iteration", False)),
         reset_dataloader=bool(getattr(args, "reset_dataloader", False)),
@@ -145,7 +146,7 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
 
 
 def _schedule_conflicts(args: Any) -> Iterator[str]:
-    """Stock asserts it without a word (core/optimizer_param_scheduler.py:135, 0.19.2)."""
+    """Check what stock asserts without a message (core/optimizer_param_scheduler.py:135)."""
     for unit in ("iters", "samples"):
         warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
         decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)

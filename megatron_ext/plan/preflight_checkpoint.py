@@ -1,4 +1,4 @@
-"""What is wrong with the checkpoint of a resume, found before a model is built."""
+"""Check the checkpoint of a resume before a model is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..host import arguments
 from ..policy.phase import Mark, Phase, decide, identity, same_checkpoint
 from ..policy.policy import ResumePolicy
 
-#: Saved argument -> its flag; the layouts that only a fully reshardable checkpoint may change.
+#: Saved argument -> its flag, for the parallel sizes that only a fully reshardable checkpoint may
+#: change.
 _MODEL_PARALLEL = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
@@ -32,12 +33,20 @@ def checkpoint_findings(
     *,
     known: bool,
 ) -> Iterator[MegatronExtError]:
-    """What is wrong with the checkpoint, for this run; without `known` whatever its policy."""
+    """Yield the problems of a checkpoint for this run.
+
+    Args:
+        args: Megatron's arguments.
+        policy: The user's policy.
+        chosen: The directories of the run.
+        stored: The checkpoint, if it has been read already.
+        known: Whether the policy could be read. If not, checks that depend on it are skipped.
+    """
     if arguments.dropping_flag(args) or is_remote(args.load):
-        return  # nothing is taken from it, or only Megatron can open it
+        return  # nothing is loaded from it, or only Megatron can open it
     if stored is None and chosen.load is not None:
         try:
-            # Megatron takes --ckpt-step 0 for none (training/checkpointing.py:1664, 0.19.2).
+            # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
             step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
         except CheckpointError as e:
@@ -46,21 +55,21 @@ def checkpoint_findings(
     if stored is None:
         yield from map(CheckpointError, _nothing_to_start_from(args, chosen, policy))
         return
-    facts = _ResumeContext(args, policy, chosen, stored)
-    yield from map(CheckpointError, _stored_problems(facts))
+    context = _ResumeContext(args, policy, chosen, stored)
+    yield from map(CheckpointError, _stored_problems(context))
     if not known:
         return
     try:
-        phase = _phase(facts)
+        phase = _phase(context)
         if phase is not None:
-            _check_save_directory(facts, phase)
-            _check_length(facts, phase)
+            _check_save_directory(context, phase)
+            _check_length(context, phase)
     except MegatronExtError as e:
         yield e
 
 
 def _non_persistent(args: Any, load: Path) -> Path | None:
-    """Where Megatron looks for non-persistent checkpoints, if it does."""
+    """Return the directory of non-persistent checkpoints, if Megatron looks for them."""
     if getattr(args, "non_persistent_ckpt_type", None) != "global":
         return None
     named = getattr(args, "non_persistent_global_ckpt_dir", None)
@@ -69,7 +78,7 @@ def _non_persistent(args: Any, load: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class _ResumeContext:
-    """What the checks look at."""
+    """The inputs of the checks."""
 
     args: Any
     policy: ResumePolicy
@@ -77,9 +86,9 @@ class _ResumeContext:
     stored: StoredCheckpoint
 
 
-def _stored_problems(facts: _ResumeContext) -> Iterator[str]:
-    """What the checkpoint cannot give to this run."""
-    stored, args = facts.stored, facts.args
+def _stored_problems(context: _ResumeContext) -> Iterator[str]:
+    """Yield the reasons why this run cannot use the checkpoint."""
+    stored, args = context.stored, context.args
     if not stored.optimizers:
         yield (
             f"the checkpoint in {stored.directory} holds no optimizer state (a release checkpoint, "
@@ -95,7 +104,7 @@ def _stored_problems(facts: _ResumeContext) -> Iterator[str]:
         yield (
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "
             f"--use-distributed-optimizer and this run is {names[not saved_kind]} it: their states "
-            "have different layouts. Give the flag as it was"
+            "have different forms. Give the flag as it was"
         )
     yield from _layout_problems(stored, args)
 
@@ -118,22 +127,22 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
     if changed and fixed:
         yield (
-            f"{', '.join(changed)}: a checkpoint of the kind {kind} cannot be loaded into another "
+            f"{', '.join(changed)}: a {kind} checkpoint cannot be loaded into another parallel "
             f"layout ({stored.directory}). Resume once as it was saved, save with --ckpt-format "
-            "torch_dist --dist-ckpt-optim-fully-reshardable, and change the layout then"
+            "torch_dist --dist-ckpt-optim-fully-reshardable, and then change the layout"
         )
 
 
 def padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
-    """Rows of the embedding in the checkpoint and now, where the arguments are enough to tell.
+    """Return the rows of the embedding in the checkpoint and now, if the arguments determine them.
 
-    As vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124,
-    0.19.2); a tokenizer may add one token for the end of a document.
+    vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124, 0.19.2).
+    A tokenizer may add one token for the end of a document.
     """
     before, now = saved.get("padded_vocab_size"), getattr(args, "padded_vocab_size", None)
     if before is None:
         return None
-    # Other tokenizers bring a vocabulary of their own.
+    # Other tokenizers have their own vocabulary size.
     named = str(getattr(args, "tokenizer_type", None)).startswith("Null")
     if now is None and named and getattr(args, "vocab_size", None) is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -142,32 +151,32 @@ def padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
     return None if now is None else (int(before), int(now))
 
 
-def _phase(facts: _ResumeContext) -> Phase | None:
-    stored = facts.stored
+def _phase(context: _ResumeContext) -> Phase | None:
+    stored = context.stored
     if not stored.optimizers:
         return None
     saved = stored.optimizers[0]
     source = identity_of(stored)
     mark = None if saved.mark is None else Mark.parse(saved.mark)
-    phase = decide(facts.policy, mark, source, facts.chosen.where)
-    if facts.chosen.where == "own" and mark is not None and facts.chosen.start is not None:
-        _check_start(mark, facts.chosen.start, stored)
-        _check_start_step(facts, mark, stored)
+    phase = decide(context.policy, mark, source, context.chosen.where)
+    if context.chosen.where == "own" and mark is not None and context.chosen.start is not None:
+        _check_start(mark, context.chosen.start, stored)
+        _check_start_step(context, mark, stored)
     return phase
 
 
 def identity_of(stored: StoredCheckpoint) -> str:
-    """What tells a checkpoint from others (`megatron_ext.policy.phase.identity`)."""
+    """Identify a stored checkpoint (`megatron_ext.policy.phase.identity`)."""
     saved = stored.optimizers[0]
     return identity(name_of(stored.root), stored.iteration, stored.args, saved.groups, saved.step)
 
 
 def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
-    """Raise if the phase in its own directory began at another checkpoint than is named now."""
+    """Raise if the phase began at another checkpoint than the one that is named now."""
     name, _, begun = mark.source.rpartition("@")
     iteration = begun.partition("#")[0]
     found = None
-    # It may have been deleted since: then the name has to do.
+    # If it has been deleted since, only its name can be compared.
     with contextlib.suppress(CheckpointError, ValueError):
         found = newest(start, int(iteration))
     if found is not None and found.optimizers:
@@ -184,40 +193,40 @@ def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
     )
 
 
-def _check_start_step(facts: _ResumeContext, mark: Mark, own: StoredCheckpoint) -> None:
-    """Raise if --ckpt-step was meant to go back within the phase, not to say where it starts."""
-    step = getattr(facts.args, "selective_start_step", None)
+def _check_start_step(context: _ResumeContext, mark: Mark, own: StoredCheckpoint) -> None:
+    """Raise if --ckpt-step is not the iteration at which the phase started."""
+    step = getattr(context.args, "selective_start_step", None)
     begun = mark.source.rpartition("@")[2].partition("#")[0]
     if step and str(step) != begun:
         raise CheckpointError(
-            f"--ckpt-step {step} with --selective-from {facts.chosen.start}: it says at which "
-            f"iteration the phase starts, and the one in {own.root} was started at iteration "
-            f"{begun}. To go back within the phase leave --selective-from out: --load {own.root} "
-            f"--save {own.root} --ckpt-step {step}"
+            f"--ckpt-step {step} with --selective-from {context.chosen.start}: the flag gives the "
+            f"iteration at which the phase starts, but the phase in {own.root} was started at "
+            f"iteration {begun}. To go back within the phase, leave --selective-from out: "
+            f"--load {own.root} --save {own.root} --ckpt-step {step}"
         )
 
 
-def _check_length(facts: _ResumeContext, phase: Phase) -> None:
-    """Raise if a phase that begins here would have nothing to train; a finished one may restart."""
-    last = getattr(facts.args, "train_iters", None)
-    first = 0 if facts.policy.reset_iteration else facts.stored.iteration
+def _check_length(context: _ResumeContext, phase: Phase) -> None:
+    """Raise if a phase that begins here has no iteration to train; a finished one may restart."""
+    last = getattr(context.args, "train_iters", None)
+    first = 0 if context.policy.reset_iteration else context.stored.iteration
     if phase.state == "applied" and last and last <= first:
         raise HostError(
             f"--train-iters {last}: the phase begins at iteration {first}, so there is nothing "
-            "left to train; expected the last iteration, not a number of more. Raise it, or add "
-            "--reset-iteration"
+            "left to train; expected the last iteration, not the number of additional ones. Raise "
+            "it, or add --reset-iteration"
         )
 
 
-def _check_save_directory(facts: _ResumeContext, phase: Phase) -> None:
+def _check_save_directory(context: _ResumeContext, phase: Phase) -> None:
     """Raise if a phase that begins here would overwrite other checkpoints."""
-    save, load = facts.chosen.save, facts.chosen.load
+    save, load = context.chosen.save, context.chosen.load
     if phase.state != "applied" or save is None:
         return
     there = newest(save, non_persistent=save / NON_PERSISTENT)
     if there is None:
         return
-    if facts.policy.operations and _same_phase(there, phase):
+    if context.policy.operations and _same_phase(there, phase):
         if save.resolve() == (load or save).resolve():
             instead = "leave --ckpt-step out; to start again, give it another --selective-phase"
         else:
@@ -231,13 +240,17 @@ def _check_save_directory(facts: _ResumeContext, phase: Phase) -> None:
             f"that. To go on, {instead}"
         )
     elsewhere = load is not None and save.resolve() != load.resolve()
-    if elsewhere and not facts.policy.reset_iteration and there.iteration > facts.stored.iteration:
+    if (
+        elsewhere
+        and not context.policy.reset_iteration
+        and there.iteration > context.stored.iteration
+    ):
         raise HostError(
             f"--load {load} with --save {save}: that directory holds checkpoints up to iteration "
             f"{there.iteration} of another phase, and a phase that begins at iteration "
-            f"{facts.stored.iteration} would overwrite them. Name an empty --save directory"
+            f"{context.stored.iteration} would overwrite them. Name an empty --save directory"
         )
-    if facts.policy.reset_iteration:
+    if context.policy.reset_iteration:
         raise HostError(
             f"--reset-iteration with --save {save}: that directory holds checkpoints up to "
             f"iteration {there.iteration} of another phase, and counting from 0 again would "

@@ -380,7 +380,7 @@ FAULTS = {
         CheckpointError,
         "--load {one}",
         *("--tensor-model-parallel-size 1 -> 4", "--pipeline-model-parallel-size 1 -> 2"),
-        *("--expert-model-parallel-size 1 -> 8", "of the kind torch", "as it was saved"),
+        *("--expert-model-parallel-size 1 -> 8", "a torch checkpoint", "as it was saved"),
         tensor_model_parallel_size=4,
         pipeline_model_parallel_size=2,
         expert_model_parallel_size=8,
