@@ -132,7 +132,10 @@ def test_the_command_says_what_it_wrote(
     # A bare directory becomes a bare directory.
     assert cli.main(["convert", directory, str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'new'}: 51 optimizer tensors put together, 25 tensors and")
+    expected = (
+        f"{tmp_path / 'new'}: reassembled 51 optimizer tensors, copied 25 tensors and objects"
+    )
+    assert said.startswith(expected)
     found = open_checkpoint(tmp_path / "new")
     assert (found.directory, found.sharding_type) == (tmp_path / "new", "fully_reshardable")
     assert found.tensors["optimizer.state.param.decoder.layers.mlp.linear_fc1.weight"] == (

@@ -233,7 +233,7 @@ def test_only_what_changes_is_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (keys["max_lr"]["value"], keys["min_lr"]["value"]) == (1e-3, 3e-4)
     assert found["curves"][-1]["iterations"][-1] == 40
     status, text = printed(capsys, root, "--lr", "1e-3")
-    assert re.search(r"assumed, the checkpoint's arguments: --min-lr 0\.0003 ", text)
+    assert re.search(r"assumed, from the checkpoint's arguments: --min-lr 0\.0003 ", text)
     assert checksums(root) == before
 
 
