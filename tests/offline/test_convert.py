@@ -184,7 +184,7 @@ def test_a_damaged_source_leaves_nothing_behind(damage: str, old: OldRanks, tmp_
     elif damage == "lost range":
         places = metadata.storage_data
         del places[next(i for i in places if i.fqn == key)]
-        wanted = " 0, 0) ends at element 0 of 512: the checkpoint is not complete"
+        wanted = " 0, 0) ends at element 0 of 512: the checkpoint is incomplete"
     elif damage == "lost shape":
         metadata.mcore_data.clear()
         wanted = "notes no nd_reformulated_orig_global_shape"
