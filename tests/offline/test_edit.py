@@ -472,7 +472,7 @@ def test_nemos_names_are_found() -> None:
         ),
         ("eps=1", "wd_mult=7", r"wd_mult=7: fits no param_group.* have wd_mult=0.0 \| wd_mult=1.0"),
         ("eps=1", "color=red", r"color=red: fits no param_group; the checkpoint's have no color"),
-        ("start_wd=0.2", "wd_mult=1", r"start_wd: only the scheduler has this key.* Leave out --group"),
+        ("start_wd=0.2", "wd_mult=1", r"start_wd: only the scheduler has.* Leave out --group"),
         ("eps", "", r"--set: expected KEY=VALUE, found 'eps'"),
         ("eps=", "", r"--set: expected KEY=VALUE, found 'eps='"),
         ("eps=1 eps=2", "", r"--set: 'eps' is given twice"),
