@@ -1,1 +1,1 @@
-"""Ranks, log, text, files, values and placement: nothing of Megatron, nothing of policies."""
+"""Ranks, log, text, files, values and placement. Knows neither Megatron nor policies."""

@@ -1,4 +1,4 @@
-"""Replace a file or make a directory as a whole: complete, or not there."""
+"""Replace a file or make a directory atomically: a reader finds all of it or none of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling that gets the target's name where the body ends.
+    """Yield a temporary sibling directory, which is renamed to the target when the body ends.
 
-    An error removes it. A process that is killed leaves it behind, under a name that begins with a
-    dot, and no target. All is on the disk before the name is given.
+    Every file is synced to disk before the rename. If the body raises, the sibling is removed. A
+    process that is killed leaves the sibling, whose name begins with a dot, and no target.
 
     Args:
-        target: What does not exist, or is an empty directory.
+        target: A path that does not exist, or an empty directory.
 
     Yields:
         The sibling.
@@ -53,11 +53,11 @@ def _umask() -> int:
 
 
 def replace(target: Path, text: str) -> None:
-    """Write a file in one go, or leave the one that is there.
+    """Write a file atomically: after an error the old one is still there.
 
     Args:
-        target: The file; readable for all.
-        text: Its content without the last newline.
+        target: The file. All users may read it.
+        text: Its content without the final newline.
     """
     fd, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     with os.fdopen(fd, "w", encoding="utf-8") as stream:

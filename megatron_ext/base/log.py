@@ -1,4 +1,4 @@
-"""Messages to the user, where Megatron's own go."""
+"""Messages to the user, printed where Megatron prints its own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Where a rank's shard of a parameter lies in the unsharded parameter. Pure arithmetic.
 
-Megatron cuts a parameter twice: tensor parallelism by rows or columns, then the distributed
-optimizer by a range of the flattened remainder. A decision that depends on an element's position
-must not depend on either.
+Megatron cuts a parameter twice: tensor parallelism cuts rows or columns, then the distributed
+optimizer cuts the flattened rest into ranges. A rule that depends on an element's position must
+give the same result for every such cut.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class GlobalIndex:
     begin at ``base``, ``base + row_stride``, ``base + 2 * row_stride``, ...
 
     Args:
-        start: Of the run's first element in the block.
+        start: Index of the run's first element in the block.
         base: Index of the block's first element in the unsharded parameter.
-        row_length: Elements of a row; 0 if the block is one run of elements.
-        row_stride: From one row's first element to the next one's.
+        row_length: Elements in a row; 0 if the block is contiguous.
+        row_stride: Elements from the start of one row to the start of the next.
     """
 
     start: int = 0
@@ -34,19 +34,19 @@ class GlobalIndex:
     row_stride: int = 0
 
 
-#: A tensor that holds the parameter from its first element on.
+#: The index of a tensor that holds the parameter from its first element on.
 WHOLE = GlobalIndex()
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a tensor-parallel shard, in the shard's order.
+    """A part of a tensor-parallel shard; the parts follow each other in the shard's order.
 
     Args:
-        length: Elements.
-        base: As `GlobalIndex`.
-        row_length: As `GlobalIndex`.
-        row_stride: As `GlobalIndex`.
+        length: Number of elements.
+        base: As in `GlobalIndex`.
+        row_length: As in `GlobalIndex`.
+        row_stride: As in `GlobalIndex`.
     """
 
     length: int
@@ -57,7 +57,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Run:
-    """Elements ``begin`` to ``end`` of a rank's flattened shard, and where they lie."""
+    """Elements ``begin`` to ``end`` of a rank's flattened shard and their global position."""
 
     begin: int
     end: int
@@ -65,9 +65,14 @@ class Run:
 
 
 def runs(blocks: Sequence[Block], begin: int, end: int) -> Iterator[Run]:
-    """Elements ``begin`` to ``end`` of a shard of these blocks, a run for each block they touch.
+    """Split elements ``begin`` to ``end`` of a shard into one run per block.
 
-    The runs count from ``begin``: they are ranges of the rank's own flattened tensor.
+    The runs count from ``begin``, so they are ranges of the rank's own flattened tensor.
+
+    Args:
+        blocks: The blocks of the tensor-parallel shard, in its order.
+        begin: First element in the shard.
+        end: One past the last element.
     """
     at = 0
     for block in blocks:
@@ -81,17 +86,17 @@ def runs(blocks: Sequence[Block], begin: int, end: int) -> Iterator[Run]:
 def block_of(
     shape: Sequence[int], offset: Sequence[int], local: Sequence[int], first_row: int = 0
 ) -> Block:
-    """The block of a box that is cut from the unsharded parameter along at most one dimension.
+    """Return the block of a shard that is cut from a matrix along at most one dimension.
 
     Args:
-        shape: Of the matrix the box is cut from.
-        offset: Of the box's first element, in elements along each dimension.
-        local: Shape of the box.
-        first_row: Row of the unsharded parameter at which the matrix begins, if it is one of
-            several that are stored one after the other along dimension 0.
+        shape: Shape of the matrix.
+        offset: Position of the shard's first element along each dimension.
+        local: Shape of the shard.
+        first_row: Row of the unsharded parameter at which the matrix begins, if the parameter
+            holds several matrices one after the other along dimension 0.
 
     Raises:
-        PlanError: The box is cut along more than one dimension.
+        PlanError: The shard is cut along more than one dimension.
     """
     cut = [d for d, (n, whole) in enumerate(zip(local, shape, strict=True)) if n != whole]
     begin = first_row * math.prod(shape[1:])
@@ -112,12 +117,15 @@ def block_of(
 
 
 def within(run: Run, first: int, last: int) -> Run | None:
-    """The part of a run that lies between two elements of the unsharded, flattened parameter.
+    """Return the part of a run between two elements of the flattened, unsharded parameter.
 
     Args:
-        run: Of a rank's shard.
-        first: Element of the unsharded parameter.
-        last: One past the last.
+        run: A run of a rank's shard.
+        first: First element in the unsharded parameter.
+        last: One past the last element.
+
+    Returns:
+        The part, or None if the run has no such element.
     """
     index, length = run.index, run.end - run.begin
     begin = min(max(_before(index, first) - index.start, 0), length)
@@ -129,7 +137,7 @@ def within(run: Run, first: int, last: int) -> Run | None:
 
 
 def _before(index: GlobalIndex, element: int) -> int:
-    """How many elements of a block lie before an element of the unsharded parameter."""
+    """Count the elements of a block that lie before an element of the unsharded parameter."""
     distance = element - index.base
     if distance <= 0 or not index.row_length:
         return max(distance, 0)

@@ -1,8 +1,9 @@
 """One small collective at load time, so that every rank goes on or every rank stops.
 
 A rank that refuses a resume while the others go on leaves them hanging in the next collective.
-`agree` is called once on every rank before anything is changed: 40 bytes a rank, whatever the
-number of ranks. Only when something is wrong a second collective brings the messages together.
+`agree` is called once on every rank before anything is changed. It moves 40 bytes per rank,
+whatever the number of ranks. Only when something is wrong, a second collective gathers the
+messages.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ BYTES_PER_RANK = 40
 
 _MAX_NAMED = 8
 
-#: In the last of the five integers; 1: a rank has something to tell.
+#: Stands in for the digest of a rank that compares nothing or has none.
+_NO_DIGEST = "0" * 32
+
+#: Value of the last of the five integers if a rank failed; 1 stands for `flag`, 0 for neither.
 _FAILED = 2
 
 
 def agree(
-    what: str, digest: str, error: MegatronExtError | None = None, *, tell: bool = False
+    what: str, digest: str, error: MegatronExtError | None = None, *, flag: bool = False
 ) -> bool:
     """Compare a digest over all ranks and raise on every rank if it differs or a rank failed.
 
@@ -34,12 +38,12 @@ def agree(
 
     Args:
         what: What is agreed on, for the message.
-        digest: Hex string of at least 32 digits that stands for this rank's decisions.
+        digest: Hex string of at least 32 digits that identifies this rank's decisions.
         error: Why this rank cannot go on, or None.
-        tell: Whether this rank has something to tell the others.
+        flag: A boolean that is combined by OR over the ranks in the same collective.
 
     Returns:
-        Whether any rank has something to tell.
+        Whether any rank has passed the flag.
 
     Raises:
         MegatronExtError: `error` itself, on the rank that has one.
@@ -49,12 +53,12 @@ def agree(
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if error is not None:
             raise error
-        return tell
-    digest = digest if error is None else "0" * 32
+        return flag
+    digest = digest if error is None else _NO_DIGEST
     high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
     # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
     probe = torch.tensor(
-        [high, -high, low, -low, _FAILED if error is not None else int(tell)],
+        [high, -high, low, -low, _FAILED if error is not None else int(flag)],
         dtype=torch.int64,
         device=device(),
     )
@@ -65,8 +69,24 @@ def agree(
     return bool(most)
 
 
+def stop_together(what: str, error: MegatronExtError | None) -> None:
+    """Raise on every rank if any rank has an error; the collective of `agree`, without a plan.
+
+    Other ranks may be in `agree` at the same time, because both make the same collective calls.
+
+    Args:
+        what: What the ranks are doing, for the message.
+        error: Why this rank cannot go on, or None.
+
+    Raises:
+        MegatronExtError: `error` itself, on the rank that has one.
+        AgreementError: On the other ranks, with the failing ranks and their messages.
+    """
+    agree(what, _NO_DIGEST, error)
+
+
 def total(values: list[int]) -> list[int]:
-    """Sum integers over all ranks (8 bytes each a rank); collective over the default group."""
+    """Sum integers over all ranks (8 bytes per integer); collective over the default group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     summed = torch.tensor(values, dtype=torch.int64, device=device())
@@ -75,7 +95,7 @@ def total(values: list[int]) -> list[int]:
 
 
 def gather(value: Any) -> list[Any]:
-    """A plain value of every rank, in rank order; collective over the default group."""
+    """Gather a plain value from every rank, in rank order; collective over the default group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -83,17 +103,17 @@ def gather(value: Any) -> list[Any]:
     return everyone
 
 
-def broadcast_from_rank_0(look: Callable[[], bool]) -> bool:
-    """What a question has for an answer on rank 0; collective, 8 bytes a rank.
+def broadcast_from_rank_0(evaluate: Callable[[], bool]) -> bool:
+    """Call `evaluate` on rank 0 and broadcast the boolean (collective, 8 bytes per rank).
 
     Args:
-        look: Called on rank 0 only; must not raise.
+        evaluate: Called on rank 0 only. It must not raise.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return look()
+        return evaluate()
     answer = torch.zeros(1, dtype=torch.int64, device=device())
     if dist.get_rank() == 0:
-        answer.fill_(int(look()))
+        answer.fill_(int(evaluate()))
     dist.broadcast(answer, 0)
     return bool(answer.item())
 
@@ -135,7 +155,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def device() -> torch.device:
-    """Where a tensor has to be for the default group's collectives."""
+    """Device on which the default group's collectives expect their tensors."""
     if "nccl" in str(dist.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

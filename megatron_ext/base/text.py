@@ -1,13 +1,13 @@
-"""Text of a checkpoint, without what a terminal or a file would take for more than text."""
+"""Make text from a checkpoint safe to print: no control characters, no terminal escapes."""
 
 from __future__ import annotations
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Text with what is not printable as ``\x1b``.
+    r"""Escape every character that is not printable, as in ``\x1b``.
 
     Args:
-        text: Any.
+        text: Any text.
         keep: Characters that are left as they are.
     """
     return "".join(

@@ -1,4 +1,4 @@
-"""Plain Python values, and when two of them are the same."""
+"""Conversion to plain Python and JSON values, and their comparison."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """A 0-dim tensor or array (a capturable lr, say) as Python's number; anything else as it is."""
+    """Return a 0-dim tensor or array (such as a capturable lr) as a number, others as they are."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def as_json(value: Any) -> Any:
-    """A value as what JSON knows: no NaN, no tuple, no object.
+    """Convert a value to what JSON can represent: no NaN, no tuple, no object.
 
     Args:
-        value: Anything; what JSON does not know becomes its str.
+        value: Anything. A value without a JSON equivalent becomes its str.
     """
     value = plain(value)
     if value is None or isinstance(value, bool | int | str):
@@ -33,5 +33,5 @@ def as_json(value: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, with lists and tuples alike and NaN as NaN."""
+    """Whether two values are equal. A list equals its tuple, and NaN equals NaN."""
     return a is b or bool(as_json(a) == as_json(b))

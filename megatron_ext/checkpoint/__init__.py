@@ -1,1 +1,1 @@
-"""What a checkpoint stores, read without running its pickles."""
+"""Read checkpoints without running their pickles."""

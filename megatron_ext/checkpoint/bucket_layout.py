@@ -1,8 +1,8 @@
-"""Which parameter lies where in the buckets of a dp_reshardable checkpoint. Pure.
+"""Positions of the parameters in the buckets of a dp_reshardable checkpoint. Pure.
 
-Such a checkpoint names buckets, not parameters. A dry run of the run that wrote it knows where they
-are and writes it down (``--selective-dry-run --selective-report DIR``, `host.bucket_layout`); the
-file follows ``megatron_ext/schemas/parameter-layout.schema.json``.
+Such a checkpoint names buckets, not parameters. A dry run with the arguments of the run that wrote
+it knows the positions and writes them to a file (``--selective-dry-run --selective-report DIR``,
+`hooks.buckets`). The file follows ``megatron_ext/schemas/parameter-layout.schema.json``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _MOST = 4
 
 @dataclass(frozen=True)
 class Placed:
-    """What a bucket holds of one parameter: the shard of a tensor-parallel rank.
+    """The part of one parameter that a bucket holds: the shard of a tensor-parallel rank.
 
     Args:
-        name: With the layer's and the expert's number in the whole model.
-        shape: Of the unsharded parameter.
+        name: Global name: layers and experts are numbered in the whole model.
+        shape: Shape of the unsharded parameter.
         begin: First element in the bucket.
-        end: One past the last.
-        blocks: Where these elements lie in the unsharded parameter, in order.
+        end: One past the last element.
+        blocks: Positions of these elements in the unsharded parameter, in the bucket's order.
     """
 
     name: str
@@ -50,9 +50,10 @@ class Bucket:
     """A bucket, the same whatever the number of data-parallel ranks.
 
     Args:
-        key: In a checkpoint, but for ``.exp_avg`` and so on.
-        elements: With the padding between parameters, without that after the last one.
-        parameters: In the bucket's order.
+        key: Its key in a checkpoint, without the final ``.exp_avg`` and so on.
+        elements: Number of elements, with the padding between parameters but without the padding
+            after the last one.
+        parameters: Its parameters, in the bucket's order.
     """
 
     key: str
@@ -66,17 +67,17 @@ class BucketLayout:
 
     Args:
         megatron: Version of megatron-core that made them.
-        buckets: In the order of their keys.
+        buckets: The buckets, in the order of their keys.
     """
 
     megatron: str
     buckets: tuple[Bucket, ...]
 
     def write(self, directory: Path) -> Path:
-        """Write the JSON file; returns its path. One that is there is replaced as a whole.
+        """Write the JSON file atomically and return its path.
 
         Args:
-            directory: Made where it is missing.
+            directory: It is created if it is missing.
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE_NAME
@@ -87,13 +88,13 @@ class BucketLayout:
 
     @classmethod
     def read(cls, path: str | Path) -> BucketLayout:
-        """Read what `write` wrote.
+        """Read a file that `write` wrote.
 
         Args:
             path: The JSON file.
 
         Raises:
-            CheckpointError: It is missing, another file, or contradicts itself.
+            CheckpointError: The file is missing, has another format, or contradicts itself.
         """
         try:
             document = json.loads(Path(path).read_bytes())
@@ -109,10 +110,10 @@ class BucketLayout:
         return layout
 
     def misfits(self, elements: Mapping[str, int]) -> str:
-        """How it differs from a checkpoint, in words; empty where it fits.
+        """Describe how the layout differs from a checkpoint; empty if it fits.
 
         Args:
-            elements: Key of each bucket in the checkpoint, and its elements.
+            elements: Key of each bucket in the checkpoint -> its number of elements.
         """
         mine = {bucket.key: bucket.elements for bucket in self.buckets}
         lines = [f"{key} is in the checkpoint only" for key in elements if key not in mine]
@@ -126,10 +127,10 @@ class BucketLayout:
         return "; ".join([*lines[:_MOST], *more])
 
     def unsharded(self) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
-        """Every parameter once: its name, and its parts as a bucket's key, begin and end.
+        """Yield the name and the parts of every parameter; a part is (bucket key, begin, end).
 
-        Of equal copies, as tensor-parallel ranks hold them of a norm's weight, it is the first.
-        Parameters of the same name in two optimizers of a chain are two.
+        If tensor-parallel ranks hold equal copies, as of a norm's weight, only the first is given.
+        Parameters of the same name in two optimizers of a chain are given separately.
         """
         parts: dict[tuple[str, str], dict[tuple[Block, ...], tuple[str, int, int]]]
         parts = defaultdict(dict)
@@ -142,7 +143,7 @@ class BucketLayout:
 
 
 def _chain(key: str) -> str:
-    """What stands for the optimizer in a key: ``chained_0.`` and so on."""
+    """Return the part of a key that names the optimizer of a chain, such as ``chained_0.``."""
     return key.partition("optimizer.distributed.")[0]
 
 
@@ -167,10 +168,10 @@ def _count(value: Any) -> int:
 
 
 def _require_consistent(buckets: Iterable[Bucket]) -> None:
-    """Check that parameters are in their bucket, side by side, and complete.
+    """Check that parameters lie inside their bucket, do not overlap, and are complete.
 
     Raises:
-        ValueError: They are not.
+        ValueError: One of the three does not hold.
     """
     known: dict[tuple[str, str], tuple[tuple[int, ...], dict[tuple[Block, ...], int]]] = {}
     keys = set()

@@ -1,4 +1,4 @@
-"""Which directory a phase loads from: where it starts, or its own once it holds a checkpoint."""
+"""Choose the directory that a phase loads from: its start, or its own once it has a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NON_PERSISTENT = "non_persistent"
 
 @dataclass(frozen=True)
 class Directories:
-    """What a run loads from and saves to.
+    """The directories that a run loads from and saves to.
 
     Args:
-        load: What Megatron is to load from, or None.
-        save: Where it saves, or None.
-        where: What `load` is to the phase.
+        load: The directory that Megatron is to load from, or None.
+        save: The directory that it saves to, or None.
+        where: Role of `load` in the phase.
         start: ``--selective-from``, or None.
     """
 
@@ -33,7 +33,7 @@ class Directories:
 def choose(
     load: str | None, save: str | None, start: str | None, elsewhere: str | None = None
 ) -> Directories:
-    """Decide what to load, from the arguments and from what lies on disk.
+    """Decide which directory to load, from the arguments and the files on disk.
 
     Args:
         load: ``--load``.
@@ -80,17 +80,17 @@ def choose(
 def newest(
     root: Path, iteration: int | None = None, non_persistent: Path | None = None
 ) -> StoredCheckpoint | None:
-    """The checkpoint that Megatron would load; None where there is none.
+    """Open the checkpoint that Megatron would load; None if there is none.
 
-    As _load_base_checkpoint chooses it (training/checkpointing.py:1648-1676, 0.19.2).
+    It is chosen as in _load_base_checkpoint (training/checkpointing.py:1648-1676, 0.19.2).
 
     Args:
         root: The directory of ``--load``.
         iteration: ``--ckpt-step``.
-        non_persistent: Where it looks for non-persistent checkpoints, if it does.
+        non_persistent: The directory of non-persistent checkpoints, if Megatron looks for them.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The checkpoint cannot be read.
     """
     found = None
     try:
@@ -105,12 +105,12 @@ def newest(
 
 
 def name_of(root: str | Path) -> str:
-    """A checkpoint directory's name for people: its last two parts."""
+    """Name a checkpoint directory in messages, by the last two parts of its path."""
     return "/".join(Path(root).resolve().parts[-2:]).lstrip("/")
 
 
 def holds(directory: Path) -> bool:
-    """Whether there is a checkpoint.
+    """Whether a directory holds a checkpoint.
 
     Raises:
         CheckpointError: The directory cannot be looked into.
@@ -122,7 +122,7 @@ def holds(directory: Path) -> bool:
 
 
 def is_remote(directory: str | None) -> bool:
-    """Whether it is a URL, which Megatron opens by multistorageclient."""
+    """Whether a directory is a URL, which Megatron opens with multistorageclient."""
     return directory is not None and "://" in directory
 
 

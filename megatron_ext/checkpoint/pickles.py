@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from .placeholders import IndexPlaceholder, Inert, StoragePlace, TensorPlaceholder
+from .placeholders import IndexPlaceholder, Placeholder, StoragePlace, TensorPlaceholder
 
 _PLANS = b"all_local_plans"
 #: Opcode and length (pickletools: FRAME).
@@ -26,32 +26,32 @@ _FRAME_OPCODE = b"\x95"
 
 
 def load(file: BinaryIO) -> Any:
-    """Unpickle, running nothing.
+    """Unpickle without running any code of the pickle.
 
     Args:
         file: The pickle.
 
     Raises:
-        Exception: Whatever a damaged pickle makes of itself.
+        Exception: A damaged pickle may raise any exception.
     """
-    with without_collection():
+    with gc_disabled():
         return Unpickler(file).load()
 
 
 def load_index(file: BinaryIO) -> Any:
     """Unpickle torch's index of a distributed checkpoint, without the plans of all ranks.
 
-    megatron-core 0.19 keeps them at its end (``all_local_plans``, core/dist_checkpointing/
-    strategies/state_dict_saver.py:144); they say once more what the index says and would take as
-    long and as much memory as the rest.
+    megatron-core 0.19 stores the plans at the end of the index (``all_local_plans``,
+    core/dist_checkpointing/strategies/state_dict_saver.py:144). They repeat the index and would
+    double the time and the memory of reading it.
 
     Args:
         file: The pickle; seekable.
 
     Raises:
-        Exception: Whatever a damaged pickle makes of itself.
+        Exception: A damaged pickle may raise any exception.
     """
-    with contextlib.suppress(Exception):  # the name may stand for something else
+    with contextlib.suppress(Exception):  # the name may occur elsewhere in the pickle
         # The unpickler reads more than an opcode at a time where it can peek.
         data = io.BytesIO(_without_plans(file.read()))
         return load(cast(BinaryIO, io.BufferedReader(cast(Any, data), 1 << 20)))
@@ -60,10 +60,10 @@ def load_index(file: BinaryIO) -> Any:
 
 
 def _without_plans(data: bytes) -> bytes:
-    """The pickle of an object up to its attribute ``all_local_plans``, and closed there.
+    """Cut an object's pickle before its attribute ``all_local_plans`` and close it there.
 
-    As it is where there is none, or where the pickle does not end as it should: what is cut off
-    may not hide that the file is truncated.
+    The pickle is returned unchanged if it has no such attribute or no proper end: the cut must not
+    hide that the file is truncated.
     """
     at = max(data.find(opcode + _PLANS) for opcode in (b"\x8c\x0f", b"X\x0f\0\0\0"))
     begins, end = _frames(data)
@@ -79,7 +79,7 @@ def _without_plans(data: bytes) -> bytes:
 
 
 def _frames(data: bytes) -> tuple[list[int], int]:
-    """Where the frames of a pickle begin (from protocol 4 on), and where the last one ends."""
+    """Return the offsets of a pickle's frames (protocol 4 and later) and the end of the last."""
     begins, end = [], 2
     while data.startswith(_FRAME_OPCODE, end):
         begins.append(end)
@@ -88,8 +88,8 @@ def _frames(data: bytes) -> tuple[list[int], int]:
 
 
 @contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Of an index's millions of objects none is garbage, and looking takes most of the time."""
+def gc_disabled() -> Iterator[None]:
+    """Switch the garbage collector off: scanning an index's millions of live objects is slow."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -100,7 +100,7 @@ def without_collection() -> Iterator[None]:
 
 
 class Unpickler(pickle.Unpickler):
-    """`pickle.Unpickler` that knows nothing but `_HARMLESS`, torch's dtypes and `Inert`.
+    """`pickle.Unpickler` that builds only `_HARMLESS`, torch's dtypes and `Placeholder`.
 
     Args:
         file: The pickle.
@@ -114,10 +114,10 @@ class Unpickler(pickle.Unpickler):
         self._element = element
 
     def find_class(self, module: str, name: str) -> Any:
-        """The harmless object of this name, or a stand-in class."""
+        """Return the harmless object of this name, or a subclass of `Placeholder`."""
         path = f"{module}.{name}"
-        # Looked up each time: an unpickler that refers to itself would stay until a collection,
-        # and with it its file and everything that an index's objects were made from.
+        # The method is looked up each time: an unpickler that refers to itself would keep its
+        # file and an index's objects alive until the next garbage collection.
         if path in _REBUILD:
             return getattr(self, _REBUILD[path])
         known = _HARMLESS.get(path)
@@ -125,14 +125,14 @@ class Unpickler(pickle.Unpickler):
             return known
         if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype):
             return constant
-        return type(name.rpartition(".")[2], (Inert,), {"inert_class": path})
+        return type(name.rpartition(".")[2], (Placeholder,), {"placeholder_class": path})
 
     def persistent_load(self, pid: Any) -> StoragePlace:
-        """``("storage", type, key, location, elements)``."""
+        """Read a storage's id, ``("storage", type, key, location, elements)``."""
         kind, storage_type, key = pid[:3]
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
-        dtype = _STORAGES.get(storage_type.inert_class.rpartition(".")[2], torch.uint8)
+        dtype = _STORAGES.get(storage_type.placeholder_class.rpartition(".")[2], torch.uint8)
         return StoragePlace(dtype, str(key))
 
     def _parameter(self, data: Any, *rest: Any) -> Any:
@@ -171,21 +171,21 @@ class Unpickler(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Bytes in pickles of protocol 2: text in latin1. Other codecs decompress."""
+    """Decode bytes of a protocol 2 pickle (text in latin1); other codecs might decompress."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
     return text.encode("latin1")
 
 
 def _numpy_scalar(dtype: Any, data: bytes) -> Any:
-    """A numpy scalar as a plain number; `dtype` is an `Inert`."""
-    code, order = dtype.inert_arguments[0], dtype.inert_state[1]
+    """Convert a numpy scalar to a plain number; `dtype` is a `Placeholder`."""
+    code, order = dtype.placeholder_arguments[0], dtype.placeholder_state[1]
     if code.rstrip("0123456789") not in ("i", "u", "f", "b", "c"):
         raise pickle.UnpicklingError(f"a numpy scalar of dtype {code}")
     return np.frombuffer(data, dtype=order.replace("|", "") + code)[0].item()
 
 
-#: What makes a tensor -> the method of `_Unpickler` that stands for it.
+#: torch function that rebuilds a tensor -> the method of `Unpickler` that replaces it.
 _REBUILD = {
     "torch._utils._rebuild_tensor": "_tensor",
     "torch._utils._rebuild_tensor_v2": "_tensor",
@@ -215,7 +215,7 @@ _HARMLESS: dict[str, Callable[..., Any]] = {
     "pathlib.WindowsPath": PureWindowsPath,
     "torch.Size": torch.Size,
     "torch.device": torch.device,
-    IndexPlaceholder.inert_class: IndexPlaceholder,
+    IndexPlaceholder.placeholder_class: IndexPlaceholder,
     "_codecs.encode": _encode,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,

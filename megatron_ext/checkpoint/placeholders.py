@@ -1,4 +1,4 @@
-"""What stands for an object of a pickle that is not built."""
+"""Placeholders for pickled objects whose classes are not imported."""
 
 from __future__ import annotations
 
@@ -7,82 +7,82 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Inert:
-    """Stands for an object of a class that was not imported; equal where the pickles were.
+class Placeholder:
+    """A pickled object whose class was not imported; equal if the pickled objects are equal.
 
-    ``inert_class`` is the class's ``module.name`` and ``inert_arguments`` what it was to be called
-    with; the attributes are those of the pickled state, and a state that is no dict is in
-    ``inert_state``.
+    ``placeholder_class`` is the class's ``module.name``, and ``placeholder_arguments`` are the
+    arguments of its call. The pickled state becomes attributes; a state that is not a dict is in
+    ``placeholder_state``.
     """
 
-    inert_class = ""
-    inert_arguments: tuple[Any, ...] = ()
+    placeholder_class = ""
+    placeholder_arguments: tuple[Any, ...] = ()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        """Whatever it is called with."""
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
+        """Accept and keep any arguments."""
         made = object.__new__(cls)
         if args:
-            made.__dict__["inert_arguments"] = args
+            made.__dict__["placeholder_arguments"] = args
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `__new__` keeps the arguments."""
+        """Do nothing: `__new__` keeps the arguments."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             if self.__dict__:
                 self.__dict__.update(state)
-            else:  # of an index there are millions
+            else:  # saves a copy: an index has millions of these objects
                 self.__dict__ = state
         else:
-            self.__dict__["inert_state"] = state
+            self.__dict__["placeholder_state"] = state
 
     # A pickle may fill a subclass of list or dict item by item.
 
     def append(self, item: Any) -> None:
         """Keep an item."""
-        self.__dict__.setdefault("inert_items", []).append(item)
+        self.__dict__.setdefault("placeholder_items", []).append(item)
 
     def extend(self, items: Any) -> None:
         """Keep items."""
-        self.__dict__.setdefault("inert_items", []).extend(items)
+        self.__dict__.setdefault("placeholder_items", []).extend(items)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.append((key, value))
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Inert)
-            and self.inert_class == other.inert_class
+            isinstance(other, Placeholder)
+            and self.placeholder_class == other.placeholder_class
             and self.__dict__ == other.__dict__
         )
 
     def __hash__(self) -> int:
-        return hash((self.inert_class, repr(self.inert_arguments)))
+        return hash((self.placeholder_class, repr(self.placeholder_arguments)))
 
     def __repr__(self) -> str:
-        inside = [repr(a) for a in self.inert_arguments]
-        inside += [f"{k}={v!r}" for k, v in self.__dict__.items() if k != "inert_arguments"]
-        return f"{self.inert_class}({', '.join(inside)})"
+        inside = [repr(a) for a in self.placeholder_arguments]
+        inside += [f"{k}={v!r}" for k, v in self.__dict__.items() if k != "placeholder_arguments"]
+        return f"{self.placeholder_class}({', '.join(inside)})"
 
 
-class IndexPlaceholder(Inert):
-    """torch's MetadataIndex: the key of a dict of up to a million, so hashed by identity."""
+class IndexPlaceholder(Placeholder):
+    """torch's MetadataIndex; hashed by identity, because it is the key of up to a million items."""
 
-    inert_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
+    placeholder_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
     offset: Any = None
     __hash__ = object.__hash__
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor's elements are in a ``torch.save`` file.
+    """Position of a tensor's elements in a ``torch.save`` file.
 
     Args:
-        dtype: Of an element.
-        shape: In elements.
-        stride: In elements.
-        start: Byte in the file at which the first element begins.
-        end: Byte at which the storage ends.
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
+        stride: Its strides, in elements.
+        start: Offset in the file, in bytes, at which the first element begins.
+        end: Offset in bytes at which the storage ends.
     """
 
     dtype: torch.dtype
@@ -99,7 +99,7 @@ class StoragePlace(NamedTuple):
     key: str
 
 
-class TensorPlaceholder(Inert):
-    """Stands for a tensor, whose elements are not read."""
+class TensorPlaceholder(Placeholder):
+    """A tensor whose elements are not read."""
 
-    inert_class = "torch.Tensor"
+    placeholder_class = "torch.Tensor"

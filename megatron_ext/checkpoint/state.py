@@ -1,7 +1,6 @@
-"""What a checkpoint holds of the optimizer: parameter groups, step, tensor names and shapes.
+"""The optimizer's part of a checkpoint: parameter groups, step, tensor names and shapes.
 
-Nothing here reads a tensor: the functions look at state dicts and metadata that Megatron has
-already read.
+No function here reads a tensor. They work on state dicts and metadata that have been read already.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 
-#: What a directory is to a phase. ``load``: it may be an earlier phase's or this one's. With
-#: ``--selective-from``: ``start``: where the phase starts; ``own``: the phase's own directory.
+#: Role of a directory in a phase. Without ``--selective-from`` it is ``load``: an earlier phase's
+#: directory or this one's. With it, ``start`` is where the phase starts, ``own`` its own directory.
 DirectoryRole = Literal["load", "start", "own"]
 #: The tensors of Adam's state; `param` is Megatron's name for the fp32 master weight.
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
@@ -22,9 +21,9 @@ MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 _NEMO_PREFIX = "pre_"
 _NEMO_KEYS = ("wd_mult", "lr_mult")
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
-#: The key of a param_group that says which phase it is in (`megatron_ext.policy.phase.Mark`).
+#: The key of a param_group that holds the phase's mark (`megatron_ext.policy.phase.Mark`).
 MARK_KEY = "megatron_ext_phase"
-#: What a param_group holds beside its hyperparameters.
+#: Keys of a param_group that are no hyperparameters.
 NOT_HYPERPARAMETERS = ("params", "step", MARK_KEY)
 #: The sharding of a distributed optimizer's state that was the default with
 #: ``--ckpt-fully-parallel-save`` up to megatron-core 0.14, and where none is named.
@@ -33,14 +32,14 @@ FLATTENED = "fully_sharded_model_space"
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """The part of a saved optimizer state dict that decisions are made on.
+    """The part of a saved optimizer state dict that decisions depend on.
 
     Args:
-        groups: The saved param_groups without ``params``, with NeMo's aliases resolved.
-        step: Optimizer steps taken (the exponent of Adam's bias correction), or None where the
+        groups: The saved param_groups without `NOT_HYPERPARAMETERS`, NeMo's aliases resolved.
+        step: Optimizer steps taken (the exponent of Adam's bias correction), or None if the
             checkpoint was written before the first step.
-        mark: The phase it was written in, as `megatron_ext.policy.phase.Mark.parse` reads it;
-            None where no transition has been made.
+        mark: The mark of the phase it was written in, for `megatron_ext.policy.phase.Mark.parse`;
+            None if no phase was ever begun.
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -52,7 +51,7 @@ def optimizer_section(state_dict: Mapping[str, Any]) -> tuple[str | None, Mappin
     """Find the dict with ``param_groups`` in an optimizer's state dict.
 
     Args:
-        state_dict: What a Megatron optimizer's ``load_state_dict`` is given: DistributedOptimizer
+        state_dict: The argument of a Megatron optimizer's ``load_state_dict``. DistributedOptimizer
             and Float16OptimizerWithFloat16Params nest the torch state dict under ``optimizer``,
             FP32Optimizer does not.
 
@@ -100,13 +99,13 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
 
 
 def unreadable_sharding(sharding_type: str | None) -> str | None:
-    """Why the supported Megatrons cannot read a distributed optimizer's state, and the way out.
+    """Explain why the supported Megatron versions cannot read a distributed optimizer's state.
 
     Args:
         sharding_type: ``distrib_optim_sharding_type`` of the checkpoint.
 
     Returns:
-        A sentence for the user, or None where it can be read.
+        The reason and a remedy for the user, or None if the state can be read.
     """
     if sharding_type == FLATTENED:
         return (
@@ -127,11 +126,11 @@ def unreadable_sharding(sharding_type: str | None) -> str | None:
 def misfits(
     requested: Mapping[str, Sequence[int] | None], saved: Mapping[str, Sequence[int] | None]
 ) -> list[str]:
-    """Compare the optimizer tensors this rank asks for with those a checkpoint has.
+    """Compare the optimizer tensors that this rank requests with those in a checkpoint.
 
     Args:
-        requested: Checkpoint key -> global shape wanted, in elements (None for a non-tensor).
-        saved: Checkpoint key -> global shape stored.
+        requested: Checkpoint key -> requested global shape, in elements (None for a non-tensor).
+        saved: Checkpoint key -> stored global shape.
 
     Returns:
         One line for each key that is missing or has another shape; empty if all fit.
@@ -150,7 +149,7 @@ def misfits(
 
 
 def does_not_fit(lines: Sequence[str]) -> CheckpointError:
-    """The error for shards that do not fit, from the lines of `misfits`."""
+    """Make the error for shards that do not fit, from the lines of `misfits`."""
     return CheckpointError(
         "the checkpoint's optimizer state does not fit the model:\n"
         + "\n".join(f"  {line}" for line in lines[:8])
@@ -163,7 +162,7 @@ def does_not_fit(lines: Sequence[str]) -> CheckpointError:
 
 
 def canonical(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group with NeMo's aliases resolved."""
+    """Copy a saved group with NeMo's aliases resolved."""
     out = dict(group)
     for key in _NEMO_KEYS:
         if key not in out and _NEMO_PREFIX + key in out:
@@ -172,13 +171,13 @@ def canonical(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_key(group: Mapping[str, Any], key: str) -> str:
-    """The name that a key of a canonical group has in the saved one."""
+    """Return the name that a key of a canonical group has in the saved group."""
     alias = _NEMO_PREFIX + key
     return alias if key in _NEMO_KEYS and key not in group and alias in group else key
 
 
 def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> int | None:
-    """The one step of an optimizer; TE and apex keep it in the groups, torch in the state."""
+    """Return an optimizer's one step; TE and apex keep it in the groups, torch in the state."""
     steps = {int(g["step"]) for g in groups if g.get("step") is not None}
     if state.get("common_step") is not None:
         steps.add(int(state["common_step"]))
@@ -197,7 +196,7 @@ def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) 
 
 
 def _common_mark(groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """The phase of an optimizer; a group that was added since has none."""
+    """Return the mark of an optimizer's groups; a group that was added later has none."""
     marks = sorted({str(g[MARK_KEY]) for g in groups if g.get(MARK_KEY) is not None})
     if len(marks) > 1:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a checkpoint key says of a tensor of an optimizer's state."""
+"""Parse the checkpoint keys of an optimizer's tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _STATE_KEY = re.compile(
 
 @dataclass(frozen=True)
 class StateKey:
-    """What a checkpoint key says of a tensor of an optimizer's state.
+    """The parsed checkpoint key of a tensor of an optimizer's state.
 
     Args:
-        optimizer: Its number in the chain; None where the key does not say.
+        optimizer: The optimizer's number in the chain; None if the key does not hold it.
         state: ``exp_avg``, ``exp_avg_sq``, ``param`` and so on.
-        name: The parameter, or the bucket.
+        name: Name of the parameter or of the bucket.
         bucket: Whether `name` is a bucket's.
     """
 
@@ -35,13 +35,13 @@ class StateKey:
 
 
 def parse_state_key(key: str) -> StateKey | None:
-    """Read a checkpoint key.
+    """Parse a checkpoint key.
 
     Args:
-        key: Of the store.
+        key: A key of the store.
 
     Returns:
-        None where it is no tensor of an optimizer's state.
+        The parts, or None if the key is not of a tensor of an optimizer's state.
     """
     found = _STATE_KEY.fullmatch(key)
     if found is None:
@@ -53,7 +53,7 @@ def parse_state_key(key: str) -> StateKey | None:
 
 
 def state_dtype(entry: Any) -> Any:
-    """The torch dtype of a tensor's entry in the index (an `inert.Inert` of torch's)."""
+    """Return the torch dtype of a tensor's entry in the index (a `Placeholder`)."""
     properties = entry.properties
-    state = getattr(properties, "inert_state", None)
+    state = getattr(properties, "placeholder_state", None)
     return state[0] if state else properties.dtype

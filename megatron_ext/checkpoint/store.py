@@ -26,9 +26,9 @@ COMMON_KEY = "common_state/shard_0_1"
 LEGACY_FILE = "model_optim_rng.pt"
 #: What a distributed optimizer writes beside it (training/checkpointing.py:326).
 LEGACY_OPTIMIZER = "distrib_optim.pt"
-#: An object of a distributed optimizer, which saves groups for each model-parallel group by itself
-#: unless it is fully reshardable (core/optimizer/distrib_optimizer.py:1535), in a chain with its
-#: number (core/optimizer/optimizer.py:1569).
+#: An object of a distributed optimizer. Unless its state is fully reshardable, each model-parallel
+#: group saves its own param_groups (core/optimizer/distrib_optimizer.py:1535). In a chain the key
+#: begins with the optimizer's number (core/optimizer/optimizer.py:1569).
 _GROUPS_KEY = re.compile(
     r"(?:chained_(?P<number>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
     r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
@@ -37,10 +37,13 @@ _GRAD_SCALER = "grad_scaler"
 
 
 class GroupsKey(NamedTuple):
-    """Where one model-parallel group of a distributed optimizer saved param_groups.
+    """The key under which a model-parallel group of a distributed optimizer saved param_groups.
 
-    ``number`` is the optimizer's in its chain, ``group`` the model-parallel group's, ``name`` the
-    key of the state dict, and ``key`` the whole key in the store.
+    Args:
+        number: Number of the optimizer in its chain.
+        group: Number of the model-parallel group.
+        name: Key of the state dict.
+        key: The whole key in the store.
     """
 
     number: int
@@ -50,7 +53,7 @@ class GroupsKey(NamedTuple):
 
     @classmethod
     def parse(cls, key: str) -> GroupsKey | None:
-        """None for the key of something else."""
+        """Parse a key; None if it is of another object."""
         if not (found := _GROUPS_KEY.fullmatch(key)):
             return None
         return cls(int(found["number"] or 0), int(found["group"]), found["name"], key)
@@ -59,10 +62,10 @@ class GroupsKey(NamedTuple):
 class Store:
     """The files of a torch_dist checkpoint: the index, and objects inside the ``.distcp`` files.
 
-    Its methods raise `CheckpointError` where a file is missing or damaged.
+    Its methods raise `CheckpointError` if a file is missing or damaged.
 
     Args:
-        directory: The iteration's own.
+        directory: The directory of the iteration.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,12 +73,12 @@ class Store:
 
     @property
     def directory(self) -> Path:
-        """The iteration's own."""
+        """The directory of the iteration."""
         return self._directory
 
     @functools.cached_property
     def index(self) -> Any:
-        """The Metadata of torch, as an `inert.Inert`."""
+        """Metadata of torch, as a `Placeholder`."""
         path = self._directory / INDEX
         if not path.is_file():
             raise unexpected(self._directory, f"{CONFIG} without {INDEX}", "both")
@@ -86,12 +89,12 @@ class Store:
         return index
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        """Key -> global shape in elements, None for an object."""
+        """Return key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata
         return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
 
     def common(self) -> Any:
-        """What is the same on all ranks (load_common_state_dict, serialization.py)."""
+        """Read the state common to all ranks (load_common_state_dict, serialization.py)."""
         path = self._directory / COMMON
         if path.is_file():
             return read_file(path, torch_file.load_torch)
@@ -104,11 +107,11 @@ class Store:
         return self.object(COMMON_KEY)
 
     def group_keys(self) -> list[GroupsKey]:
-        """The objects that hold groups of a distributed optimizer, first groups first."""
+        """List the objects that hold param_groups of a distributed optimizer, sorted."""
         return [key for key in self._optimizer_keys() if key.name != _GRAD_SCALER]
 
     def groups(self) -> dict[int, dict[str, Any]]:
-        """Number in the chain -> groups and grad scaler of its first model-parallel group."""
+        """Return chain number -> groups and grad scaler of the first model-parallel group."""
         first: dict[tuple[int, bool], GroupsKey] = {}
         for key in self._optimizer_keys():
             first.setdefault((key.number, key.name == _GRAD_SCALER), key)
@@ -129,7 +132,7 @@ class Store:
         return {i.fqn: info for i, info in storage.items() if i.fqn.endswith(wanted)}
 
     def object(self, key: str, reader: Callable[[BinaryIO], Any] = torch_file.load_torch) -> Any:
-        """One ShardedObject of those above: ``torch.save([object])`` at a place in a file."""
+        """Read one of the ShardedObjects above, stored as ``torch.save([object])``."""
         info = self._objects.get(key)
         if info is None:
             raise unexpected(self._directory / INDEX, f"no place for {key}", "one")
@@ -137,7 +140,7 @@ class Store:
         return found
 
     def require_files(self) -> None:
-        """That every file is there and long enough, from the index and the directory."""
+        """Check that every file of the index exists and is long enough."""
         ends: dict[str, int] = {}
         for info in self.index.storage_data.values():
             end = info.offset + info.length
@@ -152,11 +155,11 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, info: Any, key: str) -> Iterator[BinaryIO]:
-        """One item of the store as a file of its own; nothing is read ahead.
+        """Open one item of the store as a file of its own, without reading ahead.
 
         Args:
-            info: From the index's ``storage_data``.
-            key: The item's, for messages.
+            info: An entry of the index's ``storage_data``.
+            key: Key of the item, for messages.
         """
         path = self._path(info, key)
         try:
@@ -168,7 +171,7 @@ class Store:
             raise _unreadable(path, e) from e
 
     def read(self, info: Any, key: str) -> bytes:
-        """The bytes of one item of the store; `info` is from the index's ``storage_data``."""
+        """Read one item of the store; `info` is an entry of the index's ``storage_data``."""
         data: bytes = self._slice(info, key, bytes)
         return data
 
@@ -198,14 +201,14 @@ class Store:
 
 
 def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
-    """What `reader` makes of a file of a checkpoint.
+    """Open a file of a checkpoint and return the result of `reader`.
 
     Args:
         path: The file.
-        reader: Is given the open file.
+        reader: Called with the open file.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or the reader's own.
+        CheckpointError: The file is missing or damaged, or `reader` raised one.
     """
     try:
         with path.open("rb") as file:
@@ -224,6 +227,6 @@ def _unreadable(path: Path, e: Exception) -> CheckpointError:
 
 
 def unexpected(where: Path, found: str, expected: str, remedy: str = "") -> CheckpointError:
-    """The error for a file of a checkpoint that is not as it should be."""
+    """Make the error for a file of a checkpoint with unexpected content."""
     remedy = remedy or "Restore the checkpoint or load another iteration with --ckpt-step"
     return CheckpointError(f"{where}: expected {expected}, found {found}. {remedy}")

@@ -1,7 +1,7 @@
-"""What a checkpoint directory holds: arguments, groups, step, scheduler, names and shapes.
+"""Read a checkpoint directory: arguments, groups, step, scheduler, tensor names and shapes.
 
-Read without a process group, a model or Megatron, without a tensor, and without running the pickles
-of the checkpoint (`.pickles`). The format is Megatron's: training/checkpointing.py and
+Needs no process group, no model and no Megatron. It reads no tensor and runs no pickle of the
+checkpoint (`.pickles`). The format is Megatron's: training/checkpointing.py and
 core/dist_checkpointing/serialization.py, 0.19.2.
 """
 
@@ -39,19 +39,19 @@ class StoredCheckpoint:
 
     Args:
         root: The directory given to ``--load``.
-        directory: The iteration's own; `root` itself where that is a bare checkpoint.
+        directory: The directory of the iteration; `root` itself if that is a bare checkpoint.
         iteration: Its number, 0 for a release.
         release: Whether it is a release checkpoint.
         format: ``torch_dist``, or legacy ``torch``.
-        args: The saved arguments by name; an enum or another object that is not plain data is an
-            `inert.Inert`. Empty if none were saved.
-        sharding_type: How a distributed optimizer's state is cut, ``dp_reshardable`` for example;
+        args: The saved arguments by name. An enum or another object that is not plain data is a
+            `Placeholder`. Empty if none were saved.
+        sharding_type: Sharding of a distributed optimizer's state, such as ``dp_reshardable``;
             None for legacy ``torch``, without optimizer state and for other optimizers.
         optimizers: One for each Megatron optimizer of the chain; empty without optimizer state.
         scheduler: The state of OptimizerParamScheduler, or None.
         grad_scalers: For each of `optimizers` the state of its grad scaler, or None.
-        other: What else is saved once for all ranks: iteration, checkpoint_version,
-            content_metadata and so on; no weights.
+        other: The rest of the state common to all ranks, such as iteration, checkpoint_version
+            and content_metadata; no weights.
     """
 
     root: Path
@@ -78,10 +78,10 @@ class StoredCheckpoint:
         return {} if self._store is None else self._store.shapes()
 
     def require_files(self) -> None:
-        """Check that the files which nothing is read of are there and whole, by size and end.
+        """Check size and end of the files that are not read.
 
         Raises:
-            CheckpointError: One is missing, truncated or of another kind; named.
+            CheckpointError: A file is missing, truncated or of another kind. The error names it.
         """
         if self._store is not None:
             self._store.require_files()
@@ -99,19 +99,19 @@ class StoredCheckpoint:
 
 
 def holds_checkpoint(root: str | Path) -> bool:
-    """Whether Megatron would find a checkpoint there (training/checkpointing.py:346, 0.19.2)."""
+    """Whether Megatron would find a checkpoint here (training/checkpointing.py:346, 0.19.2)."""
     return (Path(root) / TRACKER).is_file()
 
 
 def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredCheckpoint:
-    """Read what a checkpoint holds, tensors aside.
+    """Read a checkpoint without its tensors.
 
     Args:
-        root: What is given to ``--load``, or one iteration's own directory.
-        iteration: Which one; the tracker file's by default.
+        root: The directory given to ``--load``, or the directory of one iteration.
+        iteration: The iteration to read; by default the one in the tracker file.
 
     Raises:
-        CheckpointError: There is none, it is of another kind, or damaged; says which.
+        CheckpointError: The checkpoint is missing, damaged, or of another kind.
     """
     root = Path(root)
     directory, number, release = _locate(root, iteration)
@@ -158,7 +158,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
 
 
 def _locate(root: Path, iteration: int | None) -> tuple[Path, int | None, bool]:
-    """Directory, number (None: inside) and whether it is a release."""
+    """Return directory, number (None if it is stored inside) and whether it is a release."""
     if not root.is_dir():
         raise CheckpointError(f"{root}: expected a checkpoint directory, found none. Check --load")
     release = False
@@ -179,7 +179,7 @@ def _locate(root: Path, iteration: int | None) -> tuple[Path, int | None, bool]:
 
 
 def _read_tracker(path: Path) -> tuple[int, bool]:
-    """As read_metadata (training/checkpointing.py:353, 0.19.2)."""
+    """Read the tracker as read_metadata does (training/checkpointing.py:353, 0.19.2)."""
     text = path.read_bytes().decode(errors="replace").strip()
     if text == "release":
         return 0, True
@@ -208,7 +208,7 @@ def _require_torch_dist(directory: Path) -> None:
 def _distributed_optimizers(
     common: Mapping[str, Any], store: Store
 ) -> tuple[list[Mapping[str, Any]], str | None]:
-    """The optimizers of a torch_dist checkpoint in the chain's order, and how they are cut."""
+    """Return the optimizers of a torch_dist checkpoint in the chain's order, and the sharding."""
     kept = store.groups()
     section = common.get("optimizer")
     inline: dict[int, Any] = {}
@@ -225,7 +225,7 @@ def _distributed_optimizers(
 
 
 def _sharding_type(common: Mapping[str, Any], recorded: str | None) -> str | None:
-    """As load_checkpoint chooses it (training/checkpointing.py:2198-2229, 0.19.2)."""
+    """Choose the sharding as load_checkpoint does (training/checkpointing.py:2198, 0.19.2)."""
     metadata = common.get("content_metadata")
     named = _as_mapping(metadata).get("distrib_optim_sharding_type")
     if named is not None or recorded is not None:
@@ -238,13 +238,13 @@ def _sharding_type(common: Mapping[str, Any], recorded: str | None) -> str | Non
 
 
 def _legacy_optimizers(section: Any) -> list[Mapping[str, Any]]:
-    """A chain of several is a list (ChainedOptimizer.state_dict, core/optimizer/optimizer.py)."""
+    """List the optimizers; a chain is a list (ChainedOptimizer.state_dict, optimizer.py)."""
     states = section if isinstance(section, list) else [section]
     return [s for s in states if isinstance(s, Mapping) and has_groups(s)]
 
 
 def has_groups(state: Mapping[str, Any]) -> bool:
-    """Whether there are param_groups in the state dict of one Megatron optimizer."""
+    """Whether the state dict of one Megatron optimizer has param_groups."""
     nested = (state.get("optimizer"), state.get("optimizer_state_dict"))
     return any("param_groups" in _as_mapping(s) for s in (state, *nested))
 

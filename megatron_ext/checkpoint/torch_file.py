@@ -1,4 +1,4 @@
-"""Read files of `torch.save` without running their pickles, and find where a tensor lies in one."""
+"""Read files of `torch.save` without running their pickles, and locate a tensor in one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ _ZIP = b"PK\x03\x04"
 
 
 def load_torch(file: BinaryIO) -> Any:
-    """What ``torch.save`` wrote, with 0-dim tensors as numbers and an `Inert` for other tensors.
+    """Read an object that ``torch.save`` wrote, without the elements of its tensors.
 
     Args:
-        file: In the zip format; seekable. Of a tensor's elements none are read, but for those of
-            one element.
+        file: In the zip format; seekable. Only tensors of one element are read.
 
     Returns:
-        The object. A tensor is an `Inert` of the class ``torch.Tensor`` with ``shape`` and
-        ``dtype``, and ``value`` where it has one element.
+        The object. A tensor of no dimension is a number. Other tensors are a `TensorPlaceholder`
+        with ``shape`` and ``dtype``, and with ``value`` if they have one element.
 
     Raises:
-        Exception: Whatever a damaged file makes of itself.
+        Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}
@@ -46,13 +45,13 @@ def load_torch(file: BinaryIO) -> Any:
 
 
 def require_torch_file(file: BinaryIO) -> None:
-    """Check that a file begins and ends as ``torch.save`` writes one; no element is read.
+    """Check that a file begins and ends as ``torch.save`` writes it, without reading tensors.
 
     Args:
         file: Seekable.
 
     Raises:
-        Exception: Whatever a damaged file makes of itself.
+        Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
         if not any(name.endswith("/data.pkl") for name in archive.namelist()):
@@ -60,13 +59,13 @@ def require_torch_file(file: BinaryIO) -> None:
 
 
 def find_tensor(file: BinaryIO) -> TensorPlace:
-    """Where the elements of the one tensor are that ``torch.save`` wrote, without reading them.
+    """Locate the elements of the one tensor in a ``torch.save`` file, without reading them.
 
     Args:
         file: In the zip format, not compressed, as torch writes it.
 
     Raises:
-        Exception: Whatever a damaged file makes of itself.
+        Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
         entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
@@ -86,10 +85,10 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
 
 
 def _archive(file: BinaryIO) -> zipfile.ZipFile:
-    """The zip file that ``torch.save`` writes.
+    """Open the zip file that ``torch.save`` writes.
 
     Raises:
-        UnpicklingError: It is another file, or one in the format of torch 1.5 and earlier.
+        UnpicklingError: It is another file, or in the format of torch 1.5 and earlier.
     """
     start = file.read(len(_ZIP))
     file.seek(0)
@@ -99,7 +98,7 @@ def _archive(file: BinaryIO) -> zipfile.ZipFile:
 
 
 class _Found(NamedTuple):
-    """A tensor as its pickle says: the storage's key and the offset there, in elements."""
+    """A tensor as its pickle describes it; ``offset`` counts elements of the storage."""
 
     storage: str
     offset: int
@@ -109,12 +108,12 @@ class _Found(NamedTuple):
 
 
 def window(file: BinaryIO, offset: int, length: int) -> BinaryIO:
-    """A part of a file as a file.
+    """Present a part of a file as a file.
 
     Args:
-        file: Seekable; nothing else may use it meanwhile.
-        offset: Where the part begins, in bytes.
-        length: Of the part, in bytes.
+        file: Seekable. Nothing else may use it meanwhile.
+        offset: Offset of the part, in bytes.
+        length: Length of the part, in bytes.
     """
     return cast(BinaryIO, io.BufferedReader(_Window(file, offset, length), 1 << 16))
 
@@ -148,7 +147,7 @@ class _Window(io.RawIOBase):
 
 
 class _TensorFinder(Unpickler):
-    """Keeps what says where a tensor's elements are."""
+    """Unpickle a tensor to its position instead of its elements."""
 
     def _one(
         self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None

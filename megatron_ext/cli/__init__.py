@@ -1,4 +1,4 @@
-"""The command line: one module a command, none of which needs a GPU or ranks."""
+"""The command line: one module per command. No command needs a GPU or ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands; what it gives has ``run``, which takes it."""
+    """Build the parser of all commands; the parsed options hold the function ``run``."""
     from . import convert, diff, edit, env, inspect, plan, report
 
     parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)

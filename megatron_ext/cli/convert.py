@@ -1,4 +1,4 @@
-"""``python -m megatron_ext convert``: an old checkpoint in a form that Megatron still reads."""
+"""``python -m megatron_ext convert``: copy an old checkpoint to a form that Megatron reads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("source", help="the directory given to --save; it is not changed")
     parser.add_argument("target", help="a new directory, for --load")
-    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument("--iteration", type=int, help="iteration to convert; default: the last")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert; exit status 2 where that cannot be done."""
+    """Convert the checkpoint; the exit status is 2 if that is not possible."""
     return output.guarded(lambda: _convert(options))
 
 
@@ -38,7 +38,7 @@ def _convert(options: argparse.Namespace) -> int:
         output.print_json({**dataclasses.asdict(done), "directory": str(done.directory)})
         return 0
     print(
-        f"{done.directory}: {done.reshaped} optimizer tensors put together, {done.copied} tensors "
-        f"and objects copied, {done.size} bytes"
+        f"{done.directory}: reassembled {done.reshaped} optimizer tensors, copied {done.copied} "
+        f"tensors and objects, wrote {done.size} bytes"
     )
     return 0

@@ -1,4 +1,4 @@
-"""``python -m megatron_ext diff``: how two checkpoints differ."""
+"""``python -m megatron_ext diff``: compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "diff",
-        help="how two checkpoints differ: groups, step, scheduler, arguments, layout, moments",
-        description="How two checkpoints differ. Groups are paired as a resume pairs them. Exit "
-        "status: 0 where nothing differs, 1 where something does, 2 where one cannot be read.",
+        help="compare two checkpoints: groups, step, scheduler, arguments, layout, moments",
+        description="Compare two checkpoints. Groups are paired as in a resume. Exit status: 0 if "
+        "nothing differs, 1 if something does, 2 if a checkpoint cannot be read.",
     )
-    parser.add_argument("a", help="the directory given to --load, or one iteration's own")
-    parser.add_argument("b", help="the other")
+    parser.add_argument("a", help="the directory given to --load, or that of one iteration")
+    parser.add_argument("b", help="the other checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--moments",
         action="store_true",
-        help="read exp_avg, exp_avg_sq and the master weights (torch_dist): how far those of the "
-        "same key and shape are apart",
+        help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print the "
+        "distance between tensors of the same key and shape",
     )
     output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare; see the description for the exit status."""
+    """Compare the checkpoints; see the description for the exit status."""
     return output.guarded(lambda: _diff(options))
 
 
@@ -91,13 +91,13 @@ def _print(
     rows = [(c.section, c.name, _side(c, "a"), _side(c, "b")) for c in changes]
     output.print_table(to, "differences", ("", "", "a", "b"), rows)
     if not changes:
-        to.print("no differences" if distances is None else "no differences beside the moments")
+        to.print("no differences" if distances is None else "no differences besides the moments")
     if distances is not None:
         columns = ["optimizer", "state", "name", "elements", "distance", "relative", "different"]
         rows_of_moments = [dataclasses.astuple(d) for d in distances]
         output.print_table(to, "distance of the moments", columns, rows_of_moments)
         if not distances:
-            to.print("no moments of the same key and shape")
+            to.print("no moments have the same key and shape")
 
 
 def _side(change: Difference, side: str) -> str:

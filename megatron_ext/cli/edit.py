@@ -1,4 +1,4 @@
-"""``python -m megatron_ext edit``: a copy of a checkpoint with other hyperparameters."""
+"""``python -m megatron_ext edit``: copy a checkpoint with other hyperparameters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def add_to(commands: Any) -> None:
         "edit",
         help="write a copy of a checkpoint with other hyperparameters, for stock Megatron",
         description="Write a copy of a checkpoint whose param_groups and scheduler have other "
-        "values, so that Megatron without this package resumes from it with other arguments. "
-        "Tensors are hard links to the source's files: do not write into either in place.",
+        "values, so that Megatron without this package can resume from it with other arguments. "
+        "Tensors are hard links to the source's files: do not modify either copy in place.",
     )
     parser.add_argument("source", help="the directory given to --save; it is not changed")
     parser.add_argument("--out", required=True, help="a new directory, for --load")
@@ -32,7 +32,8 @@ def add_to(commands: Any) -> None:
         action="extend",
         required=True,
         metavar="KEY=VALUE",
-        help="a key of the param_groups or of the scheduler, as max_lr=1e-4 or betas=0.9,0.95",
+        help="new value of a key of the param_groups or of the scheduler, such as max_lr=1e-4 or "
+        "betas=0.9,0.95",
     )
     parser.add_argument(
         "--group",
@@ -40,20 +41,21 @@ def add_to(commands: Any) -> None:
         action="extend",
         default=[],
         metavar="ATTR=VALUE",
-        help="only the param_groups with all these attributes, as is_expert_parallel=true",
+        help="edit only the param_groups with all these attributes, such as "
+        "is_expert_parallel=true",
     )
-    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument("--iteration", type=int, help="iteration to edit; default: the last")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="run whatever code the checkpoint's pickles hold; only for one that you trust",
+        help="run the code in the checkpoint's pickles; only for a checkpoint that you trust",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Edit; exit status 2 where that cannot be done."""
+    """Edit a copy of the checkpoint; the exit status is 2 if that is not possible."""
     return output.guarded(lambda: _edit(options))
 
 
@@ -87,13 +89,13 @@ def _document(done: Edited) -> dict[str, Any]:
 
 
 def _lines(done: Edited) -> list[str]:
-    """What was changed in groups and in the scheduler, equal changes once."""
+    """List the changes in groups and scheduler, each distinct change once."""
 
-    def said(change: EditedValue) -> tuple[bool, str]:
+    def describe(change: EditedValue) -> tuple[bool, str]:
         return change.in_scheduler, f"{change.key} {change.old!r} -> {change.new!r}"
 
     lines = [f"{done.directory}: iteration {done.iteration}"]
-    for (in_scheduler, text), count in Counter(map(said, done.changes)).items():
+    for (in_scheduler, text), count in Counter(map(describe, done.changes)).items():
         lines.append(f"  scheduler: {text}" if in_scheduler else f"  groups: {text} ({count})")
     if not any(c.in_scheduler for c in done.changes):
         lines.append("  scheduler: nothing changed")

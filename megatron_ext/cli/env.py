@@ -1,4 +1,4 @@
-"""``python -m megatron_ext env``: what is installed, what is active, and why not."""
+"""``python -m megatron_ext env``: print installed versions, active kernels and problems."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from packaging.version import Version
 
 from ..version import __version__
 from . import output
@@ -31,11 +33,11 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "env",
-        help="what is installed, what is active, and why not",
-        description="Versions, kernels, and whether the installed Megatron has what this package "
-        "leans on. Exit status: 0, 1 where something is not as it should be (a megatron-core "
-        "outside of the tested range, a kernel that is missing for a device that is there), 2 "
-        "where MEGATRON_EXT_KERNEL cannot be obeyed or Megatron lacks what is needed.",
+        help="print installed versions, active kernels and problems",
+        description="Print versions and kernels, and check the names of Megatron that this package "
+        "uses. Exit status: 0; 1 if there is a problem (megatron-core is outside the tested range, "
+        "or a device of this machine has no compiled kernel); 2 if MEGATRON_EXT_KERNEL cannot be "
+        "obeyed or Megatron lacks names that this package uses.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -54,13 +56,13 @@ def _env(options: argparse.Namespace) -> int:
         to = output.console()
         output.print_table(to, "environment", ("", ""), _rows(found))
         for text in found["findings"]:
-            to.print(output.cell(f"not as it should be: {text}"))
+            to.print(output.cell(f"problem: {text}"))
     status: int = found["status"]
     return status
 
 
 def environment() -> dict[str, Any]:
-    """The same as plain data; imports torch and Megatron.
+    """Collect the environment as plain data. Imports torch and Megatron.
 
     Raises:
         HostError: ``MEGATRON_EXT_KERNEL`` cannot be obeyed.
@@ -102,7 +104,7 @@ def environment() -> dict[str, Any]:
 
 
 def _megatron() -> dict[str, Any]:
-    """What this package has to do with; ``contract`` lists what is missing."""
+    """Describe the installed Megatron; ``contract`` lists the problems with its names."""
     from ..host import contract
 
     found: dict[str, Any] = {
@@ -139,7 +141,7 @@ def _megatron_findings(megatron: dict[str, Any]) -> Iterator[str]:
 
 
 def _inner_optimizer(broken: bool) -> dict[str, Any]:
-    """The Adam inside Megatron's optimizers, and why it is not a fused one."""
+    """Return the Adam inside Megatron's optimizers, and the reason if it is not a fused one."""
     from ..host import contract
 
     with _quiet():
@@ -170,7 +172,7 @@ def _import_problem(module: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Megatron says while it is imported away from what is printed."""
+    """Redirect Megatron's import messages to stderr and silence its warnings."""
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -180,17 +182,33 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     megatron, inner = found["megatron"], found["inner_optimizer"]
     for name, version in found["versions"].items():
         yield name, version or "not installed"
-    tested = "tested" if megatron["tested"] else "not itself tested"
-    yield "megatron-core is", f"{tested} ({', '.join(megatron['tested_versions'])})"
-    yield "megatron.training", "there" if megatron["training"] else "not in this installation"
-    missing = len(megatron["contract"])
-    yield "what Megatron has to have", f"{missing} missing" if missing else "all there"
+    tested = "tested" if megatron["tested"] else "not tested itself"
+    versions = ", ".join(megatron["tested_versions"])
+    yield "this megatron-core", f"{tested} (tested versions: {versions})"
+    yield "megatron.training", "installed" if megatron["training"] else "not installed"
+    yield "Megatron API contract", _contract_row(megatron)
     reason = f": {inner['reason']}" if inner["reason"] else ""
     yield "inner optimizer", f"{inner['class'] or 'unknown'}{reason}"
     yield "CUDA devices", ", ".join(found["cuda_devices"]) or "none"
     yield "MEGATRON_EXT_KERNEL", found["MEGATRON_EXT_KERNEL"]
     for device, kernel in found["kernels"].items():
         yield f"{device} kernel", f"{kernel['active']}: {kernel['reason']}"
+
+
+def _contract_row(megatron: dict[str, Any]) -> str:
+    """Count the names of the contract that the installed version should have and has."""
+    from ..host import contract
+
+    if megatron["version"] is None:
+        return "not checked: megatron.core cannot be imported"
+    version = Version(megatron["version"])
+    names = [
+        name
+        for name in contract.CONTRACT
+        if Version(name.since) <= version
+        and (megatron["training"] or not name.module.startswith(contract.TRAINING))
+    ]
+    return f"{len(names) - len(megatron['contract'])} of {len(names)} names found"
 
 
 def _version(distribution: str) -> str | None:

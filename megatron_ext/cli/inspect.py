@@ -1,4 +1,4 @@
-"""``python -m megatron_ext inspect``: what a checkpoint holds."""
+"""``python -m megatron_ext inspect``: print the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
-        help="what a checkpoint holds: groups, step, scheduler, layout, moments",
-        description="What a checkpoint holds, without running its pickles and, but for --moments, "
-        "without reading a tensor. Exit status: 0, 1 where --moments finds NaN or infinite values, "
-        "2 where the checkpoint cannot be read.",
+        help="print the content of a checkpoint: groups, step, scheduler, layout, moments",
+        description="Print the content of a checkpoint. No pickle is run, and no tensor is read "
+        "without --moments. Exit status: 0; 1 if --moments finds NaN or infinite values; 2 if the "
+        "checkpoint cannot be read.",
     )
-    parser.add_argument("checkpoint", help="the directory given to --load, or one iteration's own")
-    parser.add_argument("--iteration", type=int, help="which one; the last by default")
+    parser.add_argument(
+        "checkpoint", help="the directory given to --load, or that of one iteration"
+    )
+    parser.add_argument("--iteration", type=int, help="iteration to inspect; default: the last")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--moments",
         action="store_true",
-        help="read exp_avg, exp_avg_sq and the master weights (torch_dist): norm, largest value "
-        "and non-finite elements of each",
+        help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print norm, "
+        "largest absolute value and number of non-finite elements of each",
     )
     output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Inspect; see the description for the exit status."""
+    """Inspect the checkpoint; see the description for the exit status."""
     return output.guarded(lambda: _inspect(options))
 
 
@@ -65,11 +67,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> dict[str, Any]:
-    """The JSON document.
+    """Build the JSON document.
 
     Args:
-        found: What a checkpoint says of itself.
-        statistics: Of its moments; None where they were not read.
+        found: The content of the checkpoint.
+        statistics: Statistics of its moments; None if they were not read.
     """
     from ..base.values import as_json
 
@@ -102,7 +104,7 @@ def _print(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> 
         title = f"optimizer {number}: step {optimizer.step}"
         output.print_table(to, title, columns, rows)
         if optimizer.mark is not None:
-            to.print(output.cell(f"{optimizer.mark.told()} (offset {optimizer.mark.offset})"))
+            to.print(output.cell(f"{optimizer.mark.describe()} (offset {optimizer.mark.offset})"))
         output.print_table(to, "grad_scaler", ("", ""), (optimizer.grad_scaler or {}).items())
     output.print_table(to, "scheduler", ("", ""), (found.scheduler or {}).items())
     columns = ["optimizer", "state", "dtype", "by", "tensors", "chunks", "elements", "bytes"]
@@ -121,7 +123,7 @@ def _summary(found: Inspection) -> Iterable[tuple[str, Any]]:
     yield "iteration", "release" if found.release else found.iteration
     yield "megatron-core", found.megatron_core or f"not recorded ({found.written_by})"
     sizes = " ".join(f"{k}={v}" for k, v in found.layout.items())
-    yield "layout", sizes or "not recorded"
+    yield "parallel sizes", sizes or "not recorded"
     yield "sharding type", found.sharding_type or "none"
     yield "scheduler num_steps", "none" if found.num_steps is None else found.num_steps
     yield from found.counters.items()

@@ -1,4 +1,4 @@
-"""What the commands share: tables of untrusted text, JSON, progress and errors."""
+"""Output shared by the commands: tables of untrusted text, JSON, progress and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.bucket_layout import BucketLayout
 
-#: Columns where stdout is no terminal: a line in a log is not to be broken.
+#: Width in columns if stdout is not a terminal, so that lines in a log are not broken.
 _WIDE = 200
 
 
@@ -27,11 +27,11 @@ def require_package(name: str, purpose: str) -> None:
     """Import a package that only some commands need.
 
     Args:
-        name: Of the package, as it is imported and, but for letter case, installed.
-        purpose: What needs it.
+        name: Import name of the package; its distribution has the same name except for case.
+        purpose: The feature that needs it, for the message.
 
     Raises:
-        MegatronExtError: It cannot be imported.
+        MegatronExtError: The package cannot be imported.
     """
     try:
         importlib.import_module(name)
@@ -43,10 +43,10 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; an error that a user can meet is one message and the exit status 2.
+    """Run a command; expected errors become one message and the exit status 2.
 
     Args:
-        command: Gives the exit status.
+        command: Returns the exit status.
     """
     try:
         return command()
@@ -56,16 +56,16 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def print_json(document: Any) -> None:
-    """One document on stdout.
+    """Print one document on stdout.
 
     Args:
-        document: Of what `megatron_ext.base.values.plain` gives.
+        document: Plain data, as from `megatron_ext.base.values.as_json`.
     """
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def console() -> Console:
-    """For stdout; without markup, since names of a checkpoint could be taken for it."""
+    """Make a console for stdout, without markup: names in a checkpoint could look like markup."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() else _WIDE
@@ -75,13 +75,13 @@ def console() -> Console:
 def print_table(
     to: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 ) -> None:
-    """A table, or nothing where there are no rows.
+    """Print a table, or nothing if there are no rows.
 
     Args:
-        to: What `console` gave.
-        title: Above it.
-        columns: Their names.
-        rows: Any values.
+        to: A console from `console`.
+        title: Title above the table.
+        columns: Names of the columns.
+        rows: Rows of any values.
     """
     from rich.table import Table
 
@@ -95,7 +95,7 @@ def print_table(
 
 
 def cell(value: Any) -> Text:
-    """Text as it is: no markup, and no control characters for the terminal to obey.
+    """Make text without markup and without control characters.
 
     Args:
         value: Anything.
@@ -109,14 +109,14 @@ def cell(value: Any) -> Text:
 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr where that is a terminal.
+    """Show a progress bar on stderr, if that is a terminal.
 
     Args:
-        total: Bytes.
-        what: Is read.
+        total: Number of bytes to read.
+        what: Label of the bar.
 
     Yields:
-        What is to be told how many bytes were read; None where there is no bar.
+        A function to call with the number of bytes just read; None without a bar.
     """
     if not sys.stderr.isatty():
         yield None
@@ -131,34 +131,34 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None] | None
 
 
 def add_layout_to(parser: argparse.ArgumentParser) -> None:
-    """Add ``--layout``, which goes with ``--moments``.
+    """Add ``--layout``, which requires ``--moments``.
 
     Args:
-        parser: Of a command.
+        parser: The parser of a command.
     """
     parser.add_argument(
         "--layout",
         metavar="FILE",
-        help="with --moments, of dp_reshardable checkpoints: the parameter-layout.json of a run "
-        "with --selective-dry-run --selective-report, for a line for each parameter in place of "
-        "each bucket",
+        help="parameter-layout.json from a run with --selective-dry-run --selective-report; with "
+        "--moments, a dp_reshardable checkpoint then has one line per parameter instead of one per "
+        "bucket",
     )
 
 
 def read_layout(options: argparse.Namespace) -> BucketLayout | None:
-    """What ``--layout`` names; None where it is not given.
+    """Read the file given by ``--layout``; None without the option.
 
     Args:
-        options: With ``layout`` and ``moments``.
+        options: Parsed options with ``layout`` and ``moments``.
 
     Raises:
-        PolicyError: Moments are not asked for.
-        CheckpointError: The file is none.
+        PolicyError: ``--moments`` is missing.
+        CheckpointError: The file is not a layout.
     """
     if options.layout is None:
         return None
     if not options.moments:
-        raise PolicyError("--layout without --moments: it says where moments are. Add --moments")
+        raise PolicyError("--layout without --moments: it has no effect alone. Add --moments")
     from ..checkpoint.bucket_layout import BucketLayout
 
     return BucketLayout.read(options.layout)

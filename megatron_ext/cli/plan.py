@@ -1,4 +1,4 @@
-"""``python -m megatron_ext plan``: what a resume would do, before it is done."""
+"""``python -m megatron_ext plan``: print the plan of a resume without a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _OUTCOMES = {
     "transition": "TRANSITION: a phase begins",
-    "continued": "CONTINUED: the checkpoint is of this phase already",
-    "resume": "RESUME: nothing is asked that must happen once",
+    "continued": "CONTINUED: the checkpoint belongs to this phase already",
+    "resume": "RESUME: no one-time operation requested",
     "drops": "THE MOMENTS ARE DROPPED",
     "refused": "REFUSED: the run would stop before its first step",
 }
@@ -30,11 +30,11 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         usage="python -m megatron_ext plan CKPT [options] [Megatron arguments]",
-        help="what a resume would do",
-        description="What a resume from a checkpoint with these arguments would do. Give the "
-        "command line of the run, or only the arguments that change: the rest is then the "
-        "checkpoint's, and is listed. No tensor is read, nothing in the checkpoint is run. Exit "
-        "status: 0, 1 where there are warnings, 2 where the resume would be refused or the "
+        help="print the plan of a resume",
+        description="Print the plan of a resume from a checkpoint with these arguments. Give the "
+        "command line of the run, or only the arguments that change: the others are then taken "
+        "from the checkpoint and listed. No tensor is read and no code of the checkpoint is run. "
+        "Exit status: 0; 1 if there are warnings; 2 if the resume would be refused or the "
         "checkpoint cannot be read.",
         allow_abbrev=False,
     )
@@ -50,15 +50,15 @@ def add_to(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of its own, which may stand before and between Megatron's arguments."""
+    """Add the command's own options, which may stand between Megatron's arguments."""
     parser.add_argument("--json", action="store_true", help="print JSON (schemas/resume-plan)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curves into a .png or .svg")
-    parser.add_argument("--iteration", type=int, help="as --ckpt-step; the last by default")
-    parser.add_argument("--policy", metavar="FILE", help="as --selective-policy")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves into a .png or .svg file")
+    parser.add_argument("--iteration", type=int, help="same as --ckpt-step; default: the last")
+    parser.add_argument("--policy", metavar="FILE", help="same as --selective-policy")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan; see the description for the exit status."""
+    """Print the plan; see the description for the exit status."""
     return output.guarded(lambda: _plan(options))
 
 
@@ -75,7 +75,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ..offline.forecast import forecast
 
     with warnings.catch_warnings():
-        # Of what is not installed, which a plan does not need.
+        # Megatron warns about optional packages, which a plan does not need.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         found = forecast(options.checkpoint, words, options.iteration)
     if options.json:
@@ -92,12 +92,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _own_options(options: argparse.Namespace) -> list[str]:
-    """Take this command's options out of what comes after the checkpoint; the rest of it."""
+    """Parse this command's options after the checkpoint's name; return the other words."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_ext plan", add_help=False, allow_abbrev=False
     )
     _add_options(parser)
-    # What is not given there stays as it was before the checkpoint's name.
+    # An option that is not given there keeps its value from before the checkpoint's name.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given, words = parser.parse_known_args(options.arguments)
@@ -125,13 +125,13 @@ def _print(found: Forecast) -> None:
         to.print(output.cell(f"WARNING: {warning}"))
     for source in dict.fromkeys(a.source for a in found.arguments.assumed):
         of_one = [a for a in found.arguments.assumed if a.source == source]
-        # What is off is off in Megatron's defaults too.
-        told = [f"{a.flag} {a.value}" for a in of_one if a.value is not False]
-        to.print(output.cell(f"assumed, {source}: {' '.join(told)}"))
+        # A flag that is off is off in Megatron's defaults too.
+        values = [f"{a.flag} {a.value}" for a in of_one if a.value is not False]
+        to.print(output.cell(f"assumed, from {source}: {' '.join(values)}"))
     if found.optimizers:
         to.print(
-            "assumed: the current param_groups are the checkpoint's, with the arguments' values; a "
-            "run with --selective-dry-run shows the true ones"
+            "assumed: the current param_groups are the checkpoint's with the arguments' values; a "
+            "run with --selective-dry-run shows the real ones"
         )
     for note in found.notes:
         to.print(output.cell(f"note: {note}"))
@@ -146,10 +146,10 @@ def _summary(found: Forecast) -> Iterator[tuple[str, Any]]:
         yield "phase", f"{found.dropped}: the optimizer's state is not loaded"
     yield "checkpoint", stored.directory
     yield "format", " ".join(filter(None, (stored.format, stored.sharding_type)))
-    kind = "what it leaves out has Megatron's defaults"
+    rest = "missing arguments have Megatron's defaults"
     if not arguments.complete:
-        kind = "what it leaves out comes from the checkpoint (listed below)"
-    yield "command line", f"read by {arguments.parsed_by}; {kind}"
+        rest = "missing arguments come from the checkpoint (listed below)"
+    yield "command line", f"parsed by {arguments.parsed_by}; {rest}"
 
 
 def _counters(found: Forecast) -> Iterator[tuple[str, Any, Any]]:
@@ -170,18 +170,18 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
         title = f"optimizer {number}, {step}: param_group {group.index}"
         columns = ("key", "checkpoint", "argument", "value", "taken from", "why")
         decisions = [d for d in group.decisions if d.key != "lr"]  # the scheduler's, see below
-        told = [d for d in decisions if d.changed or d.reason != "default"]
+        notable = [d for d in decisions if d.changed or d.reason != "default"]
         rows: list[Sequence[Any]] = [
-            (d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason) for d in told
+            (d.key, d.checkpoint, d.argument, d.value, d.taken, d.reason) for d in notable
         ]
         rows.append(("saved group", where, "", "", "", group.note))
         output.print_table(to, title, columns, rows)
-        same = [f"{d.key} {d.value}" for d in decisions if d not in told]
+        same = [f"{d.key} {d.value}" for d in decisions if d not in notable]
         if same:
             to.print(output.cell(f"unchanged: {', '.join(same)}"))
         if group.dropped:
             names = ", ".join(group.dropped)
-            to.print(output.cell(f"only in the checkpoint, not used: {names}"))
+            to.print(output.cell(f"not used, only in the checkpoint: {names}"))
     for index in plan.unused_saved_groups:
         to.print(f"saved param_group {index} corresponds to no current one: not used")
     if plan.clip_grad is not None:
@@ -191,7 +191,7 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
     rules = [(*dataclasses.astuple(r)[:-1], "\n".join(r.examples)) for r in one.rules or ()]
     _print_multiline(to, f"optimizer {number}: moments", columns, rules)
     if one.rules == ():
-        to.print(f"optimizer {number}: exp_avg and exp_avg_sq as in the checkpoint")
+        to.print(f"optimizer {number}: exp_avg and exp_avg_sq are kept from the checkpoint")
     for resized in one.resized:
         to.print(output.cell(str(resized)))
 
@@ -199,14 +199,14 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
 def _print_multiline(
     to: Console, title: str, columns: Iterable[str], rows: Sequence[Sequence[Any]]
 ) -> None:
-    """A table whose last column has a line for each name."""
-    told = [
+    """Print a table whose last column has one line per name."""
+    lines = [
         row
         for *first, names in rows
         for n, name in enumerate(names.split("\n"))
         for row in [(*first, name) if n == 0 else (*[""] * len(first), name)]
     ]
-    output.print_table(to, title, columns, told)
+    output.print_table(to, title, columns, lines)
 
 
 def _print_first_step(to: Console, found: Forecast) -> None:
@@ -219,7 +219,7 @@ def _print_first_step(to: Console, found: Forecast) -> None:
 
 
 def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
-    """Some points of every curve."""
+    """Print some points of every curve."""
     columns = ("curve", "", "iteration", "samples", "lr", "weight decay")
     rows = [
         (f"{c.label}, optimizer {c.optimizer} group {c.group}", name, *at)
@@ -230,7 +230,7 @@ def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
 
 
 def _points(curve: Curve) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """First, highest, middle and last point, each once."""
+    """Yield the first, highest, middle and last point, each once."""
     last = len(curve.lr) - 1
     middle = (curve.iterations[0] + curve.iterations[-1]) / 2
     nearest = min(range(last + 1), key=lambda i: abs(curve.iterations[i] - middle))

@@ -1,4 +1,4 @@
-"""``python -m megatron_ext report``: the HTML pages of the resume reports that a run wrote."""
+"""``python -m megatron_ext report``: make HTML pages from the resume reports of a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "report",
-        help="make the HTML pages of the resume reports in a directory",
+        help="make HTML pages from the resume reports in a directory",
         description="Make resume-report.html from the resume-report.json in a directory, and a "
         "page from each transition-report-<iteration>.json. It needs matplotlib and Jinja2: pip "
-        "install 'megatron_ext[report]'. Exit status: 0, 2 where there is no report or a page "
+        "install 'megatron_ext[report]'. Exit status: 0; 2 if there is no report or a page "
         "cannot be written.",
     )
-    parser.add_argument("directory", metavar="DIR", help="what --selective-report named")
+    parser.add_argument("directory", metavar="DIR", help="the directory of --selective-report")
     parser.set_defaults(run=run)
 
 
@@ -43,7 +43,7 @@ def _report(directory: Path) -> int:
 
 
 def _reports_in(directory: Path) -> list[Path]:
-    """The JSON files of a directory that a run wrote, the latest resume's first."""
+    """List the JSON reports in a directory, the latest resume first."""
     from ..report.files import NAME, TRANSITION_NAME
 
     latest = directory / f"{NAME}.json"
@@ -58,7 +58,6 @@ def _reports_in(directory: Path) -> list[Path]:
 
 
 def _make_page(source: Path) -> None:
-    pass
     from ..base.files import replace
 
     document = _read(source)

@@ -45,7 +45,7 @@ NAMES = {
 
 
 def main() -> int:
-    """Run everything, print the table, write the output directory; 0 if all went as it should."""
+    """Run everything, print the table and write the output directory; return 0 on success."""
     parser = argparse.ArgumentParser(prog="python -m megatron_ext.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="output directory")
     out = parser.parse_args().out.resolve()
@@ -108,10 +108,10 @@ def _start(
 
 
 def _empty(out: Path) -> None:
-    """Remove an earlier demo's output, and nothing else."""
+    """Remove the output of an earlier demo, but no other directory."""
     if out.exists() and any(out.iterdir()) and not (out / "logs").is_dir():
         raise SystemExit(
-            f"{out} exists and is not the output of an earlier demo; name another with --out"
+            f"{out} exists and is not the output of an earlier demo. Name another one with --out"
         )
     shutil.rmtree(out, ignore_errors=True)
     (out / "logs").mkdir(parents=True)
@@ -151,7 +151,9 @@ def _problems(runs: dict[str, Run]) -> list[str]:
     if ours.returncode or not ours.points:
         problems.append(f"{ours.name} failed: {ours.error}")
     elif ours.first_resumed_lr is None or ours.first_resumed_lr > float(LOWER[1]):
-        problems.append(f"{ours.name}: first learning rate {ours.first_resumed_lr}, not the new")
+        problems.append(
+            f"{ours.name}: the first learning rate is {ours.first_resumed_lr}, not the new one"
+        )
     if not beside.points or beside.points != runs["stock-unchanged"].points:
         problems.append("with unchanged arguments SelectiveAdam and stock differ")
     return problems

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the sources of Python's standard library, as bytes."""
+"""Real text that every machine has: the source bytes of Python's standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END_OF_DOCUMENT = 256
 
 
 def build(prefix: Path, megabytes: float = 4.0) -> int:
-    """Write an IndexedDataset of Megatron, one document a file.
+    """Write an IndexedDataset of Megatron, one document per file.
 
     Args:
         prefix: Path of the ``.bin`` and ``.idx`` files without the ending.
@@ -28,7 +28,7 @@ def build(prefix: Path, megabytes: float = 4.0) -> int:
     import torch
 
     with warnings.catch_warnings():
-        # Megatron warns of every optional package it does not find.
+        # Megatron warns about every optional package that is missing.
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -1,4 +1,4 @@
-"""Learning rate and loss of both phases in one picture."""
+"""Plot learning rate and loss of both phases in one picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .runs import Run
 
-#: Okabe and Ito's palette, told apart with any colour vision.
+#: Okabe and Ito's palette, distinguishable with any colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 _SMOOTHING = 10
 
@@ -43,7 +43,7 @@ def curves(first: Run, others: Sequence[Run], file: Path) -> None:
     top.set_ylabel("learning rate")
     top.set_title("Resumed with a lower learning rate; dotted line: the checkpoint")
     top.legend(fontsize=8)
-    bottom.set_ylabel(f"loss, nats a byte (thick: mean of {_SMOOTHING})")
+    bottom.set_ylabel(f"loss, nats per byte (thick: mean of {_SMOOTHING})")
     bottom.set_xlabel("iteration")
     tail = [p.loss for r in others for p in r.points] + [p.loss for p in first.points[-60:]]
     if tail:
@@ -54,6 +54,6 @@ def curves(first: Run, others: Sequence[Run], file: Path) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over the last few values, fewer at the start."""
+    """Average over the last few values, fewer at the start."""
     windows = [values[max(0, i - _SMOOTHING + 1) : i + 1] for i in range(len(values))]
     return [sum(w) / len(w) for w in windows]

@@ -1,4 +1,4 @@
-"""Start a training run with torchrun and read what Megatron logs."""
+"""Start a training run with torchrun and read Megatron's log."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Point:
 
     Args:
         iteration: Counted from 1.
-        lr: Learning rate after the scheduler's step: that of the next iteration.
-        loss: Mean loss a token, in nats.
+        lr: Learning rate after the scheduler's step, that is, of the next iteration.
+        loss: Mean loss per token, in nats.
     """
 
     iteration: int
@@ -41,14 +41,14 @@ class Run:
     """A finished run.
 
     Args:
-        name: How the table calls it.
+        name: Its name in the table.
         command: The full command line.
-        returncode: Of torchrun.
+        returncode: Exit status of torchrun.
         seconds: Wall time.
         log: File with the output of all ranks.
-        points: What was logged, in order.
+        points: The logged iterations, in order.
         error: The first error line of the log if it failed.
-        report: The JSON resume report, where one was written.
+        report: The JSON resume report, if one was written.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Run:
 
 
 def parse(text: str) -> list[Point]:
-    """The iterations in a log of Megatron."""
+    """Read the iterations from a log of Megatron."""
     matches = map(_LINE.search, text.splitlines())
     return [Point(int(m["iteration"]), float(m["lr"]), float(m["loss"])) for m in matches if m]
 
 
 def first_error(text: str) -> str | None:
-    """The first error line in a log: what stopped a rank, before torchrun's own words."""
+    """Find the first error line in a log, which a rank wrote before torchrun's own messages."""
     match = _ERROR.search(text)
     return match["error"].strip() if match else None
 
@@ -84,10 +84,10 @@ def run(name: str, arguments: list[str], log: Path, report: Path | None = None) 
     """Run the training script on two ranks over gloo.
 
     Args:
-        name: How the table calls it.
+        name: Its name in the table.
         arguments: Megatron's arguments.
-        log: Gets the output of all ranks.
-        report: Directory the run is told to write its resume report to.
+        log: File for the output of all ranks.
+        report: Directory for its resume report, or None.
     """
     command = [
         sys.executable,
@@ -107,7 +107,7 @@ def run(name: str, arguments: list[str], log: Path, report: Path | None = None) 
         try:
             returncode = process.wait()
         except BaseException:
-            # torchrun hands the signal on to its ranks.
+            # torchrun forwards the signal to its ranks.
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
             raise

@@ -1,4 +1,4 @@
-"""The demo's results as a table. Every figure is what a run has logged."""
+"""Show the demo's results as a table. Every figure comes from the log of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FOOTNOTE = (
 
 
 def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """One row per run, below the head."""
+    """Build one row per run, below the head."""
     return [_HEAD, *(_row(run) for run in runs)]
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """The table for a README, with the footnote."""
+    """Write the table for a README, with the footnote."""
     head, *body = rows(runs)
     lines = [_line(head), _line(("---",) * len(head)), *(_line(row) for row in body)]
     return "\n".join([*lines, "", FOOTNOTE, ""])
 
 
 def text(runs: Sequence[Run]) -> str:
-    """The table for a terminal, columns aligned."""
+    """Write the table for a terminal, with aligned columns."""
     table = rows(runs)
     widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]

@@ -34,7 +34,7 @@ def bucket_layout(members: Sequence[Any]) -> BucketLayout | None:
             mine += _buckets(member, prefix)
     except MegatronExtError as e:
         error = e
-    ranks.agree("the layout of the buckets", "0" * 32, error)
+    ranks.stop_together("the layout of the buckets", error)
     found = {bucket.key: bucket for of_rank in ranks.gather(mine) for bucket in of_rank}
     if not found:
         return None

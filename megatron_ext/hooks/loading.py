@@ -106,7 +106,7 @@ def _raise_no_optimizer_state(where: Any, cause: KeyError) -> None:
     """Tell the ranks that are about to plan, then raise."""
     error = no_optimizer_state(where)
     try:
-        ranks.agree("resume", "", error)
+        ranks.stop_together("resume", error)
     except MegatronExtError as e:
         raise e from cause
 
@@ -130,7 +130,7 @@ def _require_legacy_files(args: Any, load_arg: str) -> None:
             )
     except OSError as e:
         error = CheckpointError(f"the checkpoint in {load_dir} cannot be read: {e}")
-    ranks.agree("looking for the checkpoint's files", "0" * 32, error)
+    ranks.stop_together("looking for the checkpoint's files", error)
 
 
 def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:

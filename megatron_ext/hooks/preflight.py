@@ -68,7 +68,7 @@ def setup(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         megatron_args = global_args()
         if getattr(megatron_args, "optimizer_class", None) is not None and not current.agreed:
-            ranks.agree("the preflight", "0" * 32, error_of(megatron_args))
+            ranks.stop_together("the preflight", error_of(megatron_args))
             current.agreed = True
         return original(*args, **kwargs)
 

@@ -196,7 +196,7 @@ def _resized(
     if error is not None:
         rows.clear()
     if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
-        ranks.agree("looking at the vocabulary", "0" * 32, error)
+        ranks.stop_together("looking at the vocabulary", error)
     elif error is not None:
         raise error
     return resized

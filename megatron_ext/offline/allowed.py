@@ -1,9 +1,9 @@
-"""Loading a checkpoint's objects to write them again, from a stated list of classes.
+"""Load a checkpoint's objects, to write them again, from a fixed list of classes.
 
-`inert` reads without constructing anything, and what it reads cannot be written again. Here the
-objects are constructed, by torch's ``weights_only`` unpickler or one that is as narrow, and no name
-is imported that is not on the lists below. They are those that Megatron itself trusts
-(core/safe_globals.py, 0.19.2), its enums, and torch's own classes of an index.
+`checkpoint.pickles` builds placeholders, which cannot be written again. Here the objects are built,
+by torch's ``weights_only`` unpickler or by one that is as strict. Only names on the lists below are
+imported: those that Megatron itself trusts (core/safe_globals.py, 0.19.2), its enums, and torch's
+own classes of an index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import CheckpointError
 
-#: Where the module has another name here than where the checkpoint was written.
+#: Modules whose name may differ between the writing and the reading environment.
 _RENAMED = {
     "pathlib._local": "pathlib",
     "numpy.core.multiarray": "numpy._core.multiarray",
@@ -41,13 +41,13 @@ _OBJECTS = {
     *(f"numpy.{c}.multiarray.{n}" for c in ("core", "_core") for n in ("_reconstruct", "scalar")),
     *(f"builtins.{t.__name__}" for t in (complex, frozenset, range, slice)),
 }
-#: Of these modules any enum.
+#: Any enum of these modules may be loaded.
 _ENUMS = (
     "megatron.core.enums",
     "megatron.core.transformer.enums",
     "megatron.core.rerun_state_machine",
 )
-#: What an array's dtype may be; not objects, which are pickles of their own.
+#: Allowed dtypes of arrays; objects are not, because they are pickles themselves.
 _NUMBERS = "?bBhHiIlLqQefdFD"
 
 _INDEX = {
@@ -89,15 +89,15 @@ _INDEX = {
 
 
 def load_torch(file: BinaryIO, where: str, allow_pickle: bool = False) -> Any:
-    """What ``torch.save`` wrote, tensors on the CPU.
+    """Load a file of ``torch.save``, with tensors on the CPU.
 
     Args:
-        file: Seekable. A file on the disk is mapped, not read.
-        where: What the error calls it.
-        allow_pickle: Whether whatever is in it may run.
+        file: Seekable. A file on disk is memory-mapped.
+        where: Its name for errors.
+        allow_pickle: Whether any code in it may run.
 
     Raises:
-        CheckpointError: It needs what is not on the list.
+        CheckpointError: It needs a name that is not on the list.
     """
     mapped = isinstance(getattr(file, "name", None), str | Path)
     source = file.name if mapped else file
@@ -111,13 +111,13 @@ def load_torch(file: BinaryIO, where: str, allow_pickle: bool = False) -> Any:
         with torch.serialization.safe_globals(known):
             return torch.load(source, weights_only=True, **arguments)
     except pickle.UnpicklingError as e:
-        # Torch's advice is about its own flags; what it stumbled over stands behind this.
+        # Keep only the cause: torch's advice is about its own flags.
         what = str(e).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise _refused(where, f"more than weights ({what})") from None
 
 
 def load_index(file: BinaryIO, where: str, allow_pickle: bool = False) -> Any:
-    """Torch's index of a distributed checkpoint; as `load_torch`."""
+    """Load torch's index of a distributed checkpoint; see `load_torch`."""
     if allow_pickle:
         return pickle.load(file)
     return _IndexUnpickler(file, where).load()
@@ -153,7 +153,7 @@ def _classes(names: list[str], where: str) -> list[Callable[..., Any] | tuple[An
     if "numpy.dtype" in names:
         import numpy as np
 
-        # Each dtype has a class, which the pickle does not name.
+        # Each dtype has its own class, which the pickle does not name.
         out += [type(np.dtype(code)) for code in _NUMBERS]
     return out
 
@@ -170,8 +170,8 @@ def _imported(path: str, where: str) -> Any:
         except (ImportError, AttributeError):
             continue
     raise CheckpointError(
-        f"{where}: it holds a {path}, which is not installed here. Run this where the Megatron is "
-        "that wrote the checkpoint"
+        f"{where}: it holds a {path}, which is not installed here. Run this with the Megatron that "
+        "wrote the checkpoint"
     )
 
 

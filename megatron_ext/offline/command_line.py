@@ -1,4 +1,4 @@
-"""The command line of a planned run, and which checkpoint it would load."""
+"""Parse the command line of a planned run, and find the checkpoint that it would load."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..policy.flags import add_flags
 
 _PROG = "python -m megatron_ext plan"
 _USAGE = "python -m megatron_ext plan CKPT [options] [Megatron arguments]"
-#: Megatron's flags that a plan looks at, and what they take (training/arguments.py and
-#: training/config/training_config.py, 0.19.2); without a type they are switches.
+#: Megatron's flags that a plan depends on -> type of the value (training/arguments.py and
+#: training/config/training_config.py, 0.19.2). Flags without a type are switches.
 FLAGS: dict[str, type | None] = {
     "lr": float,
     "min_lr": float,
@@ -58,7 +58,7 @@ FLAGS: dict[str, type | None] = {
     "save": str,
     "ckpt_step": int,
 }
-#: Flags that are spelled in another way than their destination.
+#: Flags whose spelling differs from their destination.
 _SPELLED = {
     "override_opt_param_scheduler": (
         "override-opt_param-scheduler",
@@ -73,13 +73,13 @@ _SPELLED = {
 
 @dataclass(frozen=True)
 class Place:
-    """Which checkpoint is planned for.
+    """The checkpoint that a plan is made for.
 
     Args:
-        directories: Where the run would load from and save to, if it loads this checkpoint.
-        iteration: Which one; the newest by default.
-        elsewhere: The directory that the run itself would load, where it is another one.
-        consistent: Whether the directories of the command line go together.
+        directories: The directories of the run, if it loads this checkpoint.
+        iteration: Its iteration; None for the newest.
+        elsewhere: The directory that the run itself would load, if it is another one.
+        consistent: Whether the directories of the command line are consistent.
     """
 
     directories: Directories
@@ -90,13 +90,13 @@ class Place:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line that has been parsed, before the checkpoint was looked at.
+    """A parsed command line, before the checkpoint is read.
 
     Args:
-        values: All arguments, defaults included.
-        given: The destinations of the flags that are there.
+        values: All arguments, including defaults.
+        given: The destinations of the flags on the command line.
         unknown: Words that no parser knows.
-        parsed_by: Who has read it.
+        parsed_by: Name of the parser.
     """
 
     values: argparse.Namespace
@@ -106,22 +106,22 @@ class CommandLine:
 
 
 def parse(words: Sequence[str]) -> CommandLine:
-    """Parse what comes after the checkpoint's name.
+    """Parse the words after the checkpoint's name.
 
-    Flags of optimizer, scheduler and this package are read without Megatron; where there are others
-    its own parser reads the whole line, if it is installed.
+    Flags of optimizer, scheduler and this package are parsed without Megatron. If there are others,
+    Megatron's own parser parses the whole line, if it is installed.
 
     Args:
         words: Megatron's arguments, as for a run.
 
     Raises:
-        SystemExit: A flag is malformed; argparse has said so, and the exit status is 2.
-        PolicyError: ``--yaml-cfg``.
+        SystemExit: A flag is malformed. argparse has printed the error; the exit status is 2.
+        PolicyError: ``--yaml-cfg`` is given.
     """
     if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
         raise PolicyError(
-            "--yaml-cfg: Megatron then replaces all parsed arguments by the YAML file's. Give the "
-            "arguments on the command line"
+            "--yaml-cfg: with it Megatron replaces all parsed arguments by those of the YAML file. "
+            "Give the arguments on the command line"
         )
     own = _read(_own_parser, words, "megatron_ext")
     if not own.unknown or not contract.has_training():
@@ -157,17 +157,20 @@ def _megatron_parser() -> argparse.ArgumentParser:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a destination, as Megatron spells it."""
+    """Return the flag of a destination, as Megatron spells it."""
     return "--" + _SPELLED.get(name, (name.replace("_", "-"),))[0]
 
 
 def locate(line: CommandLine, path: str | Path, iteration: int | None = None) -> Place:
-    """Say what a run with this command line that loads a certain checkpoint would load.
+    """Find the checkpoint of a plan, and whether the run would load another one.
 
     Args:
-        line: What `parse` gave.
-        path: The directory of the checkpoint, or one iteration's own.
-        iteration: Which one, if that is asked beside the command line.
+        line: The parsed command line.
+        path: The directory of the checkpoint, or that of one iteration.
+        iteration: The iteration, if it is given by an option of the command.
+
+    Raises:
+        PolicyError: Two different iterations are named.
     """
     values = line.values
     root, own = split_iteration(path)
@@ -178,7 +181,7 @@ def locate(line: CommandLine, path: str | Path, iteration: int | None = None) ->
         elsewhere = getattr(values, "non_persistent_global_ckpt_dir", None)
         chosen = choose(load, save, start, elsewhere).load
     except MegatronExtError:
-        consistent = False  # the preflight says so, beside whatever else is wrong
+        consistent = False  # the preflight reports it with all other problems
     where: DirectoryRole = "load"
     if start_dir is not None:
         where = "start" if _same(start_dir, root) else "load"
@@ -203,10 +206,10 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def split_iteration(path: str | Path) -> tuple[Path, int | None]:
-    """A directory as ``--load`` is given it, and the iteration if it is one iteration's own.
+    """Split a path into the directory for ``--load`` and the iteration, if it names one.
 
     Args:
-        path: Either of the two.
+        path: The directory of a checkpoint, or that of one iteration.
     """
     path = Path(path)
     found = re.fullmatch(r"iter_(\d{7,})", path.name)

@@ -1,4 +1,4 @@
-"""How two checkpoints differ."""
+"""Compare the summaries of two checkpoints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Difference:
 
     Args:
         section: ``args``, ``groups``, ``scheduler`` and so on.
-        name: What differs.
-        a: In the first checkpoint; None where it is not there.
-        b: In the second.
-        only: ``a`` or ``b`` where it is in one only.
+        name: Name of the value that differs.
+        a: Its value in the first checkpoint; None if it is missing there.
+        b: Its value in the second checkpoint; None if it is missing there.
+        only: ``a`` or ``b`` if only that checkpoint has it.
     """
 
     section: str
@@ -31,14 +31,14 @@ class Difference:
 
 
 def compare(a: Inspection, b: Inspection) -> tuple[Difference, ...]:
-    """How two checkpoints differ; the moments' elements aside.
+    """Compare two checkpoints, without the elements of the moments.
 
     Args:
-        a: The first.
-        b: The second.
+        a: The first checkpoint.
+        b: The second checkpoint.
 
     Returns:
-        Differences in the order in which they are worth reading.
+        The differences, the most important first.
     """
     changes = [*_compare_scalars(a, b)]
     changes += _compare_mappings("layout", a.layout, b.layout)
@@ -96,7 +96,7 @@ def _compare_optimizer(where: str, a: OptimizerState, b: OptimizerState) -> Iter
     if a.step != b.step:
         yield Difference("optimizers", f"{where} step", a.step, b.step)
     marks = [None if mark is None else str(mark) for mark in (a.mark, b.mark)]
-    # Their own comparison leaves the words of a phase out.
+    # `Mark` leaves its words out of comparisons, so the texts are compared.
     if marks[0] != marks[1]:
         yield Difference("optimizers", f"{where} phase", marks[0], marks[1])
     scalers = a.grad_scaler or {}, b.grad_scaler or {}
@@ -115,14 +115,14 @@ def _compare_optimizer(where: str, a: OptimizerState, b: OptimizerState) -> Iter
 def pair_groups(
     a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, int | None]]:
-    """Pair param_groups as a resume does; what is ambiguous then by structural keys and position.
+    """Pair param_groups as a resume does; ambiguous ones by structural keys and position.
 
     Args:
         a: Groups of one checkpoint.
         b: Groups of the other.
 
     Returns:
-        Pairs of indices; None where there is no counterpart.
+        Pairs of indices; None for a missing counterpart.
     """
     found = match_groups(a, b, [0] * len(a), [0] * len(b))
     pair = {i: j for j, i in enumerate(found) if i is not None}

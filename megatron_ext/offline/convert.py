@@ -1,11 +1,11 @@
-"""Old optimizer state for new Megatrons: ``fully_sharded_model_space`` to ``fully_reshardable``.
+"""Convert old optimizer state, ``fully_sharded_model_space``, to ``fully_reshardable``.
 
-Up to megatron-core 0.15 a distributed optimizer's state was saved in the shape of the parameters
-but flattened, so that data-parallel ranks could each write a range: a tensor of global shape
-(X, Y), cut by tensor parallelism into shards of (x, y), is stored as (X/x, Y/y, x*y), and its own
-shape is noted in the index (core/dist_checkpointing/strategies/resharding.py, 0.15.3). Here the
-ranges are put together again, under the keys of the new form. Everything else is copied byte by
-byte, and no pickle of the checkpoint is run.
+Up to megatron-core 0.15 a distributed optimizer's state was flattened so that each data-parallel
+rank could write a range. A tensor of global shape (X, Y), cut by tensor parallelism into shards of
+(x, y), is stored as (X/x, Y/y, x*y). Its own shape is in the index
+(core/dist_checkpointing/strategies/resharding.py, 0.15.3). The conversion reassembles the ranges
+under the keys of the new form. Everything else is copied byte by byte, and no pickle of the
+checkpoint is run.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from ..errors import CheckpointError
 from .new_checkpoint import TensorWriter, require_new, reshardable_key
 
 _TARGET = "fully_reshardable"
-#: Where the index notes a flattened tensor's own shape (strategies/torch.py:291, 0.15.3).
+#: Key of a flattened tensor's own shape in the index (strategies/torch.py:291, 0.15.3).
 _SHAPE = "nd_reformulated_orig_global_shape"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did.
+    """The result of a conversion.
 
     Args:
         directory: The iteration's directory that was written.
         iteration: Its number.
-        reshaped: Tensors put together from ranges.
-        copied: Tensors and objects copied as they are.
+        reshaped: Number of tensors reassembled from ranges.
+        copied: Number of tensors and objects copied unchanged.
         size: Bytes written to the store.
     """
 
@@ -60,13 +60,13 @@ class Converted:
 def convert(source: str | Path, target: str | Path, iteration: int | None = None) -> Converted:
     """Write a ``fully_reshardable`` copy of a ``fully_sharded_model_space`` checkpoint.
 
-    One parameter's shard at a time is in memory. The source is only read. The target appears when
-    it is complete.
+    Only one parameter's shard is in memory at a time. The source is only read. The target appears
+    when it is complete.
 
     Args:
-        source: What was given to ``--save``, or one iteration's own directory.
-        target: A new directory of the same kind, with this one iteration.
-        iteration: Which one; the tracker file's by default.
+        source: The directory given to ``--save``, or the directory of one iteration.
+        target: A new directory of the same kind; it gets this one iteration.
+        iteration: The iteration to convert; by default the one in the tracker file.
 
     Raises:
         CheckpointError: The source is not such a checkpoint, is damaged, or the target exists.
@@ -96,8 +96,8 @@ def _require_convertible(stored: StoredCheckpoint) -> None:
         )
     if not (stored.directory / COMMON).is_file():
         raise CheckpointError(
-            f"{stored.directory}: expected {COMMON}, found none. megatron-core up to 0.15, which "
-            f"writes {FLATTENED}, has it: is the checkpoint complete?"
+            f"{stored.directory}: expected {COMMON}, found none. megatron-core up to 0.15 writes "
+            f"it with {FLATTENED}: is the checkpoint complete?"
         )
 
 
@@ -121,7 +121,7 @@ def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int]:
 
 
 def _shapes(store: Store) -> dict[str, tuple[int, ...]]:
-    """Key -> global shape of the flattened tensors."""
+    """Return key -> global shape of the flattened tensors."""
     noted = getattr(store.index, "mcore_data", None) or {}
     shapes = {key: tuple(data[_SHAPE]) for key, data in noted.items() if data.get(_SHAPE)}
     if not shapes:
@@ -141,7 +141,7 @@ def _reshape(
     shape: tuple[int, ...],
     pieces: Iterable[tuple[tuple[int, ...] | None, Any]],
 ) -> None:
-    """Put each shard of a tensor together from its ranges and write it in its shape."""
+    """Reassemble each shard of a tensor from its ranges and write it in its own shape."""
     *cuts, elements = entry.size
     local = tuple(whole // parts for whole, parts in zip(shape, cuts, strict=True))
     if math.prod(local) != elements or any(w % p for w, p in zip(shape, cuts, strict=True)):
@@ -162,7 +162,7 @@ def _reshape(
         if end != elements:
             raise CheckpointError(
                 f"{key}: the shard {cell} ends at element {end} of {elements}: the checkpoint is "
-                "not complete"
+                "incomplete"
             )
         at = tuple(index * size for index, size in zip(cell, local, strict=True))
         buffer = io.BytesIO()
@@ -186,7 +186,7 @@ def _copy_others(source: Path, target: Path, known: set[str]) -> None:
 
 
 def _rewrite_common(source: Path, target: Path) -> None:
-    """``common.pt`` with the new sharding's name; all else as it is, enums and all."""
+    """Copy ``common.pt`` with the new sharding's name; everything else stays, also enums."""
     with source.open("rb") as file:
         metadata = torch_file.load_torch(file).get("content_metadata") or {}
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
@@ -224,7 +224,7 @@ def _unicode(text: str) -> bytes:
 
 
 def _check(stored: StoredCheckpoint, made: StoredCheckpoint) -> None:
-    """That what was written reads as it should, before it gets its name."""
+    """Check that the copy reads as the original, before it is renamed."""
     same = ("iteration", "release", "args", "optimizers", "scheduler")
     if made.sharding_type != _TARGET or any(
         getattr(stored, name) != getattr(made, name) for name in same

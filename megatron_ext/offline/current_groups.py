@@ -1,8 +1,8 @@
-"""The param_groups that a run would have, told from the checkpoint and the arguments. Pure.
+"""Derive the param_groups of a run from the checkpoint and the arguments. Pure.
 
-Which parameters are in which group is known to the model only. So these are the checkpoint's
-groups, with the values that the arguments give: an assumption, and a dry run
-(``--selective-dry-run``) shows the true ones.
+Only the model knows which parameters are in which group. These groups are therefore assumed: they
+are the checkpoint's groups with the arguments' values. A dry run (``--selective-dry-run``) shows
+the real ones.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _BOUNDS = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min
 
 @dataclass(frozen=True)
 class CurrentGroups:
-    """What is assumed of the current param_groups.
+    """The assumed current param_groups.
 
     Args:
         optimizers: For each optimizer of the chain its groups, without ``params`` and ``step``.
-        notes: What could not be told.
+        notes: Limits of the assumption, for the user.
     """
 
     optimizers: tuple[tuple[Mapping[str, Any], ...], ...]
@@ -38,14 +38,14 @@ def current_groups(
 ) -> CurrentGroups:
     """Put the arguments' values into the checkpoint's groups, as `_get_param_groups` does.
 
-    core/optimizer/__init__.py:105 and :299, 0.19.2.
+    See core/optimizer/__init__.py:105 and :299, 0.19.2.
 
     Args:
         saved: For each optimizer of the chain the checkpoint's groups.
         before: The arguments of the checkpoint's run.
-        now: Those of this one.
-        values: The scheduler's, from `now`; None where they are not known: ``lr`` and
-            ``weight_decay`` are then the checkpoint's.
+        now: The arguments of this run.
+        values: The scheduler's values from `now`. If they are None, ``lr`` and ``weight_decay``
+            stay the checkpoint's.
 
     Raises:
         PlanError: Megatron's scheduler does not accept the values.
@@ -56,15 +56,15 @@ def current_groups(
     for groups in saved:
         changed = [_changed(dict(group), before, now, foreign) for group in groups]
         if values is not None and changed:
-            # A group has them from the scheduler, which is built before the checkpoint is loaded.
+            # The scheduler, built before the checkpoint is loaded, sets them in each group.
             (first,) = scheduled(values, changed, [0])
             for group, (lr, weight_decay) in zip(changed, first, strict=True):
                 group["lr"], group["weight_decay"] = lr, weight_decay
         optimizers.append(tuple(changed))
     for key, found in foreign.items():
         notes.append(
-            f"{key} {', '.join(map(str, sorted(found)))} of some param_groups follows from no "
-            "argument (a model's own overrides): taken for unchanged"
+            f"{key} {', '.join(map(str, sorted(found)))} of some param_groups does not follow from "
+            "an argument (a model's own overrides): assumed to be unchanged"
         )
     new = getattr(now, "decoupled_lr", None)
     if new is not None and getattr(before, "decoupled_lr", None) is None:
@@ -103,7 +103,7 @@ def _bound(
     now: Any,
     width: bool,
 ) -> tuple[Any, bool]:
-    """A bound of a group now, and whether an argument gives it."""
+    """Return a bound of a group now, and whether an argument determines it."""
     value = group[key]
     pairs = [(getattr(before, name, None), getattr(now, name, None)) for name in names]
     (old, new), (old_decoupled, new_decoupled) = pairs

@@ -1,4 +1,4 @@
-"""Write a copy of a checkpoint with other values in its param_groups and scheduler."""
+"""Copy a checkpoint with other values in its param_groups and scheduler."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from . import allowed
 from .edit_settings import EditedValue, Value, plan_edit, value_at
 from .new_checkpoint import require_new
 
-#: Where a hard link cannot be made, or not to this file.
+#: Error codes of file systems or files that do not allow a hard link.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
 class Edited:
-    """What an edit did.
+    """The result of an edit.
 
     Args:
         directory: The iteration's directory that was written.
         iteration: Its number, 0 for a release.
-        changes: Every value that was set, also where it was the same before.
-        written: Files that are new, by path in `directory`.
-        linked: How many files are hard links to the source's.
-        copied: How many were copied because a link could not be made.
+        changes: Every value that was set, even if it was the same before.
+        written: New files, by path in `directory`.
+        linked: Number of files that are hard links to the source's.
+        copied: Number of files copied because a link could not be made.
     """
 
     directory: Path
@@ -73,19 +73,19 @@ def edit(
     The source is only read. The target appears when it is complete and on the disk.
 
     Args:
-        source: What was given to ``--save``, or one iteration's own directory.
-        target: A new or empty directory, for ``--load``, with this one iteration.
-        settings: Key of the param_groups, of the scheduler's state or of both, and its value.
+        source: The directory given to ``--save``, or the directory of one iteration.
+        target: A new or empty directory for ``--load``; it gets this one iteration.
+        settings: Key of the param_groups, of the scheduler's state or of both -> new value.
             ``weight_decay`` is that of a group with ``wd_mult`` 1.
-        group: Attributes of the param_groups that are meant; all by default. The scheduler follows
-            where no other group has its value.
-        iteration: Which one; the tracker file's by default.
+        group: Attributes of the param_groups to edit; by default all are edited. The scheduler
+            changes too, unless another group keeps its value.
+        iteration: The iteration to copy; by default the one in the tracker file.
         allow_pickle: Whether code in the checkpoint's pickles may run.
 
     Raises:
-        PolicyError: The settings do not fit what is saved; says which.
-        CheckpointError: The source is damaged or holds what may not be loaded, or the target
-            exists.
+        PolicyError: A setting does not fit the saved values. The error names it.
+        CheckpointError: The source is damaged or needs classes that may not be loaded, or the
+            target exists.
         OSError: A file cannot be written.
     """
     target = Path(target)
@@ -106,7 +106,7 @@ def edit(
 
 
 def _set(state: Any, change: EditedValue) -> Any:
-    """Set one value; returns it as it reads, which a tensor rounds."""
+    """Set one value and return it as it will be read: a tensor rounds it."""
     owner = value_at(state, change.path)
     old = owner[change.key]
     if isinstance(old, torch.Tensor):
@@ -117,7 +117,7 @@ def _set(state: Any, change: EditedValue) -> Any:
 
 
 def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
-    """Every place that may have param_groups or the scheduler's state, nothing run."""
+    """Read every object that may hold param_groups or the scheduler's state, running nothing."""
     if stored.format == "torch":
         files = sorted(stored.directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
         found = {
@@ -140,7 +140,7 @@ def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
 def _write(
     stored: StoredCheckpoint, made: Path, changes: Iterable[EditedValue], allow_pickle: bool
 ) -> tuple[list[str], dict[str, list[EditedValue]]]:
-    """Write what changes; the files, and by place the changes with the values as they read."""
+    """Write the changed objects; return the files and, by place, the changes as written."""
     by_place: dict[str, list[EditedValue]] = defaultdict(list)
     for change in changes:
         by_place[change.where].append(change)
@@ -172,7 +172,7 @@ def _load(directory: Path, where: str, in_store: bool, allow_pickle: bool) -> An
 def _write_objects(
     source: Path, made: Path, objects: Mapping[str, Any], allow_pickle: bool
 ) -> list[str]:
-    """Objects into a file of their own, and an index that leads there."""
+    """Write objects into a new file, and an index that points to them."""
     path = source / INDEX
     index = read_file(path, lambda file: allowed.load_index(file, str(path), allow_pickle))
     name = next(n for i in range(10**6) if not (source / (n := f"__edited_{i}.distcp")).exists())
@@ -193,7 +193,7 @@ def _write_objects(
 
 
 def _link_others(source: Path, made: Path, written: set[str]) -> tuple[int, int]:
-    """Hard links to all files but those that were written; how many, and how many copies."""
+    """Link all files that were not written; return the number of links and of copies."""
     linked = copied = 0
     for directory, _, names in os.walk(source, followlinks=True):
         inside = Path(directory).relative_to(source)
@@ -209,7 +209,7 @@ def _link_others(source: Path, made: Path, written: set[str]) -> tuple[int, int]
 
 
 def _link(path: Path, new: Path) -> bool:
-    """Whether a link was made; else it is a copy."""
+    """Make a hard link, or a copy if that is not possible; return whether it is a link."""
     try:
         os.link(path.resolve(), new)
     except OSError as e:
@@ -226,14 +226,14 @@ def _check(
     places: Mapping[str, Any],
     values: Mapping[str, Iterable[EditedValue]],
 ) -> None:
-    """That what was written reads as the source with the changes, before it gets its name."""
+    """Check that the copy reads as the source with the changes, before it is renamed."""
     expected = copy.deepcopy(dict(places))
     for where, changes in values.items():
         for change in changes:
             _set(expected[where], change)
     again = open_checkpoint(made)
     found = _read_places(again)
-    # NaN equals nothing, and numpy has moved the module of its arrays.
+    # The texts are compared as well: NaN equals nothing, and numpy moved the module of its arrays.
     same = found == expected or _written_out(found) == _written_out(expected)
     if not same or again.tensors != stored.tensors:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What an edit changes: settings are parsed, typed and checked before anything is written."""
+"""Parse and check the settings of an edit before anything is written."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..checkpoint.stored import has_groups
 from ..errors import PolicyError
 from ..policy.match import Scalar, attributes, has_attributes, scalar
 
-#: The scheduler's state in a checkpoint; the second is what Megatron called it earlier.
+#: Keys of the scheduler's state in a checkpoint; the second is the older name.
 _SCHEDULERS = ("opt_param_scheduler", "lr_scheduler")
-#: What the scheduler computes for every group at load, so that groups differ in it by themselves.
+#: Keys that the scheduler computes for every group at load; groups may differ in them.
 _COMPUTED = ("lr", "weight_decay")
 Step = str | int
 Value = Scalar | tuple[Scalar, ...]
-#: A param_group or the state of a scheduler: where, which keys lead to it, and it.
+#: A param_group or the state of a scheduler: its place, the path of keys, and its content.
 _Found = tuple[str, tuple[Step, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class EditedValue:
-    """One value in one place of a checkpoint.
+    """One changed value in a checkpoint.
 
     Args:
-        where: The place: a key of the store, or a file's path in the iteration's directory.
-        path: Keys that lead to the param_group, or to the scheduler's state, in what is there.
-        key: Of the value.
+        where: Key of the object in the store, or path of the file in the iteration's directory.
+        path: Keys that lead to the param_group or to the scheduler's state in that object.
+        key: Key of the value.
         old: The saved value; a tensor without dimensions as a number.
-        new: What it becomes, of the same type.
+        new: The new value, of the same type.
     """
 
     where: str
@@ -44,19 +44,19 @@ class EditedValue:
 
     @property
     def in_scheduler(self) -> bool:
-        """Whether it is the scheduler's, not a param_group's."""
+        """Whether the value belongs to the scheduler instead of a param_group."""
         return self.path[0] in _SCHEDULERS
 
 
 def parse_settings(words: Iterable[str], flag: str = "--set") -> dict[str, Value]:
-    """Read ``KEY=VALUE``; a value with commas is several.
+    """Parse ``KEY=VALUE`` words; a value with commas is a tuple.
 
     Args:
-        words: As they stand on a command line.
-        flag: What the error calls them.
+        words: The words of a command line.
+        flag: Their flag, for errors.
 
     Raises:
-        PolicyError: One cannot be read, or a key is there twice.
+        PolicyError: A word cannot be parsed, or a key occurs twice.
     """
     out: dict[str, Value] = {}
     for word in words:
@@ -76,18 +76,18 @@ def plan_edit(
     settings: Mapping[str, Value],
     group: Mapping[str, Scalar] | None = None,
 ) -> tuple[EditedValue, ...]:
-    """Decide what is changed.
+    """Decide which values change.
 
     Args:
-        places: Where -> what is there: a training state, or one optimizer's state dict.
-        settings: See `edit`.
-        group: See `edit`.
+        places: Place -> its content: a training state, or one optimizer's state dict.
+        settings: See `megatron_ext.offline.edit.edit`.
+        group: See `megatron_ext.offline.edit.edit`.
 
     Returns:
-        The changes, of groups first.
+        The changes, those of groups first.
 
     Raises:
-        PolicyError: See `edit`.
+        PolicyError: See `megatron_ext.offline.edit.edit`.
     """
     wanted = attributes(group or {}, "--group")
     if not settings:
@@ -121,7 +121,7 @@ def plan_edit(
 def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) -> list[EditedValue]:
     if key in NOT_HYPERPARAMETERS:
         raise PolicyError(
-            f"--set {key}: it is state of the optimizer, not a hyperparameter: expected a key such "
+            f"--set {key}: it is optimizer state, not a hyperparameter; expected a key such "
             "as max_lr, min_lr, betas, eps or weight_decay"
         )
     out = []
@@ -135,11 +135,11 @@ def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) ->
             out.append(EditedValue(where, path, saved, group[saved], new))
     values = sorted({repr(c.old) for c in out})
     if len(values) > 1 and not named and key not in _COMPUTED:
-        # Several values are no attribute to choose by.
+        # A tuple cannot be used as an attribute of --group.
         chosen_by = "is_expert_parallel=true" if "," in values[0] else f"{key}={values[0]}"
         raise PolicyError(
             f"--set {key}: the param_groups hold {' and '.join(values)}, and one value for all "
-            "would make them the same. Choose those that are meant with --group, for example "
+            "would make them equal. Choose param_groups with --group, for example "
             f"--group {chosen_by}"
         )
     return out
@@ -148,7 +148,7 @@ def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) ->
 def _scheduler_changes(
     key: str, value: Value, schedulers: list[_Found], mine: list[EditedValue], others: list[_Found]
 ) -> list[EditedValue]:
-    """The scheduler's own value, which follows groups that had it; with `others`, all of them."""
+    """Change the scheduler's value if the changed groups, and no others, had the same value."""
     out = []
     for where, path, state in schedulers:
         if key not in state:
@@ -162,7 +162,7 @@ def _scheduler_changes(
 
 
 def _typed(key: str, old: Any, new: Any, where: str) -> Any:
-    """The new value in the saved one's type."""
+    """Convert the new value to the type of the saved one."""
     if isinstance(old, tuple | list):
         if isinstance(new, tuple | list) and len(new) == len(old):
             return type(old)(_typed(key, o, n, where) for o, n in zip(old, new, strict=True))
@@ -199,7 +199,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_range(places: Mapping[str, Any], changes: Iterable[EditedValue]) -> None:
-    """That no group and no scheduler would decay from a lower to a higher rate, or so."""
+    """Require min_lr <= max_lr and start_wd <= end_wd in every edited group and scheduler."""
     owners: dict[tuple[str, tuple[Step, ...]], dict[str, Any]] = defaultdict(dict)
     for change in changes:
         owners[change.where, change.path][change.key] = change.new
@@ -209,7 +209,7 @@ def _check_range(places: Mapping[str, Any], changes: Iterable[EditedValue]) -> N
             both: list[Any] = [after.get(low), after.get(high)]
             if {low, high} & new.keys() and all(map(_is_number, both)) and both[0] > both[1]:
                 raise PolicyError(
-                    f"--set: expected {low} up to {high}, as Megatron asserts; found {low} "
+                    f"--set: expected {low} <= {high}, as Megatron asserts; found {low} "
                     f"{both[0]!r} and {high} {both[1]!r} in {where}. Set both"
                 )
 
@@ -219,8 +219,8 @@ def _unknown(key: str, groups: list[_Found], schedulers: list[_Found], named: bo
     in_scheduler = {k for _, _, s in schedulers for k in s}
     if named and key in in_scheduler:
         return PolicyError(
-            f"--set {key}: the param_groups that --group chooses do not have it, only the "
-            "scheduler, which is for all. Leave out --group"
+            f"--set {key}: only the scheduler has this key, not the param_groups that --group "
+            "chooses. Leave out --group"
         )
     return PolicyError(
         f"--set {key}: no such key is saved; expected one of the param_groups' "
@@ -239,7 +239,7 @@ def _text(wanted: Sequence[tuple[str, Scalar]]) -> str:
 
 
 def _group_paths(state: Mapping[str, Any]) -> Iterator[tuple[Step, ...]]:
-    """Where the param_groups are in a training state or in an optimizer's state dict."""
+    """Yield the paths of the param_groups in a training state or an optimizer's state dict."""
     section = state.get("optimizer")
     candidates: list[tuple[tuple[Step, ...], Any]] = [((), state)]
     if isinstance(section, list):
@@ -257,7 +257,7 @@ def _group_paths(state: Mapping[str, Any]) -> Iterator[tuple[Step, ...]]:
 
 
 def value_at(state: Any, path: Iterable[Step]) -> Any:
-    """The value at the end of some steps into a state."""
+    """Return the value at a path of keys in a state."""
     for step in path:
         state = state[step]
     return state

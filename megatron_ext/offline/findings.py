@@ -1,4 +1,4 @@
-"""Collect errors, warnings and notes: every part is tried, whatever is wrong with another."""
+"""Collect errors, warnings and notes. An error in one part does not stop the others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What has been found so far.
+    """The findings so far.
 
     Args:
-        errors: Everything for which the resume would be refused.
-        warnings: What a user should look at.
-        notes: What was assumed or cannot be told offline.
+        errors: Errors for which the resume would be refused.
+        warnings: Risks that the user should know.
+        notes: Assumptions, and facts that cannot be determined offline.
     """
 
     errors: list[MegatronExtError] = field(default_factory=list)
@@ -26,12 +26,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, error: MegatronExtError) -> None:
-        """Add an error that is not there yet."""
+        """Add an error unless it is there already."""
         if str(error) not in map(str, self.errors):
             self.errors.append(error)
 
     def tried(self, call: Callable[[], T], notes: list[str] | None = None) -> T | None:
-        """What it gives; an error refuses the resume, or is a note."""
+        """Call a function; its error refuses the resume or, with `notes`, becomes a note."""
         try:
             return call()
         except MegatronExtError as e:
@@ -42,5 +42,5 @@ class Findings:
             return None
 
     def accepted(self, call: Callable[[], T]) -> T | None:
-        """What Megatron's scheduler gives; its refusal of what is refused already is a note."""
+        """Call Megatron's scheduler; its error becomes a note if there are errors already."""
         return self.tried(call, self.notes if self.errors else None)

@@ -1,4 +1,4 @@
-"""What a resume would do, from the checkpoint and a command line alone."""
+"""Forecast a resume from a checkpoint and a command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoint.pickles import without_collection
+from ..checkpoint.pickles import gc_disabled
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..host.arguments import dropping_flag
@@ -45,16 +45,16 @@ T = TypeVar("T")
 def forecast(
     checkpoint: str | Path, words: Sequence[str] = (), iteration: int | None = None
 ) -> Forecast:
-    """Say what a resume would do.
+    """Forecast a resume.
 
     Args:
-        checkpoint: What is given to ``--load`` or ``--selective-from``, or one iteration's own
-            directory.
-        words: Megatron's arguments, as for a run or only what is to change.
-        iteration: Which one; the newest, or that of ``--ckpt-step``, by default.
+        checkpoint: The directory given to ``--load`` or ``--selective-from``, or the directory of
+            one iteration.
+        words: Megatron's arguments, those of a whole run or only those that change.
+        iteration: The iteration to load; by default that of ``--ckpt-step``, or the newest.
 
     Returns:
-        All of it; a resume that would be refused is one with `errors`.
+        The forecast. It has `errors` if the resume would be refused.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -63,7 +63,7 @@ def forecast(
     """
     line = parse(words)
     place = locate(line, checkpoint, iteration)
-    with without_collection():
+    with gc_disabled():
         return _forecast(line, place, Path(checkpoint))
 
 
@@ -82,12 +82,12 @@ def _forecast(line: CommandLine, place: Place, checkpoint: Path) -> Forecast:
 
 
 class _Forecaster:
-    """Collects what is found; every part is tried, whatever is wrong with another.
+    """Collects the forecast. An error in one part does not stop the others.
 
     Args:
         stored: The checkpoint.
         line: The command line.
-        place: Where it lies, and what the run would load.
+        place: The checkpoint's place, and the directory that the run would load.
     """
 
     def __init__(self, stored: StoredCheckpoint, line: CommandLine, place: Place) -> None:
@@ -99,9 +99,9 @@ class _Forecaster:
         self.found = Findings()
 
     def run(self) -> Forecast:
-        """Everything."""
+        """Make the whole forecast."""
         stored, now = self.stored, self.now
-        self._look_at_the_length()
+        self._check_length()
         for error in examine(self._as_given(), stored).errors:
             self.found.refuse(error)
         request = _quietly(lambda: request_from_args(now))
@@ -109,7 +109,7 @@ class _Forecaster:
         dropped = dropping_flag(now)
         if dropped:
             self.found.warnings.append(f"{dropped}: the checkpoint's Adam moments are dropped")
-        self._look_at_the_directories()
+        self._check_directories()
         phase = None if policy is None or dropped else self._phase(policy)
         counters = self._counters(phase, dropped)
         values = self.found.tried(lambda: values_of(now), self.found.notes)
@@ -138,24 +138,24 @@ class _Forecaster:
         return any(a.flag == flag for a in self.arguments.assumed)
 
     def _as_given(self) -> argparse.Namespace:
-        """The arguments without a length of the run that nobody has given."""
+        """Copy the arguments without an assumed length of the run."""
         given = copy.copy(self.now)
         if self.arguments.elsewhere is not None:
-            given.save = None  # a run goes on from what is there, and does not overwrite it
+            given.save = None  # the run would continue from there and not overwrite it
         if self._assumed("--train-iters"):
             given.train_iters = None
         return given
 
-    def _look_at_the_length(self) -> None:
+    def _check_length(self) -> None:
         last = getattr(self.now, "train_iters", None)
         begins = 0 if getattr(self.now, "reset_iteration", False) else self.stored.iteration
         if self._assumed("--train-iters") and last and last <= begins:
             self.found.notes.append(
-                f"--train-iters {last} is the checkpoint's and ends at its iteration {begins}: "
+                f"--train-iters {last} comes from the checkpoint, whose iteration is {begins}: "
                 "give the last iteration of the resumed run"
             )
 
-    def _look_at_the_directories(self) -> None:
+    def _check_directories(self) -> None:
         arguments = self.arguments
         if arguments.elsewhere is not None:
             self.found.warnings.append(
@@ -166,7 +166,7 @@ class _Forecaster:
             words = " ".join(arguments.unknown[:20])
             more = " ..." if len(arguments.unknown) > 20 else ""
             self.found.notes.append(
-                f"not looked at, for {arguments.parsed_by} does not know it (a script's own "
+                f"ignored, because {arguments.parsed_by} does not know these words (a script's own "
                 f"arguments, or a mistake): {words}{more}"
             )
 
@@ -254,7 +254,7 @@ class _Forecaster:
         plans: Sequence[ResumePlan | None],
         groups: Sequence[Sequence[Mapping[str, Any]]],
     ) -> tuple[tuple[ParameterPlan, ...] | None, ...]:
-        """For each optimizer what is done to its parameters; None where that is not known."""
+        """Return the plans of each optimizer's parameters; None if they are not known."""
         rows = padded_rows(self.stored.args, self.now)
         found = forecast_moments(
             self.stored,
@@ -292,7 +292,7 @@ class _Forecaster:
 
 
 def _quietly(call: Callable[[], T]) -> T | None:
-    """None for an error that the preflight has told already."""
+    """Call a function; None for an error, which the preflight has reported already."""
     try:
         return call()
     except MegatronExtError:

@@ -1,4 +1,4 @@
-"""The curves of a forecast: the checkpoint's run as far as it has come, then the resumed run."""
+"""Compute the curves of a forecast: the checkpoint's run up to now, then the resumed run."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def curves_of(
     groups: Sequence[Sequence[Mapping[str, Any]]],
     counters: tuple[Counters, Counters] | None,
 ) -> tuple[Curve, ...]:
-    """The curves of the checkpoint's run and of the resumed run.
+    """Compute the curves of the checkpoint's run and of the resumed run.
 
     Args:
-        found: Gets what is wrong, and notes.
+        found: Receives errors and notes.
         stored: The checkpoint.
-        arguments: Those of the checkpoint's run, and those of the resumed run.
-        values: What the scheduler of the resumed run has after the load.
-        optimizers: What is done to the chain; empty where nothing is loaded.
-        groups: The current param_groups of the chain, where no plan has any.
-        counters: The checkpoint's, and those the run goes on with.
+        arguments: The arguments of the checkpoint's run and of the resumed run.
+        values: The scheduler's values in the resumed run after the load.
+        optimizers: The forecasts of the chain; empty if nothing is loaded.
+        groups: The current param_groups of the chain; used if there are no forecasts.
+        counters: The counters of the checkpoint and of the resumed run.
     """
     earlier, now = arguments
     state = state_of(stored)
@@ -56,7 +56,7 @@ def curves_of(
 
 
 def saved_counters(stored: StoredCheckpoint) -> Counters:
-    """The counters of a checkpoint."""
+    """Read the counters of a checkpoint."""
     args, position = stored.args, state_of(stored).get("num_steps")
     names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
     return Counters(
@@ -67,13 +67,13 @@ def saved_counters(stored: StoredCheckpoint) -> Counters:
 
 
 def _offset(optimizers: Sequence[OptimizerForecast]) -> int:
-    """Data position minus what the iterations have counted, in samples."""
+    """Return data position minus the samples of the counted iterations, in samples."""
     phase = optimizers[0].plan.phase if optimizers else None
     return 0 if phase is None or phase.mark is None else phase.mark.offset
 
 
 def _past(saved: Counters, args: Any) -> Span:
-    """The iterations of the checkpoint's run, as far as its schedule has come."""
+    """Return the iterations of the checkpoint's run up to its position in the schedule."""
     last, size = saved.iteration, args.global_batch_size
     position = saved.num_steps or 0
     if ramp_of(args) or not size:
@@ -83,7 +83,7 @@ def _past(saved: Counters, args: Any) -> Span:
 
 
 def _future(after: Counters, args: Any, values: ScheduleValues, offset: int) -> Span:
-    """The iterations of the resumed run; without any left, as long as its schedule changes."""
+    """Return the iterations of the resumed run; if none are left, those of its schedule."""
     size, position = args.global_batch_size, after.num_steps or 0
     last = args.train_iters
     if not last and args.train_samples:

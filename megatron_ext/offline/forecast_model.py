@@ -1,4 +1,4 @@
-"""What `forecast` finds out, as plain data."""
+"""The result of `forecast`, as plain data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..report.curves import Curve
 from .moments_forecast import RuleForecast
 from .planned_arguments import PlannedArguments
 
-#: What the two phases are called.
+#: Names of the two phases.
 LABELS = ("checkpoint's run", "resumed run")
 Outcome = Literal["transition", "continued", "resume", "drops", "refused"]
 
 
 @dataclass(frozen=True)
 class OptimizerForecast:
-    """What is done to one optimizer of the chain.
+    """The forecast for one optimizer of the chain.
 
     Args:
         plan: The decisions, with their warnings.
-        rules: What the rules are for; empty where the moments are kept, None where it cannot be
-            told offline.
-        resized: Parameters with another number of rows.
+        rules: The elements that each rule covers; empty if the moments are kept, None if they
+            cannot be determined offline.
+        resized: Parameters whose number of rows changes.
     """
 
     plan: ResumePlan
@@ -40,7 +40,7 @@ class OptimizerForecast:
 
 @dataclass(frozen=True)
 class ScheduledValue:
-    """One value of the scheduler, as `megatron_ext.plan.decisions.Decision` has those of groups."""
+    """One value of the scheduler, similar to `megatron_ext.plan.decisions.Decision`."""
 
     checkpoint: Any
     argument: Any
@@ -50,21 +50,21 @@ class ScheduledValue:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a resume would do.
+    """The forecast of a resume.
 
     Args:
         stored: The checkpoint.
-        arguments: The command line, and what was assumed.
-        errors: Everything for which the resume would be refused.
-        policy: What is asked; None where that cannot be read.
-        phase: Whether a phase begins or goes on; None where nothing is loaded.
-        counters: The checkpoint's, and those the run goes on with.
-        optimizers: One for each optimizer of the chain; empty where nothing is loaded.
+        arguments: The command line with the assumed values.
+        errors: Errors for which the resume would be refused.
+        policy: The user's policy; None if it cannot be read.
+        phase: The phase that begins or continues; None if no optimizer is loaded.
+        counters: The counters of the checkpoint and of the resumed run.
+        optimizers: One per optimizer of the chain; empty if no optimizer is loaded.
         scheduler: The scheduler's values after the load.
-        curves: Of the checkpoint's run up to the checkpoint, then of the resumed run.
-        dropped: The flag with which the optimizer's state is dropped, if one is given.
-        warnings: What a user should look at, beside the plans' warnings.
-        notes: What was assumed or cannot be told offline.
+        curves: Curves of the checkpoint's run up to the checkpoint, then of the resumed run.
+        dropped: The flag that drops the optimizer's state, if one is given.
+        warnings: Risks that the user should know, besides the plans' warnings.
+        notes: Assumptions, and facts that cannot be determined offline.
     """
 
     stored: StoredCheckpoint
@@ -82,7 +82,7 @@ class Forecast:
 
     @property
     def outcome(self) -> Outcome:
-        """What the resume is."""
+        """The kind of the resume."""
         if self.errors:
             return "refused"
         if self.dropped or self.phase is None:
@@ -92,16 +92,16 @@ class Forecast:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """Those of the plans too, each once."""
+        """The warnings, including those of the plans, each once."""
         of_plans = (w for one in self.optimizers for w in one.plan.warnings)
         return tuple(dict.fromkeys((*self.warnings, *of_plans)))
 
     @property
     def status(self) -> int:
-        """Exit status: 0, 1 with warnings, 2 where the resume would be refused."""
+        """Exit status: 0, 1 with warnings, 2 if the resume would be refused."""
         return 2 if self.errors else int(bool(self.all_warnings))
 
     @property
     def first_step(self) -> tuple[tuple[Curve, float, float], ...]:
-        """For each param_group its curve, and learning rate and weight decay of the first step."""
+        """Curve, and learning rate and weight decay of the first step, of each param_group."""
         return tuple((c, c.lr[0], c.weight_decay[0]) for c in self.curves if c.phase == 2)

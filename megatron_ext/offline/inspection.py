@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, for people.
+"""Summarise a checkpoint for people.
 
-The moments are described from the index of the store, not from their elements (`.moment_scan` reads
-those). Nothing is printed here.
+The moments are described from the index of the store; `.moment_scan` reads their elements. Nothing
+is printed here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..policy.phase import Mark
 
-#: What is shown of the layout -> the saved argument.
-_LAYOUT = {
+#: Short name of a parallel size -> the saved argument.
+_PARALLEL_SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
@@ -33,9 +33,9 @@ _LAYOUT = {
     "world": "world_size",
 }
 _LEGACY_DIRECTORY = re.compile(r"mp_rank_(?P<tp>\d+)(?:_(?P<pp>\d{3}))?(?:_(?P<ep>\d{3}))?")
-#: Names under which a version might be recorded; Megatron itself up to 0.19 records none.
+#: Keys under which a version might be recorded. Megatron itself records none, up to 0.19.
 _VERSIONS = ("megatron_core_version", "mcore_version", "megatron_version")
-_COUNTERS = (
+_SAVED_COUNTERS = (
     "consumed_train_samples",
     "consumed_valid_samples",
     "skipped_train_samples",
@@ -49,14 +49,14 @@ class StateTensors:
     """The tensors of one state key and dtype, from the index.
 
     Args:
-        optimizer: Number in the chain; None where the keys do not say.
+        optimizer: Number in the chain; None if the keys do not hold it.
         state: ``exp_avg`` and so on.
         dtype: ``float32`` and so on.
-        by: What a tensor holds: a parameter, or a bucket of many.
-        tensors: Keys.
-        chunks: Pieces in which they are stored.
-        elements: Of all tensors, padding included.
-        size: Bytes of the elements.
+        by: Whether a tensor holds one parameter or a bucket of many.
+        tensors: Number of tensors.
+        chunks: Number of stored pieces.
+        elements: Number of elements of all tensors, including padding.
+        size: Size of the elements in bytes.
     """
 
     optimizer: int | None
@@ -74,10 +74,10 @@ class OptimizerState:
     """One Megatron optimizer of the chain.
 
     Args:
-        groups: param_groups with all hyperparameters.
+        groups: The param_groups with all hyperparameters.
         step: Optimizer steps taken, or None.
-        mark: The phase, or None.
-        grad_scaler: Its state, or None.
+        mark: The mark of the phase, or None.
+        grad_scaler: State of the grad scaler, or None.
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -88,24 +88,24 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint says of itself.
+    """The summary of a checkpoint.
 
     Args:
-        directory: The iteration's own.
+        directory: The directory of the iteration.
         iteration: Its number, 0 for a release.
         release: Whether it is a release checkpoint.
         format: ``torch_dist`` or ``torch``.
-        megatron_core: The recorded version, or None: Megatron itself up to 0.19 records none.
-        written_by: What the form of the checkpoint says of the version.
-        layout: tp, pp, vpp, cp, ep, etp, dp and world -> size, where recorded.
+        megatron_core: The recorded version, or None: Megatron itself records none, up to 0.19.
+        written_by: The versions that write this form of checkpoint.
+        layout: Parallel layout: tp, pp, vpp, cp, ep, etp, dp and world -> size, if recorded.
         sharding_type: See `megatron_ext.checkpoint.stored.StoredCheckpoint`.
-        optimizers: The chain.
+        optimizers: The optimizers of the chain.
         scheduler: State of OptimizerParamScheduler, or None.
         num_steps: The scheduler's position in samples, or None.
         counters: Name -> number.
         args: The saved arguments.
-        moments: From the index; empty for legacy ``torch``.
-        notes: What could not be said, and why.
+        moments: Tensors of the optimizer's state; empty for legacy ``torch``.
+        notes: Facts that are missing, with the reason.
     """
 
     directory: Path
@@ -128,19 +128,19 @@ class Inspection:
 def inspect_checkpoint(
     checkpoint: str | Path | StoredCheckpoint, iteration: int | None = None
 ) -> Inspection:
-    """Say what a checkpoint holds, without a tensor.
+    """Summarise a checkpoint without reading a tensor.
 
     Args:
-        checkpoint: What is given to ``--load``, one iteration's own directory, or what
-            `megatron_ext.checkpoint.stored.open_checkpoint` gave.
-        iteration: Which one; the tracker file's by default.
+        checkpoint: The directory given to ``--load``, the directory of one iteration, or a
+            checkpoint from `megatron_ext.checkpoint.stored.open_checkpoint`.
+        iteration: The iteration to read; by default the one in the tracker file.
 
     Returns:
-        All of it as plain data.
+        The summary as plain data.
 
     Raises:
-        CheckpointError: There is none, it is of another kind, or damaged; a file that is not read
-            is missing or too short.
+        CheckpointError: The checkpoint is missing, damaged or of another kind, or a file that is
+            not read is missing or too short.
     """
     if isinstance(checkpoint, StoredCheckpoint):
         stored = checkpoint
@@ -206,7 +206,7 @@ def _notes(stored: StoredCheckpoint, moments: Sequence[StateTensors]) -> Iterato
     elif stored.store is None:
         yield (
             "moments: the format torch has no metadata of its tensors, and --moments reads "
-            "torch_dist only; save with --ckpt-format torch_dist to see them"
+            "torch_dist only. Save with --ckpt-format torch_dist to see them"
         )
     elif not moments:
         yield f"moments: none are stored as tensors (sharding {stored.sharding_type})"
@@ -222,7 +222,7 @@ def _optimizers(stored: StoredCheckpoint) -> tuple[OptimizerState, ...]:
 
 
 def _values(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Tensors of one element, as a loss scale is, as numbers."""
+    """Replace tensors of one element, such as a loss scale, by numbers."""
     return None if state is None else {k: getattr(v, "value", v) for k, v in state.items()}
 
 
@@ -244,17 +244,17 @@ def _recorded_version(stored: StoredCheckpoint) -> str | None:
 
 def _written_by(stored: StoredCheckpoint) -> str:
     if stored.store is None:
-        return "any: the format torch does not say"
+        return "any version: the format torch does not record it"
     if (stored.directory / COMMON).is_file():
         return f"0.18 or earlier: {COMMON} beside the store"
     return "0.19 or later: common_state in the store"
 
 
 def _layout(stored: StoredCheckpoint) -> dict[str, int]:
-    named = {k: stored.args.get(name) for k, name in _LAYOUT.items()}
+    named = {k: stored.args.get(name) for k, name in _PARALLEL_SIZES.items()}
     layout = {k: v for k, v in named.items() if isinstance(v, int)}
     if stored.format == "torch":
-        # One directory for each model-parallel rank.
+        # Each model-parallel rank has its own directory.
         for path in stored.directory.glob("mp_rank_*"):
             if found := _LEGACY_DIRECTORY.fullmatch(path.name):
                 for key, rank in found.groupdict().items():
@@ -263,10 +263,10 @@ def _layout(stored: StoredCheckpoint) -> dict[str, int]:
     if "dp" not in layout and "world" in layout:
         model_parallel = math.prod(layout.get(k, 1) for k in ("tp", "pp", "cp"))
         layout["dp"] = layout["world"] // max(1, model_parallel)
-    return {k: layout[k] for k in _LAYOUT if k in layout}
+    return {k: layout[k] for k in _PARALLEL_SIZES if k in layout}
 
 
 def _counters(stored: StoredCheckpoint) -> dict[str, int | float]:
     places = {**stored.args, **stored.other}
-    found = {name: places.get(name) for name in _COUNTERS}
+    found = {name: places.get(name) for name in _SAVED_COUNTERS}
     return {k: v for k, v in found.items() if isinstance(v, int | float)}

@@ -1,4 +1,4 @@
-"""Statistics of the stored moments, and distances between two checkpoints, in bounded memory."""
+"""Compute statistics of stored moments and distances of two checkpoints, in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from .slabs import (
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """One tensor of an optimizer's state.
+    """Statistics of one tensor of an optimizer's state.
 
     Args:
-        optimizer: Number in the chain; None where the key does not say.
+        optimizer: Number in the chain; None if the key does not hold it.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
-        elements: That were read: all that are stored, but for a bucket's padding and, with a
-            layout, second copies.
+        elements: Number of elements read: everything stored except bucket padding and, with a
+            layout, duplicate copies.
         norm: Square root of the sum of squares of the finite elements.
-        largest: Largest absolute value of the finite elements; 0 where there are none.
+        largest: Largest absolute value of the finite elements; 0 if there are none.
         nonfinite: Number of NaN and infinite elements.
     """
 
@@ -54,17 +54,17 @@ class TensorStatistics:
 
 @dataclass(frozen=True)
 class TensorDistance:
-    """The difference of one tensor of two checkpoints.
+    """The difference of one tensor between two checkpoints.
 
     Args:
-        optimizer: Number in the chain; None where the key does not say.
+        optimizer: Number in the chain; None if the key does not hold it.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
-        elements: That were compared.
-        distance: Norm of b - a; NaN or infinite where an element is so in one of them only.
-        relative: `distance` divided by the norm of a; 0 where both are 0, infinite where only the
-            norm of a is.
-        different: Elements that are not equal; NaN equals NaN.
+        elements: Number of elements compared.
+        distance: Norm of b - a; NaN or infinite if an element is so in only one of them.
+        relative: `distance` divided by the norm of a; 0 if both are 0, infinite if only the norm
+            of a is 0.
+        different: Number of elements that are not equal. NaN equals NaN.
     """
 
     optimizer: int | None
@@ -81,24 +81,24 @@ def scan(
     progress: Progress | None = None,
     layout: BucketLayout | None = None,
 ) -> list[TensorStatistics]:
-    """Norm, largest value and non-finite elements of every moment and master weight.
+    """Compute the statistics of every moment and master weight.
 
     Args:
         stored: A torch_dist checkpoint.
-        progress: Is told of bytes that were read; `total_bytes` says how many there will be.
-        layout: Which parameters lie where in buckets; without it a bucket is one tensor.
+        progress: Called with the number of bytes just read; their sum is `total_bytes`.
+        layout: Positions of the parameters in buckets; without it a bucket is one tensor.
 
     Returns:
-        One for each tensor, in the order of the index or of the layout.
+        One item per tensor, in the order of the index or of the layout.
 
     Raises:
-        CheckpointError: It is of the legacy format, has no such tensors, is damaged, or the layout
-            is another model's.
+        CheckpointError: The checkpoint has the legacy format, has no such tensors or is damaged,
+            or the layout belongs to another model.
     """
     store, keys = require_moments(stored)
     targets = _targets(stored, store, keys, layout)
     sums = {found: [0, 0.0, 0.0, 0] for found in targets}
-    # Files from beginning to end.
+    # Each file is read from beginning to end.
     ordered = sorted(
         ((found, piece) for found, pieces in targets.items() for piece in pieces),
         key=lambda t: (t[1].info.relative_path, t[1].info.offset, t[1].low),
@@ -134,22 +134,23 @@ def distances(
     progress: Progress | None = None,
     layout: BucketLayout | None = None,
 ) -> list[TensorDistance]:
-    """How far every moment and master weight of two checkpoints is apart.
+    """Compute the distance between the moments and master weights of two checkpoints.
 
-    The pieces of the two need not be cut alike.
+    The tensors of the two may be cut into different pieces.
 
     Args:
-        a: The first.
-        b: The second.
-        progress: Is told of bytes of the first that were compared.
-        layout: Of the buckets of both; without it a bucket is one tensor.
+        a: The first checkpoint.
+        b: The second checkpoint.
+        progress: Called with the number of bytes of `a` just compared.
+        layout: Positions of the parameters in the buckets of both; without it a bucket is one
+            tensor.
 
     Returns:
-        One for each tensor that both have with the same shape.
+        One item per tensor that both have with the same shape.
 
     Raises:
-        CheckpointError: One is of the legacy format, has no such tensors, is damaged, or the
-            layout is another model's.
+        CheckpointError: A checkpoint has the legacy format, has no such tensors or is damaged, or
+            the layout belongs to another model.
     """
     (store_a, keys_a), (store_b, keys_b) = require_moments(a), require_moments(b)
     if layout is None:
@@ -166,7 +167,7 @@ def distances(
 def _targets(
     stored: StoredCheckpoint, store: Store, keys: dict[str, StateKey], layout: BucketLayout | None
 ) -> dict[StateKey, list[Piece]]:
-    """What is looked at as one tensor, and its pieces."""
+    """Return the tensors to scan, each with its pieces."""
     pieces = pieces_of(store, keys)
     if layout is None:
         return {
@@ -246,7 +247,7 @@ def _distance(
     elements, different, squares, of_a = 0, 0, 0.0, 0.0
     for x, y in slabs:
         delta = y - x
-        # Infinities and NaN that both have are no distance, though their difference is NaN.
+        # Equal infinities and NaN count as distance 0, although their difference is NaN.
         same = (x == y) | (x.isnan() & y.isnan())
         delta[same] = 0.0
         elements += x.numel()

@@ -1,4 +1,4 @@
-"""Which rule is for which rows of which parameters, told from a checkpoint's index. Pure."""
+"""Assign rules to the rows of parameters, from a checkpoint's index. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..policy.policy import ResumePolicy
 from ..rules.registry import write
 from .stored_parameters import Stored, in_groups, parameters_of
 
-#: Names of parameters that are shown for a rule.
+#: Number of parameter names that are shown for a rule.
 _EXAMPLES = 5
 
 Groups = Sequence[Mapping[str, Any]]
@@ -24,15 +24,15 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RuleForecast:
-    """What one rule is for.
+    """The elements that one rule covers.
 
     Args:
-        rule: Its match, or the preset for what no rule names.
-        exp_avg: What is done to exp_avg.
-        exp_avg_sq: What is done to exp_avg_sq.
-        parameters: Number of unsharded parameters of which it is for some rows.
-        elements: Number of elements, unsharded.
-        examples: Some of them, with the rows where it is not for all.
+        rule: Its match, or the preset for elements that no rule covers.
+        exp_avg: The rule for exp_avg.
+        exp_avg_sq: The rule for exp_avg_sq.
+        parameters: Number of unsharded parameters of which it covers at least one row.
+        elements: Number of unsharded elements.
+        examples: Some of the parameters, with the rows if it does not cover all.
     """
 
     rule: str
@@ -45,14 +45,14 @@ class RuleForecast:
 
 @dataclass(frozen=True)
 class MomentsForecast:
-    """What is done to the moments.
+    """The rules for the moments of a chain.
 
     Args:
-        decided: For each optimizer of the chain its parameters' plans; empty where nothing is done,
-            None where it cannot be told.
-        errors: Why the resume would be refused.
-        warnings: What a user should look at.
-        notes: How it was told, or why it cannot be.
+        decided: For each optimizer of the chain the plans of its parameters; empty if the moments
+            do not change, None if the plans cannot be determined offline.
+        errors: Errors for which the resume would be refused.
+        warnings: Risks that the user should know.
+        notes: Source of the names, or the reason why they are unknown.
     """
 
     decided: tuple[tuple[ParameterPlan, ...] | None, ...]
@@ -74,11 +74,11 @@ def forecast_moments(
 
     Args:
         stored: The checkpoint.
-        policy: What is left to do.
-        plans: One for each optimizer of the chain; None where there is none.
-        groups: For each the current param_groups.
-        rows: Rows of the embedding in the checkpoint and now, where these differ.
-        decoupled: Whether embedding and output layer have a learning rate of their own.
+        policy: The policy, without operations that have been done already.
+        plans: The plan of each optimizer of the chain, or None.
+        groups: The current param_groups of each optimizer.
+        rows: Rows of the embedding in the checkpoint and now, if these differ.
+        decoupled: Whether embedding and output layer have a separate learning rate.
     """
     changes = policy.decides_moments
     if not (changes or policy.groups or rows):
@@ -86,16 +86,16 @@ def forecast_moments(
     found = parameters_of(stored)
     if found.by is None:
         note = (
-            "a checkpoint of the format torch does not name its parameters, so that which rule is "
-            "for which of them cannot be told offline: a run with --selective-dry-run shows it "
-            "before its first step"
+            "a checkpoint of the format torch does not name its parameters, so the rules cannot be "
+            "assigned to them offline. A run with --selective-dry-run shows the assignment before "
+            "its first step"
         )
         return MomentsForecast((None,) * len(plans), notes=(note,))
     parameters = in_groups(found.parameters, groups, rows, decoupled)
     errors: list[MegatronExtError] = []
     idle = _idle(policy, parameters, groups)
     if idle and policy.strict:
-        errors.append(PlanError(f"{idle}. Mend the rule, or pass --no-selective-strict"))
+        errors.append(PlanError(f"{idle}. Correct the rule, or pass --no-selective-strict"))
     decided: list[tuple[ParameterPlan, ...] | None] = []
     for plan, of_one, current, saved in zip(
         plans, parameters, groups, stored.optimizers, strict=True
@@ -112,29 +112,29 @@ def forecast_moments(
         tuple(decided),
         tuple(errors),
         (idle,) if idle and not policy.strict else (),
-        (_told_by(found),) if changes else (),
+        (_names_note(found),) if changes else (),
     )
 
 
 def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[RuleForecast, ...]:
-    """What was decided, by rule as the report has it; the preset last.
+    """Group the plans by rule, in the order of the report; the preset is last.
 
     Args:
-        policy: What is left to do.
-        decided: Of all parameters of an optimizer.
+        policy: The policy, without operations that have been done already.
+        decided: The plans of all parameters of an optimizer.
 
     Returns:
-        Empty where the policy keeps the moments.
+        One item per rule; empty if the policy keeps the moments.
     """
     if not policy.decides_moments:
         return ()
-    told = policy.told_rules
-    parameters, elements = [0] * len(told), [0] * len(told)
-    examples: list[list[str]] = [[] for _ in told]
+    rules = policy.described_rules
+    parameters, elements = [0] * len(rules), [0] * len(rules)
+    examples: list[list[str]] = [[] for _ in rules]
     for one in decided:
         by_rule: dict[int, list[tuple[int, int]]] = {}
         for rows in one.rows:
-            number = len(told) - 1 if rows.rule is None else rows.rule
+            number = len(rules) - 1 if rows.rule is None else rows.rule
             by_rule.setdefault(number, []).append((rows.first, rows.last))
         for number, spans in by_rule.items():
             parameters[number] += 1
@@ -143,14 +143,14 @@ def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[Ru
                 examples[number].append(_example(one.parameter, spans))
     return tuple(
         RuleForecast(name, write(m), write(v), parameters[i], elements[i], tuple(examples[i]))
-        for i, (name, m, v) in enumerate(told)
+        for i, (name, m, v) in enumerate(rules)
     )
 
 
 def _idle(
     policy: ResumePolicy, parameters: Sequence[Sequence[Parameter]], groups: Sequence[Groups]
 ) -> str:
-    """What to say of rules that match nothing."""
+    """Write the message about rules that match nothing; empty if there are none."""
     of_each = (used_rules(policy, *one) for one in zip(parameters, groups, strict=True))
     used = set().union(*of_each)
     used_groups = used_group_rules(policy, [g for current in groups for g in current])
@@ -158,13 +158,14 @@ def _idle(
     return unmatched(policy, used, used_groups, sorted({*names[:1], *names[-1:]}))
 
 
-def _told_by(found: Stored) -> str:
+def _names_note(found: Stored) -> str:
+    """Describe the source of the parameters' names."""
     count = len(found.parameters)
     if found.by == "optimizer":
-        return f"rules: {count} parameters by the names of their moments in the checkpoint"
+        return f"rules: the moments in the checkpoint give the names of {count} parameters"
     return (
-        f"rules: the moments are stored by buckets, so that the {count} parameters are named by "
-        "the model's tensors; a tensor that is not trained counts with them"
+        f"rules: the moments are stored by buckets, so the model's tensors give the names of "
+        f"{count} parameters; tensors that are not trained are included"
     )
 
 

@@ -1,4 +1,4 @@
-"""A new checkpoint directory: it must not exist, and its tensors are written file by file."""
+"""Write a new checkpoint directory, file by file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from ..errors import CheckpointError
 
 
 def require_new(target: Path, stored: StoredCheckpoint) -> None:
-    """Check that a directory can be made from a checkpoint.
+    """Check that a new checkpoint directory can be created.
 
     Args:
         target: The new directory.
-        stored: What it is made from.
+        stored: The checkpoint that will be copied.
 
     Raises:
-        CheckpointError: There is something already, its parent is missing, or it would lie in
-            the checkpoint.
+        CheckpointError: The target exists, its parent is missing, or it lies in the checkpoint.
     """
     if target.is_symlink() or (target.exists() and not _is_empty(target)):
         raise CheckpointError(f"{target} exists: choose a new directory")
@@ -42,7 +41,7 @@ _MASTER = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
 def reshardable_key(key: str) -> str:
-    """The key of a tensor in a fully reshardable checkpoint."""
+    """Return the key of a tensor in a fully reshardable checkpoint."""
     # "chained_0." may stand before it.
     old, new = _MASTER
     before, found, name = key.partition(old)
@@ -50,11 +49,11 @@ def reshardable_key(key: str) -> str:
 
 
 class TensorWriter:
-    """The store of a distributed checkpoint (torch/distributed/checkpoint/filesystem.py).
+    """Writes a distributed checkpoint's store (torch/distributed/checkpoint/filesystem.py).
 
     Args:
-        directory: Where its files go.
-        limit: Bytes after which a new file is begun.
+        directory: Directory of its files.
+        limit: Size in bytes at which a new file is begun.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
@@ -66,7 +65,7 @@ class TensorWriter:
         self.size = 0
 
     def copy(self, store: Store, key: str, entry: Any, pieces: Iterable[Any]) -> None:
-        """A tensor or an object as it is."""
+        """Copy a tensor or an object unchanged."""
         from torch.distributed.checkpoint import metadata
 
         name = reshardable_key(key)
@@ -79,7 +78,7 @@ class TensorWriter:
             self._entries[name] = metadata.BytesStorageMetadata()
 
     def add(self, key: str, offset: tuple[int, ...] | None, data: bytes | memoryview) -> None:
-        """One item; it begins at `offset` in the global tensor."""
+        """Write one item, which begins at `offset` in the global tensor."""
         from torch.distributed.checkpoint import filesystem, metadata
 
         if self._offset and self._offset + len(data) > self._limit:
@@ -95,11 +94,11 @@ class TensorWriter:
     def describe(
         self, key: str, properties: Any, shape: Iterable[int], chunks: Iterable[tuple[Any, Any]]
     ) -> None:
-        """A tensor's entry in the index; `properties` is an `inert.Inert`, dtype first."""
+        """Add a tensor to the index; the `Placeholder` `properties` holds the dtype first."""
         from torch.distributed.checkpoint import metadata
 
         self._entries[key] = metadata.TensorStorageMetadata(
-            properties=metadata.TensorProperties(dtype=properties.inert_state[0]),
+            properties=metadata.TensorProperties(dtype=properties.placeholder_state[0]),
             size=torch.Size(shape),
             chunks=[
                 metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

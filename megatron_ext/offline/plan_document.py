@@ -1,4 +1,4 @@
-"""The forecast of a resume as a JSON document."""
+"""Write the forecast of a resume as a JSON document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA = "megatron_ext/resume-plan/1"
 
 
 def document(found: Forecast) -> dict[str, Any]:
-    """The JSON document of a plan (``megatron_ext/schemas/resume-plan.schema.json``).
+    """Build the JSON document of a plan (``megatron_ext/schemas/resume-plan.schema.json``).
 
     Args:
         found: The forecast.
@@ -59,7 +59,6 @@ def document(found: Forecast) -> dict[str, Any]:
 
 
 def _optimizer_json(one: OptimizerForecast) -> dict[str, Any]:
-
     plan = one.plan
     return {
         "step": {

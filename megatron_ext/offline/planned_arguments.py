@@ -1,4 +1,4 @@
-"""Fill what a planned run's command line leaves out, from the checkpoint."""
+"""Fill in arguments that are missing on a planned run's command line, from the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..checkpoint.stored import StoredCheckpoint
 from ..policy import request
 from .command_line import FLAGS, CommandLine, Place, flag_of
 
-#: What runs differ in by intention: never taken from the checkpoint.
+#: Arguments that are meant to differ between runs; never filled in from the checkpoint.
 _OF_A_RUN = (
     "finetune",
     "no_load_optim",
@@ -23,7 +23,7 @@ _OF_A_RUN = (
     "save",
     "ckpt_step",
 )
-#: Taken from the checkpoint beside the flags above, where the command line is not a run's.
+#: Further arguments that are filled in if the command line is not that of a whole run.
 _OF_THE_MODEL = (
     "optimizer",
     "tokenizer_type",
@@ -36,7 +36,7 @@ _OF_THE_MODEL = (
     "use_mup",
     "mup_width_mult",
 )
-#: What the number of rows of the embedding follows from.
+#: Arguments that determine the number of rows of the embedding.
 _PADDING = frozenset(
     {
         "vocab_size",
@@ -45,14 +45,14 @@ _PADDING = frozenset(
         "tensor_model_parallel_size",
     }
 )
-#: One of each is enough; the others are then not taken from elsewhere.
+#: One argument of each tuple is enough. If it is given, the others are not filled in.
 _ALTERNATIVES = (
     ("train_iters", "train_samples"),
     ("lr_decay_iters", "lr_decay_samples"),
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
     ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
 )
-#: Megatron's defaults of the flags above, where they are not None.
+#: Megatron's defaults of the flags above, unless they are None.
 _DEFAULTS: dict[str, Any] = {
     "min_lr": 0.0,
     "weight_decay": 0.01,
@@ -72,18 +72,18 @@ _DEFAULTS: dict[str, Any] = {
     "use_distributed_optimizer": False,
     "optimizer": "adam",
 }
-#: Without these there is no schedule, whatever the command line; of several one is enough.
+#: A schedule needs one argument of each tuple, also with the command line of a whole run.
 _NEEDED = (("lr",), ("train_iters", "train_samples"), ("global_batch_size",))
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """A value that the command line does not have.
+    """A value that is missing on the command line.
 
     Args:
         flag: Its flag.
-        value: What is assumed.
-        source: Where it comes from.
+        value: The assumed value.
+        source: Its source.
     """
 
     flag: str
@@ -93,17 +93,18 @@ class Assumption:
 
 @dataclass(frozen=True)
 class PlannedArguments:
-    """What a plan is made from.
+    """The arguments of a planned run.
 
     Args:
-        values: As Megatron's parser gives them, with what was assumed; `load` is the checkpoint.
-        complete: Whether the command line is a run's, so that Megatron's defaults hold for what it
-            leaves out.
-        assumed: What comes from the checkpoint.
-        directories: Where the run would load from and save to.
-        elsewhere: The directory that the run itself would load, where it is another one.
-        unknown: Words that are no flags of Megatron's, for example a script's own.
-        parsed_by: Who has read the command line.
+        values: The arguments as from Megatron's parser, with the assumed ones; `load` is the
+            checkpoint.
+        complete: Whether the command line is that of a whole run, so that missing arguments have
+            Megatron's defaults.
+        assumed: The values that were filled in.
+        directories: The directories of the run.
+        elsewhere: The directory that the run itself would load, if it is another one.
+        unknown: Words that are not Megatron's flags, such as a script's own.
+        parsed_by: Name of the parser.
     """
 
     values: argparse.Namespace
@@ -116,12 +117,12 @@ class PlannedArguments:
 
 
 def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> PlannedArguments:
-    """Fill what a command line leaves out, from the checkpoint.
+    """Fill in the arguments that are missing on a command line.
 
     Args:
-        line: What `parse` gave.
-        place: What `locate` gave.
-        stored: The checkpoint there.
+        line: The parsed command line.
+        place: The checkpoint's place, from `locate`.
+        stored: The checkpoint.
     """
     values, given = argparse.Namespace(**vars(line.values)), line.given
     whole = _is_whole(values, given)
@@ -143,7 +144,7 @@ def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> Plann
     if place.consistent:
         values.load, values.selective_where = str(place.directories.load), place.directories.where
     if place.directories.where == "own":
-        # As in a run: --ckpt-step says where the phase starts (arguments.choose_directories).
+        # As in a run, --ckpt-step is the iteration at which the phase starts (hooks.directories).
         values.selective_start_step, values.ckpt_step = values.ckpt_step, None
     else:
         values.ckpt_step = place.iteration
@@ -167,7 +168,7 @@ def _is_whole(values: argparse.Namespace, given: frozenset[str]) -> bool:
 def _wanted(
     values: argparse.Namespace, given: frozenset[str], whole: bool, saved: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What is to be filled in."""
+    """Yield the arguments to fill in."""
     taken = {name for group in _ALTERNATIVES if given & set(group) for name in group}
     if saved.get("train_samples"):
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
@@ -189,14 +190,14 @@ def _wanted(
 
 
 def _saved(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
-    """The saved arguments that are plain data."""
+    """Yield the saved arguments that are plain data."""
     for name, value in stored.args.items():
         if isinstance(value, bool | int | float | str | list | tuple):
             yield name, value
 
 
 def _from_state(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
-    """What optimizer and scheduler say of the arguments they were built with."""
+    """Derive arguments from the state of optimizer and scheduler."""
     state = state_of(stored)
     groups = [g for optimizer in stored.optimizers for g in optimizer.groups]
     group = groups[0] if groups else {}
@@ -226,5 +227,5 @@ def _from_state(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:
 
 
 def state_of(stored: StoredCheckpoint) -> Mapping[str, Any]:
-    """The scheduler state of a checkpoint; empty where there is none."""
+    """Return the scheduler state of a checkpoint, or an empty mapping."""
     return stored.scheduler if isinstance(stored.scheduler, Mapping) else {}

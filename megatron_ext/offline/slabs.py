@@ -1,4 +1,4 @@
-"""Stored tensors, read piece by piece."""
+"""Read stored tensors piece by piece."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from ..checkpoint.store import INDEX, Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
 
-#: Bytes of a piece that are in memory at once; in float64 and with what is computed from it ten
-#: times as much at most.
+#: Bytes of a piece that are read at once. With the float64 copy and temporaries, at most ten times
+#: as much memory is used.
 SLAB_BYTES = 16 << 20
-#: The states that are scanned; the last is the name of master weights without a distributed
-#: optimizer.
+#: The scanned states. ``fp32_param`` is the master weight without a distributed optimizer.
 STATES = ("exp_avg", "exp_avg_sq", "param", "fp32_param")
 #: Parameters begin at multiples of this in a bucket.
 _ALIGNMENT = 64
-#: Is told how many bytes of elements have been read since the last call.
+#: Function that is called with the number of bytes of elements read since the last call.
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is stored as one item, or a part of it.
+    """An item of the store, or a part of it.
 
     Args:
-        key: The tensor's in the store.
-        offset: Where the item begins in the tensor.
-        shape: Of the item.
+        key: Key of the tensor in the store.
+        offset: Position of the item in the tensor.
+        shape: Shape of the item.
         info: Its place in a file.
-        part: First element and one past the last, counted in the item, which has one dimension
-            then; None: all of it.
+        part: First element and one past the last of a one-dimensional item; None for all of it.
     """
 
     key: str
@@ -49,7 +47,7 @@ class Piece:
 
     @property
     def low(self) -> tuple[int, ...]:
-        """First corner in the item."""
+        """First corner of the part, in the item."""
         return (0,) * len(self.shape) if self.part is None else (self.part[0],)
 
     @property
@@ -59,11 +57,11 @@ class Piece:
 
 
 def common_keys(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, StateKey]:
-    """The scanned tensors that two checkpoints have with the same key and shape.
+    """Return the scanned tensors that two checkpoints have with the same key and shape.
 
     Args:
-        a: The first.
-        b: The second.
+        a: The first checkpoint.
+        b: The second checkpoint.
     """
     return {
         key: found
@@ -73,11 +71,11 @@ def common_keys(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, StateKey]
 
 
 def total_bytes(stored: StoredCheckpoint, keys: Iterable[str] | None = None) -> int:
-    """Bytes of the elements that are read.
+    """Compute how many bytes of elements will be read.
 
     Args:
         stored: A torch_dist checkpoint.
-        keys: Of these tensors; of all that `scan` reads by default.
+        keys: The tensors; by default all that `scan` reads.
     """
     if stored.store is None:
         return 0
@@ -91,13 +89,13 @@ def total_bytes(stored: StoredCheckpoint, keys: Iterable[str] | None = None) -> 
 
 
 def moment_keys(stored: StoredCheckpoint) -> dict[str, StateKey]:
-    """The checkpoint keys of the moments, parsed."""
+    """Return the parsed checkpoint keys of the moments and master weights."""
     parsed = ((k, parse_state_key(k)) for k, shape in stored.tensors.items() if shape is not None)
     return {key: found for key, found in parsed if found is not None and found.state in STATES}
 
 
 def require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKey]]:
-    """The store and the keys of its moments.
+    """Return the store and the keys of its moments.
 
     Raises:
         CheckpointError: There is no store, or it has no moments.
@@ -117,7 +115,7 @@ def require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKey
 
 
 def pieces_of(store: Store, keys: dict[str, StateKey]) -> dict[str, list[Piece]]:
-    """The pieces of the tensors, each with its place in a file."""
+    """Return the pieces of the tensors, each with its place in a file."""
     places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
     for index, info in store.index.storage_data.items():
         if index.fqn in keys:
@@ -139,13 +137,13 @@ def pieces_of(store: Store, keys: dict[str, StateKey]) -> dict[str, list[Piece]]
 
 
 def without_padding(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces of a bucket but for what lies between its parameters.
+    """Drop the pieces of a bucket that lie between its parameters.
 
-    That is memory which nobody has written (torch.empty, core/optimizer/distrib_optimizer.py:1920,
+    This padding is uninitialised memory (torch.empty, core/optimizer/distrib_optimizer.py:1920,
     0.19.2), and the checkpoint does not mark it. Parameters begin at multiples of 64
-    (core/distributed/param_and_grad_buffer.py), so a piece that begins elsewhere is padding unless
-    a rank's shard begins there. There it is, up to the next multiple, padding or the last elements
-    of a parameter, which cannot be told apart: it is left out.
+    (core/distributed/param_and_grad_buffer.py), so a piece that begins elsewhere is padding, unless
+    a rank's shard begins there. In that case the elements up to the next multiple are padding or
+    the end of a parameter. The two cannot be distinguished, so they are dropped.
     """
     kept: list[Piece] = []
     before: Piece | None = None
@@ -160,7 +158,7 @@ def without_padding(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _writer(piece: Piece) -> str:
-    """The rank that wrote a piece: files are ``__RANK_NUMBER.distcp``."""
+    """Return the rank that wrote a piece: files are named ``__RANK_NUMBER.distcp``."""
     return str(piece.info.relative_path).lstrip("_").partition("_")[0]
 
 
@@ -179,7 +177,7 @@ def _dense(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def slabs(store: Store, piece: Piece, progress: Progress | None) -> Iterator[torch.Tensor]:
-    """All elements of a piece in float64, flat, in parts of at most `SLAB_BYTES`."""
+    """Yield all elements of a piece in float64, flat, in parts of at most `SLAB_BYTES`."""
     if 0 in piece.shape:
         return
     with store.open(piece.info, piece.key) as file:
@@ -198,7 +196,7 @@ def _boxes(
     if _span(place, low, high) * place.dtype.itemsize <= SLAB_BYTES:
         yield tuple(low), tuple(high)
         return
-    # The dimension that reaches farthest in the file, not merely the first.
+    # Cut the dimension with the largest extent in the file, not always the first.
     extents = [(h - 1 - at) * s for at, h, s in zip(low, high, place.stride, strict=True)]
     axis = extents.index(max(extents))
     middle = (low[axis] + high[axis]) // 2
@@ -207,7 +205,7 @@ def _boxes(
 
 
 def _span(place: placeholders.TensorPlace, low: Sequence[int], high: Sequence[int]) -> int:
-    """Elements from the first of a box to its last, in the order of the file."""
+    """Count the elements from the first of a box to its last, in the order of the file."""
     return 1 + sum((h - 1 - at) * s for at, h, s in zip(low, high, place.stride, strict=True))
 
 
@@ -236,7 +234,7 @@ def slab_pairs(
     pieces_b: Sequence[Piece],
     progress: Progress | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A tensor of two checkpoints part by part, however each is cut."""
+    """Yield the same parts of a tensor in two checkpoints, which may be cut differently."""
     by_cut = {(p.key, p.offset, p.shape, p.part): p for p in pieces_b}
     for a in pieces_a:
         alike = by_cut.get((a.key, a.offset, a.shape, a.part))
@@ -247,7 +245,7 @@ def slab_pairs(
 def _common_slabs(
     store_a: Store, a: Piece, store_b: Store, b: Piece, progress: Progress | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What two pieces of a tensor have in common, in float64 and flat."""
+    """Yield the overlap of two pieces of a tensor, flat and in float64."""
     low = tuple(map(max, _plus(a.offset, a.low), _plus(b.offset, b.low)))
     high = tuple(map(min, _plus(a.offset, a.high), _plus(b.offset, b.high)))
     if any(begin >= end for begin, end in zip(low, high, strict=True)):
@@ -256,7 +254,7 @@ def _common_slabs(
         place_a, place_b = _place(file_a, a), _place(file_b, b)
         for box in _boxes(place_a, _minus(low, a.offset), _minus(high, a.offset)):
             there = [_minus(_plus(corner, a.offset), b.offset) for corner in box]
-            # Cut further where the same box is spread wider in the other piece.
+            # Cut further if the same box has a larger extent in the other piece.
             for low_b, high_b in _boxes(place_b, *there):
                 here = [_minus(_plus(c, b.offset), a.offset) for c in (low_b, high_b)]
                 x = _read_box(file_a, place_a, *here).to(torch.float64).reshape(-1)

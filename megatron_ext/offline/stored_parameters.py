@@ -1,8 +1,8 @@
-"""The unsharded parameters that a checkpoint holds, by their global names. Pure.
+"""List the unsharded parameters of a checkpoint by their global names. Pure.
 
-From the index alone. A checkpoint key is not a parameter's name: homogeneous layers, and the
+Only the index is read. A checkpoint key is not a parameter's name: homogeneous layers, and the
 experts of a layer, are axes of one tensor, and the keys are those of TransformerEngine's fused
-modules. Names are those that `megatron_ext.resume.parameters` finds in a run.
+modules. The names are the same as those from `megatron_ext.resume.parameters` in a run.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from ..checkpoint.state_keys import parse_state_key
 from ..checkpoint.stored import StoredCheckpoint
 from ..plan.parameters import Parameter
 
-#: ``layers.`` with the layer's number behind it where layers are stored by themselves.
+#: ``layers.``, but not if a number follows: such layers are stored separately.
 _LAYERS = re.compile(r"(?<![^.])layers\.(?!\d)")
-#: The experts of a layer: an axis, or a number (core/transformer/moe/experts.py:913 and 1377).
+#: Experts of a layer are an axis or have a number (core/transformer/moe/experts.py:913, 1377).
 _EXPERTS = re.compile(r"(?<=\.mlp\.experts\.)experts\.(?:(?P<number>\d+)\.)?")
-#: Local modules -> the fused ones whose keys they have
-#: (core/models/gpt/gpt_layer_specs.py:459).
+#: Key of a fused module -> the local module's name (core/models/gpt/gpt_layer_specs.py:459).
 _FUSED = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-#: The two halves of a gated fc1 that are stored by themselves (core/transformer/mlp.py:465).
+#: The two halves of a gated fc1, which are stored separately (core/transformer/mlp.py:465).
 _HALVES = ("_w", "_v")
 #: Tensors of a model that no optimizer updates.
 _BUFFERS = re.compile(r".*(?:\.expert_bias|\.local_tokens_per_expert|\.inv_freq|_extra_state\d*)")
-#: In the key of a moment that is stored by parameter.
+#: Part of the key of a moment that is stored by parameter.
 _MOMENT = "optimizer.state.exp_avg."
 _OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 
@@ -45,7 +44,7 @@ class Named:
 
     @property
     def expert(self) -> bool:
-        """Whether it is a part of one expert."""
+        """Whether it belongs to one expert."""
         return ".mlp.experts." in self.name
 
 
@@ -54,9 +53,9 @@ class Stored:
     """The parameters of a checkpoint.
 
     Args:
-        parameters: In the order of the index.
-        by: ``optimizer``: of its moments' keys; ``model``: of the weights' keys, for the moments
-            are stored by buckets; None: the checkpoint has no index of its tensors.
+        parameters: The parameters, in the order of the index.
+        by: Source of the names: ``optimizer`` for the keys of the moments; ``model`` for the keys
+            of the weights, if the moments are stored by buckets; None without an index.
     """
 
     parameters: tuple[Named, ...]
@@ -67,7 +66,7 @@ def parameters_of(stored: StoredCheckpoint) -> Stored:
     """Name the parameters of a checkpoint.
 
     Args:
-        stored: Its index is read, no tensor.
+        stored: The checkpoint. Its index is read, but no tensor.
     """
     if stored.store is None:
         return Stored((), None)
@@ -99,17 +98,17 @@ def in_groups(
     rows: tuple[int, int] | None = None,
     decoupled: bool = False,
 ) -> list[list[Parameter]]:
-    """Say which param_group each parameter is in, as Megatron builds them.
+    """Assign each parameter to a param_group, as Megatron builds the groups.
 
-    Experts of a run with expert parallelism have groups of their own, and parameters of one
-    dimension are not decayed (core/optimizer/__init__.py:122 and :320, 0.19.2). Where that does not
-    tell, it is the first group that fits.
+    With expert parallelism experts have separate groups, and parameters of one dimension have no
+    weight decay (core/optimizer/__init__.py:122 and :320, 0.19.2). If several groups fit, the first
+    one is used.
 
     Args:
-        parameters: All of them.
+        parameters: All parameters.
         optimizers: For each optimizer of the chain its param_groups.
-        rows: Rows of the embedding in the checkpoint and now, where these differ.
-        decoupled: Whether embedding and output layer have a learning rate of their own.
+        rows: Rows of the embedding in the checkpoint and now, if these differ.
+        decoupled: Whether embedding and output layer have a separate learning rate.
 
     Returns:
         For each optimizer its parameters.
@@ -155,7 +154,7 @@ def _place(
 
 
 def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> Iterator[Named]:
-    """Parameters of checkpoint keys without the optimizer's prefix."""
+    """Yield the parameters of checkpoint keys that have lost the optimizer's prefix."""
     local = args.get("transformer_impl") == "local"
     grouped = bool(args.get("moe_grouped_gemm"))
     for key, shape in shapes.items():
@@ -170,7 +169,7 @@ def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> It
 
 
 def _unstacked(key: str, shape: tuple[int, ...], grouped: bool) -> Iterator[Named]:
-    """One for each layer and expert that a stored tensor holds."""
+    """Yield one parameter per layer and expert of a stored tensor."""
     layers, experts = _LAYERS.search(key), _EXPERTS.search(key)
     by_axis = [layers is not None, experts is not None and experts["number"] is None]
     if not (layers or experts) or sum(by_axis) >= len(shape):

@@ -1,7 +1,7 @@
-r"""What is dangerous about a plan, in words and with the number. Pure.
+r"""Warn about risky plans, with the size of the effect. Pure.
 
 The factors follow from Adam's update, lr m^ / (sqrt(v^) + eps) with m^ = m / (1 - b1^t) and
-v^ = v / (1 - b2^t), for an eps that does not matter (arXiv 1412.6980).
+v^ = v / (1 - b2^t), for a negligible eps (arXiv 1412.6980).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..rules.elementwise import RESET
 if TYPE_CHECKING:
     from .decisions import Circumstances, ResumePlan
 
-#: Beyond this ratio the batch-size rule's bias is worth a word.
+#: Above this ratio the bias of the batch-size rule is worth a warning.
 _LARGE_RATIO = 4.0
 
 
 def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
-    """The warnings of a plan.
+    """Collect the warnings of a plan.
 
     Args:
-        plan: Without its warnings.
-        circumstances: What else of the run they depend on.
+        plan: The plan, without its warnings.
+        circumstances: Facts about the current run.
 
     Returns:
-        One sentence or two each; the same on every rank.
+        Texts of one or two sentences, the same on every rank.
     """
     if not circumstances.adam:
         return _not_adam(plan.policy)
@@ -48,12 +48,12 @@ def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
 
 
 def step_growth(betas: tuple[float, float], step: int, next_step: int) -> float:
-    """Factor on the first update when m and v are kept and step becomes another number.
+    """Compute the factor on the first update if m and v are kept and step changes.
 
     Args:
-        betas: b1, b2.
-        step: t before.
-        next_step: t after.
+        betas: b1 and b2.
+        step: t before the resume.
+        next_step: t after the resume.
     """
 
     def correction(beta: float, taken: int) -> float:
@@ -66,7 +66,7 @@ def step_growth(betas: tuple[float, float], step: int, next_step: int) -> float:
 
 
 def fresh_update(betas: tuple[float, float], step: int) -> float:
-    """First update, in units of lr, of an element with m = v = 0 while step stays at t."""
+    """Compute the first update, in units of lr, of an element with m = v = 0 if step stays t."""
     b1, b2 = betas
     m = (1.0 - b1) / (1.0 - b1 ** (step + 1))
     v = (1.0 - b2) / (1.0 - b2 ** (step + 1))
@@ -76,7 +76,10 @@ def fresh_update(betas: tuple[float, float], step: int) -> float:
 def _not_adam(policy: ResumePolicy) -> tuple[str, ...]:
     if policy.preset == KEEP_ALL:
         return ()
-    return (f"preset {policy.preset}: not Adam, so its state and hyperparameters are left alone",)
+    return (
+        f"preset {policy.preset}: this optimizer is not Adam, so its state and hyperparameters are "
+        "not changed",
+    )
 
 
 def _step(plan: ResumePlan) -> Iterator[str]:
@@ -88,7 +91,7 @@ def _step(plan: ResumePlan) -> Iterator[str]:
         return
     if any(pair == (RESET, RESET) for pair in operations) and after == 0:
         steps = max((1.0 / (1.0 - b2) for _, b2 in betas_of(plan)), default=0.0)
-        # Of a gradient that is all noise m^ has variance (1 - b1) / (1 + b1) times the gradient's.
+        # If the gradient is pure noise, the variance of m^ is (1 - b1) / (1 + b1) times its own.
         ratio = max((math.sqrt((1.0 + b1) / (1.0 - b1)) for b1, _ in betas_of(plan)), default=1.0)
         yield (
             f"exp_avg, exp_avg_sq and step are reset: without a re-warm-up of about {steps:.0f} "
@@ -108,7 +111,7 @@ def _step(plan: ResumePlan) -> Iterator[str]:
                 yield (
                     f"step goes from {t} to {after} while moments are kept: at betas "
                     f"{betas[0]:g}, {betas[1]:g} the first update {verb} to {growth:.2f}x. "
-                    "bias-consistent keeps it"
+                    "The rule bias-consistent keeps it the same"
                 )
 
 
@@ -119,10 +122,10 @@ def _partial_reset(plan: ResumePlan) -> Iterator[str]:
     for betas in betas_of(plan):
         if (RESET, RESET) in operations:
             yield (
-                f"moments are reset while step stays at {plan.step}: there is no bias correction "
-                f"for them, and at betas {betas[0]:g}, {betas[1]:g} their first update is "
-                f"{fresh_update(betas, plan.step):.2f} lr. 'fill mean' or 'fill column-mean' for "
-                "exp_avg_sq is the remedy"
+                f"moments are reset while step stays at {plan.step}: they get no bias correction, "
+                f"and at betas {betas[0]:g}, {betas[1]:g} their first update is "
+                f"{fresh_update(betas, plan.step):.2f} lr. The remedy is 'fill mean' or "
+                "'fill column-mean' for exp_avg_sq"
             )
         if any(v == RESET and m != RESET for m, v in operations):
             bound = 1.0 / math.sqrt((1.0 - betas[1]) / (1.0 - betas[1] ** (plan.step + 1)))
@@ -138,15 +141,15 @@ def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]
     for change in policy.preset.declined:
         if change.key == "clip_grad" and not clipping:
             continue
-        yield f"preset {policy.preset}: {change.key} is declined and stays as it is"
+        yield f"preset {policy.preset}: {change.key} is declined and does not change"
     for change in policy.preset.effect.changes:
         if change.key == "clip_grad":
             if clipping and circumstances.live:
-                yield f"preset {policy.preset}: clip_grad of the running optimizer is left alone"
+                yield f"preset {policy.preset}: clip_grad of the running optimizer is not changed"
             continue
         decisions = [d for g in plan.groups for d in g.decisions if d.key == change.key]
         if circumstances.live and decisions:
-            yield f"preset {policy.preset}: {change.key} of the running optimizer is left alone"
+            yield f"preset {policy.preset}: {change.key} of the running optimizer is not changed"
         elif any(d.taken == "checkpoint" for d in decisions):
             yield (
                 f"preset {policy.preset}: {change.key} comes from the checkpoint and does not "
@@ -160,9 +163,9 @@ def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]
                 and not same(d.checkpoint, d.value)
             ):
                 yield (
-                    f"preset {policy.preset}: {change.key} differs from the checkpoint's already "
-                    f"({d.checkpoint} there, {d.argument} in the arguments) and is changed once "
-                    f"more, to {d.value}; decline {change.decline} if you have scaled it yourself"
+                    f"preset {policy.preset}: {change.key} is {d.checkpoint} in the checkpoint and "
+                    f"{d.argument} in the arguments, and the preset changes it again, to "
+                    f"{d.value}. Decline {change.decline} if you have scaled it yourself"
                 )
 
 
@@ -172,8 +175,8 @@ def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[
         yield f"the batch-size rule for exp_avg_sq (k = {ratio:g}) is experimental"
         if ratio > _LARGE_RATIO:
             yield (
-                f"batch-size: k = {ratio:g} is above 4, and the rule's bias grows with k: about "
-                "+8% at 4, +39% at 16 where the gradient is noise"
+                f"batch-size: k = {ratio:g} is above 4, and the rule's bias grows with k: for a "
+                "pure-noise gradient it is about +8% at 4 and +39% at 16"
             )
     sizes: tuple[float, float] | None = circumstances.global_batch_size
     if policy.preset.name == "batch-size":
@@ -186,9 +189,10 @@ def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[
         sizes = sizes or (old, new)
     if sizes is not None and sizes[0] != sizes[1]:
         yield (
-            f"the global batch size goes from {sizes[0]} to {sizes[1]}: schedule and data position "
-            "count samples, so they go on at the same sample and each iteration moves them "
-            f"{sizes[1] / sizes[0]:g}x as far; iterations given by arguments mean the new ones"
+            f"the global batch size goes from {sizes[0]} to {sizes[1]}: schedule and data "
+            "position count samples, so they continue at the same sample, and each iteration moves "
+            f"them {sizes[1] / sizes[0]:g}x as far. Arguments that count iterations count the new "
+            "ones"
         )
 
 
@@ -200,6 +204,6 @@ def _operations(policy: ResumePolicy) -> list[tuple[Rule, Rule]]:
 
 
 def betas_of(plan: ResumePlan) -> list[tuple[float, float]]:
-    """The betas in force after the resume, each pair once."""
+    """List the distinct betas that the param_groups have after the resume."""
     values = (d.value for g in plan.groups for d in g.decisions if d.key == "betas")
     return sorted({(float(b[0]), float(b[1])) for b in values if b is not None})

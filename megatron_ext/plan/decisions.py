@@ -1,4 +1,4 @@
-"""What a plan consists of: one decision for each key of each param_group. Plain data."""
+"""The parts of a plan: one decision for each key of each param_group. Plain data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Source = Literal["arguments", "checkpoint", "preset"]
 
 @dataclass(frozen=True)
 class Decision:
-    """Where one key of one param_group comes from.
+    """The source and value of one key of one param_group.
 
     Args:
         key: The param_group key.
-        checkpoint: The saved value, or None where the checkpoint has none.
-        argument: The current value, or None where the current group has none.
-        taken: Which of the two is used; ``preset``: what a preset makes of the argument.
-        reason: Why, in one phrase.
-        derived: The value, for ``preset``.
+        checkpoint: The saved value, or None if the checkpoint has none.
+        argument: The current value, or None if the current group has none.
+        taken: The source that is used; ``preset`` if a preset computes the value from the argument.
+        reason: The reason in one phrase.
+        derived: The computed value, for ``preset``.
     """
 
     key: str
@@ -56,7 +56,7 @@ class GroupPlan:
         saved_index: Position of its counterpart in the checkpoint, or None.
         note: How the counterpart was found, or why there is none.
         decisions: One per key, in the current group's order.
-        dropped: Keys of the counterpart that the current group does not have and does not get.
+        dropped: Keys of the counterpart that the current group neither has nor gets.
     """
 
     index: int
@@ -67,23 +67,23 @@ class GroupPlan:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Key -> value the live group has after the resume (without params and step)."""
+        """Key -> value in the live group after the resume, without params and step."""
         return {d.key: d.value for d in self.decisions}
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """Everything a resume of one optimizer will do to its groups and step.
+    """All changes that a resume of one optimizer makes to its groups and step.
 
     Args:
         groups: One per current param_group, in order.
-        step: The step that goes on, or None if none was taken yet.
-        unused_saved_groups: Saved groups that no current group corresponds to.
-        policy: The policy it was made from; of a phase that goes on, what is left of the user's.
+        step: The step after the resume, or None if none was taken yet.
+        unused_saved_groups: Saved groups without a counterpart among the current ones.
+        policy: The policy it was made from; in a continued phase without one-time operations.
         saved_step: The checkpoint's step.
-        clip_grad: What gradient clipping becomes, where a preset changes it.
-        warnings: What is dangerous about it, with the number.
-        phase: Whether a phase begins or goes on; None for a live optimizer.
+        clip_grad: The new gradient clipping, if a preset changes it.
+        warnings: Its risks, with the size of the effect.
+        phase: The phase that begins or continues; None for a live optimizer.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -97,7 +97,7 @@ class ResumePlan:
 
     @property
     def mark(self) -> str | None:
-        """What the param_groups carry from now on."""
+        """The mark that the param_groups get."""
         mark = None if self.phase is None else self.phase.mark
         return None if mark is None else str(mark)
 
@@ -126,15 +126,16 @@ class ResumePlan:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What else of the current run a plan looks at.
+    """Facts about the current run that a plan depends on.
 
     Args:
-        clip_grad: Largest gradient norm; 0: no clipping.
-        decoupled_weight_decay: AdamW; False: L2 in the gradient.
-        global_batch_size: Of the checkpoint's run and of this one, or None where unknown.
-        live: The state is that of the running optimizer: hyperparameters are left alone.
-        adam: False for the part of a chain that another optimizer updates (Muon): its state, its
-            step and what a preset would change are left alone.
+        clip_grad: Largest gradient norm; 0 means no clipping.
+        decoupled_weight_decay: True for AdamW, False for L2 in the gradient.
+        global_batch_size: Batch sizes of the checkpoint's run and of this one, in samples; None if
+            unknown.
+        live: Whether the state is the running optimizer's. Its hyperparameters do not change.
+        adam: False for a part of a chain that another optimizer updates (Muon). Its state, step
+            and hyperparameters do not change.
     """
 
     clip_grad: float = 0.0

@@ -1,4 +1,4 @@
-"""Pair the param_groups of two phases by what does not change between them. Pure."""
+"""Pair the param_groups of two phases by the values that both share. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from ..base.values import plain, same
 from ..errors import PlanError
 from ..policy.policy import SCHEDULE_KEYS, ResumePolicy
 
-#: What makes two param_groups the same group across two runs. The bounds max_lr and min_lr are
-#: not among them: they are what a phase change changes.
+#: Keys that identify a param_group across runs. The bounds max_lr and min_lr do not: a phase change
+#: changes them.
 STRUCTURAL_KEYS = ("is_expert_parallel", "wd_mult", "lr_mult", "is_decoupled_lr", "optimizer")
-#: Values Megatron gives a group that does not carry the key (`_get_param_groups`,
-#: core/optimizer/__init__.py).
+#: Megatron's values for a group without the key (`_get_param_groups`, core/optimizer/__init__.py).
 _STRUCTURAL_DEFAULTS = {
     "is_expert_parallel": False,
     "wd_mult": 1.0,
@@ -22,7 +21,7 @@ _STRUCTURAL_DEFAULTS = {
     "is_decoupled_lr": False,
     "optimizer": None,
 }
-#: Keys that never identify a group: they change within a run, or are what a phase change changes.
+#: Keys that never identify a group, because they change during a run or at a phase change.
 _NOT_AN_IDENTITY = frozenset(
     {*STRUCTURAL_KEYS, "lr", "weight_decay", "max_lr", "min_lr", "step", "params"}
 )
@@ -35,10 +34,10 @@ def match_groups(
     saved_sizes: Sequence[int],
     current_sizes: Sequence[int],
 ) -> list[int | None]:
-    """Pair saved with current groups, one to one, by what does not change between phases.
+    """Pair saved with current groups, one to one, by the values that both phases share.
 
-    Needed only where parameters are identified by their position in the groups: the legacy
-    format of the non-distributed optimizers.
+    Only the legacy format of the non-distributed optimizers needs this: it identifies parameters
+    by their position in the groups.
 
     Args:
         saved_groups: The checkpoint's param_groups.
@@ -47,8 +46,7 @@ def match_groups(
         current_sizes: Number of parameters in each live group.
 
     Returns:
-        For each current group the index of its saved counterpart, or None where there is none or
-        more than one.
+        For each current group the index of its saved counterpart, or None if none or several fit.
     """
     saved = [{**g, "params": n} for g, n in zip(saved_groups, saved_sizes, strict=True)]
     current = [{**g, "params": n} for g, n in zip(current_groups, current_sizes, strict=True)]
@@ -63,10 +61,10 @@ def counterpart(
     current_groups: Sequence[Mapping[str, Any]],
     saved_groups: Sequence[Mapping[str, Any]],
 ) -> tuple[int | None, str]:
-    """Find the saved group a current group goes on from; ambiguity matters only for kept keys."""
+    """Find the saved counterpart of a current group; several may fit if their kept keys agree."""
     saved_keys = {k for g in saved_groups for k in g}
     kept = frozenset(k for k in saved_keys if policy.source(k, group)[0])
-    # What is kept as one of all keys still tells groups apart; what is kept by name does not.
+    # Keys that are kept by name cannot identify a group; keys that are kept with all others can.
     by_name = kept & {*policy.named_keys, *SCHEDULE_KEYS}
     fit = _candidates(group, current_groups, saved_groups, by_name)
     if not fit:
@@ -96,7 +94,7 @@ def _candidates(
     *,
     size_counts: bool = False,
 ) -> list[int]:
-    """Saved groups with the same structural keys, narrowed by values that both phases share."""
+    """List saved groups with the same structural keys, narrowed by values that both share."""
     fit = [
         i for i, s in enumerate(saved_groups) if identity_of_group(s) == identity_of_group(group)
     ]
@@ -105,8 +103,8 @@ def _candidates(
     twins = [g for g in current_groups if identity_of_group(g) == identity_of_group(group)]
     ignored = _NOT_AN_IDENTITY - ({"params"} if size_counts else set())
     keys = sorted({k for i in fit for k in saved_groups[i]} & set(group) - ignored - kept)
-    # A value identifies a group only if the phase change did not touch it: the same values, as
-    # often, among the twins of both phases.
+    # A key identifies a group only if the phase change did not touch it: its values then occur
+    # equally often among the twins of both phases.
     steady = [
         k
         for k in keys
@@ -123,7 +121,7 @@ def _rank_among_twins(group: Mapping[str, Any], current_groups: Sequence[Mapping
 
 
 def identity_of_group(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The values by which a param_group is the same one in two phases."""
+    """Return the values that identify a param_group in both phases."""
     values = ((k, group.get(k)) for k in STRUCTURAL_KEYS)
     return tuple(_STRUCTURAL_DEFAULTS[k] if v is None else v for k, v in values)
 

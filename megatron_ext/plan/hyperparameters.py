@@ -1,4 +1,4 @@
-"""Decide, before anything is changed, where every value of every param_group comes from.
+"""Decide the source of every value of every param_group before anything is changed.
 
 Planning is pure: no torch.distributed, no I/O, no tensor. The same policy, saved groups and
 current groups give the same `ResumePlan` and the same `ResumePlan.digest` on every rank.
@@ -32,19 +32,19 @@ def plan_resume(
     """Decide for every key of every current param_group.
 
     Args:
-        policy: What the user asked, or what `phase` leaves of it.
+        policy: The user's policy, or `phase.policy`.
         saved: The checkpoint's groups and step.
-        current_groups: The live optimizer's param_groups as the current arguments made them.
+        current_groups: The live optimizer's param_groups as built from the current arguments.
             ``params`` and ``step`` are ignored.
-        circumstances: What else the decisions and warnings depend on.
-        phase: Whether a phase begins or goes on.
+        circumstances: Facts about the current run that decisions and warnings depend on.
+        phase: The phase that begins or continues.
 
     Returns:
-        The plan; nothing is changed.
+        The plan. Nothing is changed.
 
     Raises:
         PlanError: A key to be kept is unknown, two saved groups fit one current group and differ
-            in a key to be kept, or a preset cannot be carried out with these hyperparameters.
+            in a key to be kept, or a preset cannot be applied to these hyperparameters.
     """
     circumstances = circumstances or Circumstances()
     _check_known(policy, saved, current_groups)
@@ -133,7 +133,7 @@ def _decide(
 
 
 def _derive(policy: ResumePolicy, group: GroupPlan) -> GroupPlan:
-    """Let the hyperparameters follow that a preset changes and that come from the arguments."""
+    """Apply the preset's changes to the hyperparameters that come from the arguments."""
     changes = {c.key: c for c in policy.preset.effect.changes}
     decisions = tuple(
         _changed(policy, d, changes[d.key])
@@ -165,14 +165,14 @@ def _clip_grad(policy: ResumePolicy, circumstances: Circumstances) -> Decision |
 def _refuse_coupled_decay(
     policy: ResumePolicy, groups: Sequence[GroupPlan], circumstances: Circumstances
 ) -> None:
-    """L2 in the gradient is not scaled with the gradient."""
+    """Raise for gradient-scale with L2 decay: L2 in the gradient is not scaled with it."""
     decays = {d.value for g in groups for d in g.decisions if d.key == "weight_decay"}
     coupled = not circumstances.decoupled_weight_decay and any(decays)
     if policy.preset.name == "gradient-scale" and coupled:
         raise PlanError(
             f"preset {policy.preset}: weight decay is coupled (L2 in the gradient, "
-            f"weight_decay {sorted(decays)}), and then Adam's update does change with the "
-            "gradient's scale. Use decoupled weight decay (AdamW), or scale the moments by rules"
+            f"weight_decay {sorted(decays)}), so Adam's update changes with the gradient's scale. "
+            "Use decoupled weight decay (AdamW), or scale the moments by rules"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which rule is for which rows of which parameter. Pure."""
+"""Assign rules to the rows of parameters. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .parameters import Parameter
 def overwritten(
     policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any] | None
 ) -> frozenset[Key]:
-    """The moments of a parameter that are set in all its rows without a look at the old values.
+    """Return the moments of a parameter that are set in all its rows without reading old values.
 
     Args:
-        policy: What is asked.
-        parameter: Its `saved_rows` do not matter.
-        group: Its current param_group; None where it is not known, and then no rule that asks for
-            attributes of it counts as one that overwrites.
+        policy: The policy.
+        parameter: The parameter; its `saved_rows` do not matter.
+        group: Its current param_group, or None if it is not known. The result is then empty if any
+            rule depends on attributes of a group.
 
     Returns:
-        Empty too where the rules contradict each other: `plan_moments` raises there.
+        The moments. Empty also if rules contradict each other, for which `plan_moments` raises.
     """
     if group is None and any(rule.match.group for rule in policy.rules):
         return frozenset()
@@ -44,11 +44,11 @@ def overwritten(
 def used_rules(
     policy: ResumePolicy, parameters: Iterable[Parameter], groups: Sequence[Mapping[str, Any]]
 ) -> set[int]:
-    """Positions of the rules that match one of some parameters.
+    """Return the positions of the rules that match at least one parameter.
 
     Args:
-        policy: Whose rules.
-        parameters: Of one optimizer.
+        policy: The policy with the rules.
+        parameters: Parameters of one optimizer.
         groups: Its param_groups.
     """
     used: set[int] = set()
@@ -61,7 +61,7 @@ def used_rules(
 
 
 def used_group_rules(policy: ResumePolicy, groups: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Positions of the group rules that fit one of some param_groups."""
+    """Return the positions of the group rules that fit at least one param_group."""
     return {i for i, rule in enumerate(policy.groups) if any(map(rule.fits, groups))}
 
 
@@ -71,13 +71,13 @@ def unmatched(
     used_groups: Collection[int],
     names: Sequence[str],
 ) -> str:
-    """What to say of rules that match nothing; empty if all match something.
+    """Write the message about rules that match nothing; empty if all match something.
 
     Args:
-        policy: Whose rules.
+        policy: The policy with the rules.
         used: Positions of the rules that match a parameter, on any rank.
         used_groups: Positions of the group rules that fit a param_group, on any rank.
-        names: Some names that parameters have.
+        names: Some parameter names, as examples.
     """
     idle = [rule for i, rule in enumerate(policy.rules) if i not in used]
     out = []
@@ -98,7 +98,7 @@ def unmatched(
 def operations_of(
     policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any]
 ) -> list[tuple[int, int, Rule, Rule, int | None]]:
-    """First row and one past the last, what is done to both moments, and which rule says so."""
+    """List first row, one past the last row, rules for both moments, and position of the rule."""
     rules = policy.rules
     pieces: list[tuple[int, int, int]] = []
     for number, rule in enumerate(rules):

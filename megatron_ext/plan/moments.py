@@ -1,7 +1,8 @@
-"""Decide for every row of every parameter what is done to its moments. Pure.
+"""Decide the moment rules for every row of every parameter. Pure.
 
-Rules are resolved on unsharded parameters: the same on every layout, and offline. What needs a
-number that only the state itself has (a mean, a quantile) is left as a `Statistic` to be found.
+Rules are resolved on unsharded parameters, so the result is the same for every parallel layout and
+offline. A rule that needs a number from the state itself (a mean, a quantile) stays a `Statistic`
+that is computed later.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ def plan_moments(
     saved_groups: Sequence[Mapping[str, Any]],
     current_groups: Sequence[Mapping[str, Any]],
 ) -> tuple[ParameterPlan, ...]:
-    """Decide what is done to the moments of some parameters.
+    """Decide the rules for the moments of some parameters.
 
     Args:
-        plan: The plan of the optimizer they belong to.
-        parameters: Some of its parameters; what is decided for one does not depend on the others.
+        plan: The plan of their optimizer.
+        parameters: Some of its parameters. Each is decided independently of the others.
         saved_groups: The checkpoint's param_groups, for the betas of the moments.
         current_groups: The current ones, for the attributes that rules match.
 
@@ -37,8 +38,8 @@ def plan_moments(
         One plan for each parameter.
 
     Raises:
-        PlanError: Two rules meet in an element, rows that a parameter does not have, or a rule
-            that this checkpoint cannot be changed by. Names rules and parameter.
+        PlanError: Two rules cover the same element, a rule names rows that a parameter does not
+            have, or it cannot be applied to this checkpoint. The error names rules and parameter.
     """
     return tuple(_plan(plan, p, saved_groups, current_groups[p.group]) for p in parameters)
 
@@ -61,7 +62,7 @@ def _plan(
         if isinstance(v, ElementRule) and v.kind == "joint" and m != KEEP:
             raise context.error(
                 f"the {v.name.replace('_', '-')} rule for exp_avg_sq reads exp_avg, which must be "
-                "kept. Do the two in two steps"
+                "kept. Apply the two rules in two resumes"
             )
         out.append(Rows(first, last, m, v, chosen))
     return ParameterPlan(parameter, tuple(out))
@@ -72,12 +73,12 @@ class PlanContext:
     """`megatron_ext.rules.base.Context`, for one rule and one moment of one parameter.
 
     Args:
-        plan: Of the optimizer.
-        parameter: Whose moment.
+        plan: The plan of the optimizer.
+        parameter: The parameter.
         saved_groups: The checkpoint's param_groups.
-        key: Which moment.
-        rows: All rows of the parameter: first, one past the last, what is done to the moment, and
-            the position of the policy's rule.
+        key: The moment, ``exp_avg`` or ``exp_avg_sq``.
+        rows: All rows of the parameter: first row, one past the last, the moment's rule, and the
+            rule's position in the policy.
         number: Position of the rule that is resolved, None for the preset.
     """
 
@@ -95,58 +96,58 @@ class PlanContext:
 
     @property
     def saved_step(self) -> int | None:
-        """T of the moments."""
+        """Step t of the saved moments."""
         return self.plan.saved_step
 
     @property
     def next_step(self) -> int | None:
-        """T after the resume."""
+        """Step t after the resume."""
         return self.plan.step
 
     def error(self, text: str) -> PlanError:
-        """An error that names the rule and the parameter."""
+        """Make an error that names the rule and the parameter."""
         policy = self.plan.policy
         chosen = self.number
         rule = f"preset {policy.preset}" if chosen is None else f"rule {policy.rules[chosen]}"
         return PlanError(f"{rule}, {self.name}: {text}")
 
     def step(self) -> int:
-        """T of the moments, at least 1."""
+        """Return step t of the saved moments, at least 1."""
         t = self.plan.saved_step
         if not t:
             raise self.error(
-                "the checkpoint was written before the first step, so its moments are 0 and say "
-                "nothing about the gradient. Leave the rule out"
+                "the checkpoint was written before the first step, so its moments are 0 and hold "
+                "no information about the gradient. Leave the rule out"
             )
         return t
 
     def saved_betas(self) -> tuple[float, float]:
-        """b1 and b2 with which the moments were made."""
+        """Return b1 and b2 of the saved moments."""
         index = self.plan.groups[self.parameter.group].saved_index
         found = [self.saved_groups[index]] if index is not None else list(self.saved_groups)
         betas = {tuple(float(b) for b in g["betas"]) for g in found if g.get("betas") is not None}
         if len(betas) != 1:
             raise self.error(
-                "needs the betas of the checkpoint; the parameter's group has no counterpart there "
-                f"and the saved groups have {sorted(betas) or 'none'}"
+                "it needs the betas of the checkpoint, but the parameter's group has no "
+                f"counterpart there and the saved groups have {sorted(betas) or 'none'}"
             )
         b1, b2 = betas.pop()
         return b1, b2
 
     def next_betas(self) -> tuple[float, float]:
-        """b1 and b2 after the resume."""
+        """Return b1 and b2 after the resume."""
         betas = self.plan.groups[self.parameter.group].values.get("betas")
         if betas is None:
-            raise self.error("needs betas, and its param_group has none")
+            raise self.error("it needs betas, but its param_group has none")
         b1, b2 = betas
         return float(b1), float(b2)
 
     def own_rows(self) -> tuple[tuple[int, int], ...]:
-        """The rows that the rule is for and the checkpoint has."""
+        """Return the rows that the rule covers and the checkpoint has."""
         return self.parameter.old([(a, b) for a, b, _, other in self.rows if other == self.number])
 
     def kept_rows(self, text: str) -> tuple[tuple[tuple[int, int], ...], float]:
-        """The rows that are kept or scaled, and their factor; all where one rule has them all."""
+        """Return the kept or scaled rows and their factor; all rows if one rule covers them."""
         if len(self.rows) == 1:
             return self.parameter.old([(0, self.parameter.rows)]), 1.0
         spans, factors = [], set()
@@ -166,6 +167,6 @@ class PlanContext:
         if len(factors) > 1:
             raise self.error(
                 f"{text!r}: the other rows are scaled by different factors, {sorted(factors)}; "
-                "expected one. Do it in two steps"
+                "expected one. Apply the rules in two resumes"
             )
         return self.parameter.old(spans), factors.pop()

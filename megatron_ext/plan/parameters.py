@@ -1,4 +1,4 @@
-"""Unsharded parameters and what is decided for their rows. Plain data."""
+"""Unsharded parameters and the rules decided for their rows. Plain data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Parameter:
 
     Args:
         name: Global name.
-        shape: Unsharded.
+        shape: Unsharded shape.
         group: Position of its param_group in the current optimizer.
-        saved_rows: Its rows in the checkpoint, where they are more or fewer.
+        saved_rows: Its number of rows in the checkpoint, if that differs; else None.
     """
 
     name: str
@@ -32,29 +32,29 @@ class Parameter:
 
     @property
     def row_elements(self) -> int:
-        """Elements of one row."""
+        """Number of elements in one row."""
         return math.prod(self.shape[1:])
 
     @property
     def grown(self) -> bool:
-        """Whether it has rows that the checkpoint has not."""
+        """Whether it has rows that the checkpoint does not have."""
         return self.saved_rows is not None and self.saved_rows < self.rows
 
     def old(self, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """The parts of some row ranges that the checkpoint has; a new row's moments say nothing."""
+        """Restrict row ranges to the rows in the checkpoint; new rows have no saved moments."""
         end = self.rows if self.saved_rows is None else min(self.saved_rows, self.rows)
         return tuple((first, min(last, end)) for first, last in spans if first < end)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is done to some rows of a parameter.
+    """The rules for some rows of a parameter.
 
     Args:
         first: First row.
-        last: One past the last.
-        exp_avg: An element rule, or the statistic that gives one.
-        exp_avg_sq: The same.
+        last: One past the last row.
+        exp_avg: The element rule, or the statistic from which it will be computed.
+        exp_avg_sq: The element rule, or the statistic from which it will be computed.
         rule: Position of the policy's rule, or None for its preset.
     """
 
@@ -67,13 +67,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What is done to one unsharded parameter; the rows follow each other without a gap."""
+    """The rules for one unsharded parameter; the row ranges are contiguous."""
 
     parameter: Parameter
     rows: tuple[Rows, ...]
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """What has to be known first."""
+        """The statistics that have to be computed first, each once."""
         both = (x for r in self.rows for x in (r.exp_avg, r.exp_avg_sq))
         return tuple(dict.fromkeys(x for x in both if isinstance(x, Statistic)))

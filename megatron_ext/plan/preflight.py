@@ -1,7 +1,7 @@
-"""Everything that can be known to be wrong before a model is built, found at once.
+"""Find every problem of a resume that can be found before a model is built.
 
-From the arguments and the checkpoint's metadata alone: no tensor is read, no process group needed.
-What is wrong with the arguments is found on every rank; the checkpoint is opened on rank 0 only.
+The checks use the arguments and the checkpoint's metadata. They read no tensor and need no process
+group. The arguments are checked on every rank; the checkpoint is opened on rank 0 only.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Preflight:
 
 
 def check(args: Any) -> None:
-    """Raise one error that lists everything found.
+    """Raise one error that lists all problems.
 
     Args:
         args: Megatron's arguments as parsed, before its own validation.
 
     Raises:
-        MegatronExtError: What was found; see `Preflight.error`.
+        MegatronExtError: The problem, or a `HostError` that lists several.
     """
     if (error := examine(args).error) is not None:
         raise error
@@ -76,8 +76,8 @@ def examine(
 
     Args:
         args: As for `check`.
-        stored: The checkpoint that is loaded, for a plan that has read it already; of a run with
-            this package's own class then, whose import is not tried.
+        stored: The checkpoint, if a plan has read it already. The import of this package's own
+            optimizer class is then not tried.
         read_request: Reads the request from the arguments.
         open_checkpoint: False: look at the arguments only.
     """
@@ -93,7 +93,7 @@ def examine(
     request = attempt(lambda: read_request(args))
     if stored is None or args.optimizer_class != DEFAULT_CLASS:
         attempt(lambda: classes.resolve_class(args.optimizer_class))
-    # Of a policy that cannot be read these two flags can.
+    # These two flags can be read even if the policy cannot.
     policy = ResumePolicy(
         reset_iteration=bool(getattr(args, "reset_iteration", False)),
         reset_dataloader=bool(getattr(args, "reset_dataloader", False)),
@@ -182,7 +182,7 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
 
 
 def _schedule_conflicts(args: Any) -> Iterator[str]:
-    """Stock asserts it without a word (core/optimizer_param_scheduler.py:135, 0.19.2)."""
+    """Check what stock asserts without a message (core/optimizer_param_scheduler.py:135)."""
     for unit in ("iters", "samples"):
         warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
         decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)

@@ -1,4 +1,4 @@
-"""What is wrong with the checkpoint of a resume, found before a model is built."""
+"""Check the checkpoint of a resume before a model is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
 from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
 
-#: Saved argument -> its flag; the layouts that only a fully reshardable checkpoint may change.
+#: Saved argument -> its flag, for the parallel sizes that only a fully reshardable checkpoint may
+#: change.
 _MODEL_PARALLEL = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
@@ -52,16 +53,16 @@ def examine_checkpoint(
 
     Args:
         args: Megatron's arguments as parsed.
-        policy: What is asked.
-        chosen: What the run loads from and saves to.
-        stored: The checkpoint, where it has been read already.
-        known: Whether the policy could be read; if not, only what is wrong whatever the policy.
+        policy: The user's policy.
+        chosen: The directories of the run.
+        stored: The checkpoint, if it has been read already.
+        known: Whether the policy could be read. If not, checks that depend on it are skipped.
     """
     if arguments.dropping_flag(args) or is_remote(args.load):
         return (), None  # nothing is taken from it, or only Megatron can open it
     if stored is None and chosen.load is not None:
         try:
-            # Megatron takes --ckpt-step 0 for none (training/checkpointing.py:1664, 0.19.2).
+            # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
             step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
         except CheckpointError as e:
@@ -85,7 +86,7 @@ def examine_checkpoint(
 
 
 def _non_persistent(args: Any, load: Path) -> Path | None:
-    """Where Megatron looks for non-persistent checkpoints, if it does."""
+    """Return the directory of non-persistent checkpoints, if Megatron looks for them."""
     if getattr(args, "non_persistent_ckpt_type", None) != "global":
         return None
     named = getattr(args, "non_persistent_global_ckpt_dir", None)
@@ -93,7 +94,7 @@ def _non_persistent(args: Any, load: Path) -> Path | None:
 
 
 def _stored_problems(context: ResumeContext) -> Iterator[str]:
-    """What the checkpoint cannot give to this run."""
+    """Yield the reasons why this run cannot use the checkpoint."""
     stored, args = context.stored, context.args
     if not stored.optimizers:
         yield (
@@ -110,7 +111,7 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
         yield (
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "
             f"--use-distributed-optimizer and this run is {names[not saved_kind]} it: their states "
-            "have different layouts. Give the flag as it was"
+            "have different forms. Give the flag as it was"
         )
     yield from _layout_problems(stored, args)
 
@@ -133,22 +134,22 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
     if changed and fixed:
         yield (
-            f"{', '.join(changed)}: a checkpoint of the kind {kind} cannot be loaded into another "
+            f"{', '.join(changed)}: a {kind} checkpoint cannot be loaded into another parallel "
             f"layout ({stored.directory}). Resume once as it was saved, save with --ckpt-format "
-            "torch_dist --dist-ckpt-optim-fully-reshardable, and change the layout then"
+            "torch_dist --dist-ckpt-optim-fully-reshardable, and then change the layout"
         )
 
 
 def padded_rows(saved: Mapping[str, Any], args: Any) -> tuple[int, int] | None:
-    """Rows of the embedding in the checkpoint and now, where the arguments are enough to tell.
+    """Return the rows of the embedding in the checkpoint and now, if the arguments determine them.
 
-    As vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124,
-    0.19.2); a tokenizer may add one token for the end of a document.
+    vocab_size_with_padding rounds them up (core/tokenizers/utils/build_tokenizer.py:124, 0.19.2).
+    A tokenizer may add one token for the end of a document.
     """
     before, now = saved.get("padded_vocab_size"), getattr(args, "padded_vocab_size", None)
     if before is None:
         return None
-    # Other tokenizers bring a vocabulary of their own.
+    # Other tokenizers have their own vocabulary size.
     named = str(getattr(args, "tokenizer_type", None)).startswith("Null")
     if now is None and named and getattr(args, "vocab_size", None) is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

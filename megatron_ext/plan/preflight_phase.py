@@ -19,7 +19,7 @@ from ..policy.policy import ResumePolicy
 
 @dataclass(frozen=True)
 class ResumeContext:
-    """What the checks look at."""
+    """The inputs of the checks."""
 
     args: Any
     policy: ResumePolicy
@@ -32,7 +32,7 @@ def phase_of(context: ResumeContext) -> Phase | None:
 
     Raises:
         CheckpointError: The phase began at another checkpoint than is named now.
-        PlanError: The checkpoint is another phase's.
+        PlanError: The checkpoint belongs to another phase.
     """
     stored = context.stored
     if not stored.optimizers:
@@ -48,17 +48,17 @@ def phase_of(context: ResumeContext) -> Phase | None:
 
 
 def identity_of(stored: StoredCheckpoint) -> str:
-    """What tells a checkpoint from others (`megatron_ext.policy.phase.identity`)."""
+    """Identify a stored checkpoint (`megatron_ext.policy.phase.identity`)."""
     saved = stored.optimizers[0]
     return identity(name_of(stored.root), stored.iteration, stored.args, saved.groups, saved.step)
 
 
 def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
-    """Raise if the phase in its own directory began at another checkpoint than is named now."""
+    """Raise if the phase began at another checkpoint than the one that is named now."""
     name, _, begun = mark.source.rpartition("@")
     iteration = begun.partition("#")[0]
     found = None
-    # It may have been deleted since: then the name has to do.
+    # If it has been deleted since, only its name can be compared.
     with contextlib.suppress(CheckpointError, ValueError):
         found = newest(start, int(iteration))
     if found is not None and found.optimizers:
@@ -76,27 +76,27 @@ def _check_start(mark: Mark, start: Path, own: StoredCheckpoint) -> None:
 
 
 def _check_start_step(context: ResumeContext, mark: Mark, own: StoredCheckpoint) -> None:
-    """Raise if --ckpt-step was meant to go back within the phase, not to say where it starts."""
+    """Raise if --ckpt-step is not the iteration at which the phase started."""
     step = getattr(context.args, "selective_start_step", None)
     begun = mark.source.rpartition("@")[2].partition("#")[0]
     if step and str(step) != begun:
         raise CheckpointError(
-            f"--ckpt-step {step} with --selective-from {context.chosen.start}: it says at which "
-            f"iteration the phase starts, and the one in {own.root} was started at iteration "
-            f"{begun}. To go back within the phase leave --selective-from out: --load {own.root} "
-            f"--save {own.root} --ckpt-step {step}"
+            f"--ckpt-step {step} with --selective-from {context.chosen.start}: the flag gives the "
+            f"iteration at which the phase starts, but the phase in {own.root} was started at "
+            f"iteration {begun}. To go back within the phase, leave --selective-from out: "
+            f"--load {own.root} --save {own.root} --ckpt-step {step}"
         )
 
 
 def check_length(context: ResumeContext, phase: Phase) -> None:
-    """Raise if a phase that begins here would have nothing to train; a finished one may restart."""
+    """Raise if a phase that begins here has no iteration to train; a finished one may restart."""
     last = getattr(context.args, "train_iters", None)
     first = 0 if context.policy.reset_iteration else context.stored.iteration
     if phase.state == "applied" and last and last <= first:
         raise HostError(
             f"--train-iters {last}: the phase begins at iteration {first}, so there is nothing "
-            "left to train; expected the last iteration, not a number of more. Raise it, or add "
-            "--reset-iteration"
+            "left to train; expected the last iteration, not the number of additional ones. Raise "
+            "it, or add --reset-iteration"
         )
 
 

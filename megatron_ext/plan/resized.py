@@ -1,4 +1,4 @@
-"""Parameters with another number of rows than the checkpoint. Pure."""
+"""Parameters whose number of rows differs from the checkpoint. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .parameters import ParameterPlan, Rows
 
 @dataclass(frozen=True)
 class RowChange:
-    """The rows of one model parameter, here and in the checkpoint.
+    """The rows of one model parameter, in the model and in the checkpoint.
 
     Args:
         key: Its checkpoint key.
         saved: Rows of the unsharded parameter in the checkpoint.
         now: Rows of the unsharded parameter in the model.
         first_new: First row of this rank's shard that the checkpoint does not have; the number of
-            the shard's rows if it has them all.
+            the shard's rows if the checkpoint has them all.
     """
 
     key: str
@@ -30,7 +30,7 @@ class RowChange:
     first_new: int
 
     def __str__(self) -> str:
-        """As it stands in the log."""
+        """Write the change for the log."""
         here = f"{self.key}: {self.saved} rows in the checkpoint, {self.now} now: the"
         if self.now > self.saved:
             new = self.now - self.saved
@@ -41,13 +41,13 @@ class RowChange:
 
 @dataclass(frozen=True, order=True)
 class ResizedParameter:
-    """One unsharded parameter whose rows are not those of the checkpoint.
+    """One unsharded parameter whose number of rows differs from the checkpoint.
 
     Args:
         name: Global name.
         saved: Rows in the checkpoint.
         now: Rows in the model.
-        bare: New rows whose exp_avg_sq stays 0 without a rule that says so.
+        bare: New rows whose exp_avg_sq stays 0 because no rule fills it.
     """
 
     name: str
@@ -66,15 +66,15 @@ class ResizedParameter:
         return max(self.saved - self.now, 0)
 
     def __str__(self) -> str:
-        """As it stands in the log."""
+        """Write the change for the log."""
         return str(RowChange(self.name, self.saved, self.now, 0))
 
 
 def resized_by(decided: ParameterPlan) -> ResizedParameter:
-    """What a plan leaves of the new rows of one parameter.
+    """Summarise the row change of one parameter.
 
     Args:
-        decided: The plan for its moments; the parameter has `saved_rows`.
+        decided: The plan for its moments. The parameter's `saved_rows` is set.
     """
     parameter = decided.parameter
     first = parameter.saved_rows or 0
@@ -83,29 +83,29 @@ def resized_by(decided: ParameterPlan) -> ResizedParameter:
 
 
 def warnings_of(plan: ResumePlan, resized: Sequence[ResizedParameter]) -> Iterator[str]:
-    """What is dangerous about resized parameters, with the number.
+    """Warn about risks of resized parameters, with the size of the effect.
 
     Args:
         plan: The plan of the optimizer that updates them.
-        resized: On all ranks.
+        resized: The resized parameters of all ranks.
     """
     for one in resized:
         if one.dropped:
-            yield f"{one}, weights and moments; if they were more than padding, tokens are lost"
+            yield f"{one}, weights and moments. If they were not just padding, tokens are lost"
         if not one.bare or not plan.step:
             continue
         for betas in betas_of(plan):
             yield (
                 f"{one.name}: the moments of {one.bare} new rows are 0 while step stays at "
-                f"{plan.step}: there is no bias correction for them, and at betas {betas[0]:g}, "
+                f"{plan.step}: they get no bias correction, and at betas {betas[0]:g}, "
                 f"{betas[1]:g} their first update is {fresh_update(betas, plan.step):.2f} lr. The "
                 f"remedy is --selective-rule '{one.name}[{one.saved}:]' reset 'fill column-mean'"
             )
 
 
 def _bare(rows: Rows, first_new: int) -> int:
-    """New rows among some whose exp_avg_sq is 0 afterwards, and nobody asked for that."""
+    """Count the new rows whose exp_avg_sq stays 0 because no rule fills it."""
     v = rows.exp_avg_sq
-    # Whether a rule from a statistic gives new rows a value does not depend on the value.
+    # Any value of the statistic will do: whether the rule fills zeros does not depend on it.
     rule = registry.of_statistic(v, 1.0) if isinstance(v, Statistic) else v
     return 0 if rule.fills_zeros else max(rows.last - max(rows.first, first_new), 0)

@@ -1,1 +1,1 @@
-"""What the user asks for: flags, YAML, presets, phases and counters. No torch."""
+"""The user's request: flags, YAML, presets, phases and counters. No torch."""

@@ -1,4 +1,4 @@
-"""What a policy's fields must be."""
+"""Checks of a policy's fields."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NOT_A_CHOICE = {
 
 
 def unique_keys(found: Any, where: str, what: str) -> tuple[str, ...]:
-    """Keys as a tuple without repetitions.
+    """Return keys as a tuple without repetitions.
 
     Raises:
-        PolicyError: They are no list of texts.
+        PolicyError: They are not a list of keys that can be kept.
     """
     if isinstance(found, str):
         raise PolicyError(
@@ -39,10 +39,10 @@ def unique_keys(found: Any, where: str, what: str) -> tuple[str, ...]:
 
 
 def all_of(kind: type, found: Any, where: str) -> tuple[Any, ...]:
-    """Items as a tuple.
+    """Return items as a tuple.
 
     Raises:
-        PolicyError: One of them is of another kind.
+        PolicyError: One of them is not of the type `kind`.
     """
     items = tuple(found)
     for item in items:
@@ -52,5 +52,5 @@ def all_of(kind: type, found: Any, where: str) -> tuple[Any, ...]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number; a bool is none."""
+    """Whether a value is a number. A bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

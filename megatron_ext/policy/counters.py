@@ -1,8 +1,8 @@
 """The counters of a run at a phase change: iteration, data position, schedule position. Pure.
 
-Three of them move together in an ordinary run: after i iterations of B samples the data position
-and the scheduler's num_steps are both i B. Each can be reset by itself, so from then on they differ
-by an offset, which the phase's mark keeps.
+In an ordinary run the three move together: after i iterations of B samples, the data position and
+the scheduler's num_steps are both i B. Each can be reset separately. From then on they differ by an
+offset, which is stored in the phase's mark.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _RAMPS = ("rampup_batch_size", "step_batch_size_schedule")
 
 @dataclass(frozen=True)
 class Counters:
-    """Where a run is.
+    """The position of a run.
 
     Args:
         iteration: Training iterations done.
-        consumed_train_samples: Data position.
-        skipped_train_samples: Of these, how many were skipped.
+        consumed_train_samples: Position in the training data.
+        skipped_train_samples: How many of these samples were skipped.
         consumed_valid_samples: Position in the validation data.
-        num_steps: The scheduler's position, in samples; None where there is no scheduler.
+        num_steps: The scheduler's position, in samples; None without a scheduler.
     """
 
     iteration: int
@@ -35,17 +35,17 @@ class Counters:
 
 
 def ramp_of(args: Any) -> str | None:
-    """The argument by which the batch size changes during a run; None where it does not."""
+    """Return the argument that changes the batch size during a run, or None."""
     return next((name for name in _RAMPS if getattr(args, name, None) is not None), None)
 
 
 def begin(policy: ResumePolicy, saved: Counters, offset: int) -> tuple[Counters, int]:
-    """The counters with which a phase begins, and the new offset.
+    """Compute the counters with which a phase begins, and its offset.
 
     Args:
-        policy: What is left to do.
-        saved: The checkpoint's.
-        offset: Of the checkpoint's phase, in samples.
+        policy: The policy, without operations that have been done already.
+        saved: The checkpoint's counters.
+        offset: Offset of the checkpoint's phase, in samples.
     """
     counted = saved.consumed_train_samples - offset
     after = saved
@@ -63,27 +63,27 @@ def begin(policy: ResumePolicy, saved: Counters, offset: int) -> tuple[Counters,
 def last_iteration(
     counters: Counters, offset: int, train_samples: int, global_batch_size: int
 ) -> int:
-    """The iteration at which ``--train-samples`` are reached with a constant batch.
+    """Compute the iteration at which ``--train-samples`` are reached with a constant batch size.
 
     Stock divides the samples by the current batch size, which is wrong once it has changed
     (`update_train_iters`, training/training.py:1528, 0.19.2).
 
     Args:
-        counters: Where the run is.
-        offset: Of its phase.
-        train_samples: As in the argument: counted with the iteration.
-        global_batch_size: The current one.
+        counters: The position of the run.
+        offset: Offset of its phase, in samples.
+        train_samples: The argument; it counts samples from the iteration's 0.
+        global_batch_size: The current batch size, in samples.
     """
     counted = counters.consumed_train_samples - offset
     return counters.iteration + max(0, train_samples - counted) // global_batch_size
 
 
 def samples_needed(counters: Counters, last: int, global_batch_size: int) -> int:
-    """How many samples the training data has to have for the run to reach its last iteration.
+    """Compute how many samples of training data the run needs to reach its last iteration.
 
     Args:
-        counters: Where the run is.
+        counters: The position of the run.
         last: Its last iteration.
-        global_batch_size: The current one, constant.
+        global_batch_size: The current batch size in samples, which stays constant.
     """
     return counters.consumed_train_samples + max(0, last - counters.iteration) * global_batch_size

@@ -1,4 +1,4 @@
-"""A `ResumePolicy` from and to plain data, as in YAML and in reports."""
+"""Convert a `ResumePolicy` from and to plain data, as in YAML and in reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOP = (
     *("hyperparameters", "schedule", "preset", "moments", "step", "nonfinite", "strict"),
     *("counters", "phase"),
 )
-_COUNTERS = {
+_COUNTER_CHOICES = {
     "iteration": ("keep", "reset"),
     "dataloader": ("keep", "reset"),
     "schedule": ("continue", "restart"),
@@ -30,13 +30,13 @@ _MATCH = ("name", "rows", "ndim", "group")
 
 
 def from_dict(content: Any) -> ResumePolicy:
-    """A policy from plain data.
+    """Build a policy from plain data.
 
     Args:
-        content: What YAML or JSON gives.
+        content: The data as read from YAML or JSON.
 
     Raises:
-        PolicyError: See `read`.
+        PolicyError: The data is not a policy. The error names the place.
     """
     content = _mapping(content, "policy", _TOP)
     hyper = _mapping(content.get("hyperparameters", {}), "hyperparameters", _HYPERPARAMETERS)
@@ -63,7 +63,7 @@ def from_dict(content: Any) -> ResumePolicy:
 
 
 def to_dict(policy: ResumePolicy) -> dict[str, Any]:
-    """Plain data that `from_dict` reads back as the same policy; defaults are left out."""
+    """Convert a policy to plain data for `from_dict`; defaults are left out."""
     out: dict[str, Any] = {}
     hyper: dict[str, Any] = {}
     if policy.hyperparameters != "args":
@@ -110,19 +110,19 @@ def to_dict(policy: ResumePolicy) -> dict[str, Any]:
         "schedule": policy.schedule_position,
         "grad_scaler": policy.grad_scaler,
     }
-    if said := {k: v for k, v in counters.items() if v not in ("keep", None)}:
-        out["counters"] = said
+    if chosen := {k: v for k, v in counters.items() if v not in ("keep", None)}:
+        out["counters"] = chosen
     if policy.phase:
         out["phase"] = policy.phase
     return out
 
 
 def _counters(found: Any) -> dict[str, Any]:
-    content = _mapping(found, "counters", tuple(_COUNTERS))
+    content = _mapping(found, "counters", tuple(_COUNTER_CHOICES))
     for key, value in content.items():
-        if value not in _COUNTERS[key]:
+        if value not in _COUNTER_CHOICES[key]:
             raise PolicyError(
-                f"counters.{key}: expected {' or '.join(_COUNTERS[key])}, found {value!r}"
+                f"counters.{key}: expected {' or '.join(_COUNTER_CHOICES[key])}, found {value!r}"
             )
     return {
         "reset_iteration": content.get("iteration") == "reset",
@@ -198,7 +198,7 @@ def _match(found: Any, where: str) -> Match:
 
 
 def _match_content(match: Match) -> Any:
-    """As a text, or as a mapping where the text would be read as another match."""
+    """Write a match as text, or as a mapping if the text would be read as another match."""
     try:
         if Match.parse(str(match)) == match:
             return str(match)

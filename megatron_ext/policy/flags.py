@@ -1,4 +1,4 @@
-"""This package's command-line flags."""
+"""The command-line flags of this package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from . import presets
 from .request import DEFAULT_CLASS
 
 GROUP = "selective resume (megatron_ext)"
-#: Flags that are no part of the policy.
+#: Flags that do not belong to the policy.
 _OTHER_FLAGS = ("optimizer_class", "selective_report", "selective_policy", "selective_from")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags only; a parser that has them already is returned as it is."""
+    """Add the flags to a parser; one that has them already is returned unchanged."""
     if any("--optimizer-class" in action.option_strings for action in parser._actions):
         return parser
     group = parser.add_argument_group(title=GROUP)
@@ -32,8 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-policy",
         metavar="FILE",
         default=None,
-        help="YAML file with the whole policy; of the other flags only --selective-report, "
-        "--selective-from, --selective-phase, --reset-iteration and --reset-dataloader go with it.",
+        help="YAML file with the whole policy. It can be combined only with --selective-report, "
+        "--selective-from, --selective-phase, --reset-iteration and --reset-dataloader.",
     )
     group.add_argument(
         "--selective-keep-hyperparameters",
@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-hyperparameters",
         choices=("args", "checkpoint"),
         default="args",
-        help="Where the keys come from that are not named. Default: args.",
+        help="Source of the keys that no flag names. Default: args.",
     )
     group.add_argument(
         "--selective-take-hyperparameters",
@@ -63,15 +63,14 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="Exception for some param_groups: KEY=VALUE ... keep KEY ... take KEY ..., or one of "
-        "the two, for example: "
-        "is_expert_parallel=true keep max_lr min_lr. May be given again.",
+        "the two, for example: is_expert_parallel=true keep max_lr min_lr. Can be repeated.",
     )
     group.add_argument(
         "--selective-preset",
         metavar="WORD",
         nargs="+",
         default=["keep"],
-        help=f"What is done to the moments that no rule names: {', '.join(presets.forms())}.",
+        help=f"Change of the moments that no rule names: {', '.join(presets.forms())}.",
     )
     group.add_argument(
         "--selective-decline",
@@ -86,10 +85,10 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nargs=3,
         action="append",
         default=[],
-        help="What is done to the moments of some parameters, for example: "
+        help="Change of the moments of some parameters, for example: "
         "'output_layer.weight[32000:]' reset 'fill column-mean'. MATCH is a glob, or re: and a "
         "regular expression, then [rows], ndim=N and KEY=VALUE of the param_group. Operations: "
-        f"{', '.join(rules.GRAMMAR)}. May be given again.",
+        f"{', '.join(rules.GRAMMAR)}. Can be repeated.",
     )
     group.add_argument(
         "--selective-step",
@@ -108,21 +107,21 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         dest="selective_strict",
         action="store_false",
         default=True,
-        help="Warn where a rule matches nothing, instead of stopping.",
+        help="Warn about a rule that matches nothing, instead of stopping.",
     )
     group.add_argument(
         "--selective-from",
         metavar="DIR",
         default=None,
-        help="Where a phase starts, with its optimizer state: loaded as long as --load and --save, "
-        "the phase's own directory, hold no checkpoint. The same command line then restarts it. "
-        "--ckpt-step is an iteration of DIR.",
+        help="Directory from which a phase starts, with its optimizer state. It is loaded as long "
+        "as --load and --save, the phase's own directory, hold no checkpoint. The same command "
+        "line then restarts the phase. --ckpt-step is an iteration of DIR.",
     )
     group.add_argument(
         "--selective-phase",
         metavar="NAME",
         default=None,
-        help="Name of the phase, to tell it from another one with the same policy.",
+        help="Name of the phase; it distinguishes phases with the same policy.",
     )
     group.add_argument(
         "--selective-schedule",
@@ -135,7 +134,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-grad-scaler",
         choices=("keep", "reset"),
         default="keep",
-        help="fp16's loss scale: of the checkpoint (default), or the arguments' initial one.",
+        help="Loss scale of fp16: keep the checkpoint's (default), or reset it to the initial one "
+        "of the arguments.",
     )
     for flag, what in (
         ("--reset-iteration", "Count the iterations from 0 again"),
@@ -146,7 +146,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(
                 flag,
                 action="store_true",
-                help=f"{what}, once: a restart from the phase's own checkpoint goes on.",
+                help=f"{what}. This happens once: a restart from the phase's own checkpoint "
+                "continues the count.",
             )
     group.add_argument(
         "--selective-report",
@@ -158,23 +159,24 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--selective-dry-run",
         action="store_true",
-        help="Build and load everything, log the plan and what was done, and exit with 0 before "
-        "the first step; no checkpoint is saved. With --selective-report also "
-        "parameter-layout.json: which parameter lies where in the buckets of a dp_reshardable "
-        "checkpoint, for `megatron_ext inspect --moments --layout`.",
+        help="Build and load everything, log the plan and the changes, and exit with status 0 "
+        "before the first step, without saving a checkpoint. With --selective-report it also "
+        "writes parameter-layout.json, the positions of the parameters in the buckets of a "
+        "dp_reshardable checkpoint, for `megatron_ext inspect --moments --layout`.",
     )
     group.add_argument(
         "--no-selective-guard",
         action="store_false",
         dest="selective_guard",
-        help="Do not check the first resumed steps against the plan. By default hyperparameters "
-        "that differ from it, or moments that Adam cannot have made, stop the run.",
+        help="Do not check the first resumed steps against the plan. By default the run stops if "
+        "hyperparameters differ from the plan or moment norms cannot be the result of Adam "
+        "updates.",
     )
     return parser
 
 
 def given_without_class(args: argparse.Namespace | Any) -> list[str]:
-    """This package's flags that were given although ``--optimizer-class`` was not."""
+    """List this package's flags that were given without ``--optimizer-class``."""
     if getattr(args, "optimizer_class", None) is not None:
         return []
     others = ("selective_from", "selective_policy", "selective_report")
@@ -183,16 +185,16 @@ def given_without_class(args: argparse.Namespace | Any) -> list[str]:
 
 
 def without_class(flags: Sequence[str]) -> str:
-    """The message for flags of this package that nothing would come of."""
+    """Write the message for flags of this package that would have no effect."""
     return (
-        f"{', '.join(flags)} without --optimizer-class: nothing would come of it. Add "
+        f"{', '.join(flags)} without --optimizer-class: it would have no effect. Add "
         f"--optimizer-class {DEFAULT_CLASS}"
     )
 
 
 @functools.cache
 def policy_defaults() -> dict[str, Any]:
-    """The flags that make a policy, and their defaults."""
+    """Return the destinations of the flags that make a policy, with their defaults."""
     parser = add_flags(argparse.ArgumentParser(add_help=False))
     defaults = vars(parser.parse_args([]))
     return {k: v for k, v in defaults.items() if k not in _OTHER_FLAGS}
@@ -205,5 +207,5 @@ def values_of(args: Any) -> dict[str, Any]:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a destination."""
+    """Return the flag of an argparse destination."""
     return "--no-selective-strict" if name == "selective_strict" else f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""A `Request` with its `ResumePolicy` from parsed flags."""
+"""Build a `Request` and its `ResumePolicy` from parsed flags."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _BESIDE_A_FILE = ("selective_phase", "reset_iteration", "reset_dataloader")
 
 
 def request_from_args(args: argparse.Namespace | Any) -> Request:
-    """Read the flags from parsed arguments.
+    """Build the request from parsed arguments.
 
     Args:
-        args: Megatron's namespace, or one that only has this package's flags.
+        args: Megatron's namespace, or one with this package's flags only.
 
     Raises:
         PolicyError: The flags contradict themselves.
@@ -64,7 +64,7 @@ def _policy(args: argparse.Namespace | Any) -> ResumePolicy:
 
 
 def _beside(policy: ResumePolicy, values: dict[str, Any]) -> ResumePolicy:
-    """A file's policy with the flags that may stand beside it."""
+    """Add the flags that may be combined with a policy file."""
     name = values["selective_phase"]
     if name is not None and policy.phase not in ("", name):
         raise PolicyError(

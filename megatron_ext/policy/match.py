@@ -1,4 +1,4 @@
-"""Which parameters and param_groups a rule is for."""
+"""Match parameters and param_groups to rules."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class GroupRule:
     """Exceptions for the param_groups with certain attributes.
 
     Args:
-        match: Key of a param_group -> the value it has in the current group, for example
+        match: Key of a param_group -> its value in the current group, for example
             ``{"is_expert_parallel": True}``.
         keep: Keys that come from the checkpoint in these groups.
         take: Keys that come from the arguments in these groups.
 
     Raises:
-        PolicyError: Nothing to match, nothing decided, or a key that cannot be chosen.
+        PolicyError: The rule matches nothing, decides nothing, or names a key that cannot be
+            chosen.
     """
 
     match: tuple[tuple[str, Scalar], ...]
@@ -38,7 +39,7 @@ class GroupRule:
     take: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Normalise, and refuse what can never be carried out."""
+        """Normalise the fields and refuse a rule that can never be applied."""
         object.__setattr__(self, "match", attributes(self.match, "group rule"))
         if not self.match:
             raise PolicyError("group rule: expected at least one attribute to match, found none")
@@ -52,7 +53,7 @@ class GroupRule:
             raise PolicyError(f"group rule {self}: expected keys to keep or to take, found none")
         if "weight_decay" in (*self.keep, *self.take):
             raise PolicyError(
-                f"group rule {self}: 'weight_decay' is no choice of a group: the scheduler "
+                f"group rule {self}: 'weight_decay' cannot be chosen per group: the scheduler "
                 "computes it before every step from start_wd and end_wd and the group's wd_mult. "
                 "Name it in --selective-keep-hyperparameters, for all groups"
             )
@@ -62,25 +63,25 @@ class GroupRule:
         return has_attributes(group, self.match)
 
     def __str__(self) -> str:
-        """The attributes, as they are written in a flag."""
+        """Write the attributes as in a flag."""
         return " ".join(f"{k}={_scalar_text(v)}" for k, v in self.match)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which parameters, and which of their rows.
+    """A pattern for parameters and for their rows.
 
     Args:
         name: Glob (``*`` also matches dots) or, after ``re:``, a regular expression that has to
-            match the whole name. A name is ``decoder.layers.<global index>. ...``, the same on
-            every layout.
+            match the whole name. A name is ``decoder.layers.<global index>. ...``, the same for
+            every parallel layout.
         rows: First row and one past the last, along dimension 0 of the unsharded parameter; None
-            for an end that is open.
-        ndim: Number of dimensions the parameter has, or None for any.
+            for an open end.
+        ndim: Number of dimensions of the parameter, or None for any.
         group: Attributes of its param_group, as in `GroupRule`.
 
     Raises:
-        PolicyError: A regular expression that does not compile, or rows that are no range.
+        PolicyError: The regular expression does not compile, or the rows are not a range.
     """
 
     name: str = "*"
@@ -106,7 +107,7 @@ class Match:
             raise PolicyError(f"match {self.name!r}: ndim is {self.ndim!r}; expected 0, 1, 2 ...")
 
     def fits(self, name: str, ndim: int, group: Mapping[str, Any]) -> bool:
-        """Whether a parameter is meant, whichever rows."""
+        """Whether some rows of a parameter match."""
         return (
             (self.ndim is None or self.ndim == ndim)
             and has_attributes(group, self.group)
@@ -118,10 +119,10 @@ class Match:
 
     @classmethod
     def parse(cls, text: str) -> Match:
-        """Read ``NAME[A:B] ndim=N KEY=VALUE ...``; all but the name may be left out.
+        """Parse ``NAME[A:B] ndim=N KEY=VALUE ...``; only the name is required.
 
         Raises:
-            PolicyError: It cannot be read; says which part.
+            PolicyError: A part cannot be parsed. The error names it.
         """
         name, *attributes = str(text).split() or [""]
         rows = None
@@ -143,7 +144,7 @@ class Match:
         return cls(name or "*", rows, int(ndims[0]) if ndims else None, group)
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Write the match as `parse` reads it."""
         rows = ""
         if self.rows is not None:
             rows = "[{}:{}]".format(*("" if r is None else r for r in self.rows))
@@ -155,15 +156,15 @@ class Match:
 
 @dataclass(frozen=True)
 class MomentRule:
-    """What is done to the moments of some parameters.
+    """The rules for the moments of some parameters.
 
     Args:
-        match: Which.
-        exp_avg: What is done to exp_avg.
-        exp_avg_sq: What is done to exp_avg_sq.
+        match: The parameters and rows.
+        exp_avg: The rule for exp_avg.
+        exp_avg_sq: The rule for exp_avg_sq.
 
     Raises:
-        PolicyError: An operation that has no meaning for its moment.
+        PolicyError: A rule has no meaning for its moment.
     """
 
     match: Match
@@ -171,13 +172,13 @@ class MomentRule:
     exp_avg_sq: Rule = KEEP
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning for its moment."""
+        """Refuse rules that have no meaning for their moment."""
         all_of(Match, (self.match,), "rule: match")
         for key in ("exp_avg", "exp_avg_sq"):
             check_moment(key, getattr(self, key), f"rule {self.match}")
 
     def __str__(self) -> str:
-        """As it stands in messages."""
+        """Write the rule for messages."""
         return (
             f"{str(self.match)!r} (exp_avg: {write(self.exp_avg)}, "
             f"exp_avg_sq: {write(self.exp_avg_sq)})"
@@ -185,17 +186,17 @@ class MomentRule:
 
 
 def attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
-    """Attributes of param_groups, as `has_attributes` takes them.
+    """Normalise attributes of param_groups for `has_attributes`.
 
     Args:
-        found: A mapping or pairs; text stands for the value that it is in a flag.
-        where: What they are part of, for errors.
+        found: A mapping or pairs. Text is parsed as in a flag.
+        where: Their place, for errors.
 
     Returns:
-        Key and value, in the order of the keys.
+        Pairs of key and value, sorted by key.
 
     Raises:
-        PolicyError: They are no pairs of a key and a plain value, or a key is there twice.
+        PolicyError: They are not pairs of a key and a plain value, or a key occurs twice.
     """
     items = found.items() if isinstance(found, Mapping) else found
     out: dict[str, Scalar] = {}
@@ -218,7 +219,7 @@ def has_attributes(group: Mapping[str, Any], wanted: Sequence[tuple[str, Scalar]
 
 @functools.lru_cache(maxsize=256)
 def _compiled(name: str) -> re.Pattern[str]:
-    """A glob is translated anew at every `re.compile`, which is most of the time of a match."""
+    """Compile a name's pattern once; translating the glob takes most of the time of a match."""
     return re.compile(name[3:] if name.startswith("re:") else fnmatch.translate(name))
 
 
@@ -238,7 +239,7 @@ def _rows(found: Any, name: str) -> tuple[int | None, int | None]:
 
 
 def scalar(text: str) -> Scalar:
-    """A value as it is written in a flag: a number, true, false, none, or the text itself."""
+    """Parse a value of a flag: a number, true, false, none, or else the text itself."""
     named: dict[str, Scalar] = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]

@@ -1,8 +1,8 @@
-"""A transition happens exactly once: the mark that the checkpoints of a phase carry. Pure.
+"""Make a transition exactly once: the mark in the checkpoints of a phase. Pure.
 
-Jobs are restarted with the same command line. So that a restart goes on with the phase instead of
-beginning it again, every param_group carries one plain string that says which phase it is in. A key
-of a param_group survives save and load in every format, stock Megatron's included.
+Jobs are restarted with the same command line. A restart must continue the phase instead of
+beginning it again. Therefore every param_group carries one plain string that identifies its phase.
+A key of a param_group survives save and load in every format, also with stock Megatron.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..checkpoint.state import MARK_KEY, DirectoryRole
 from ..errors import CheckpointError, PlanError
 from .policy import ResumePolicy
 
-#: Saved arguments by which two checkpoints are told apart, on every rank the same.
-_TELLING_ARGUMENTS = (
+#: Saved arguments that distinguish two checkpoints. They are the same on every rank.
+_IDENTIFYING_ARGUMENTS = (
     "seed",
     "save",
     "consumed_train_samples",
@@ -34,13 +34,13 @@ _TELLING_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Mark:
-    """Which phase a checkpoint belongs to.
+    """The phase that a checkpoint belongs to.
 
     Args:
         phase: Its name, or empty.
-        source: The checkpoint it started from (`identity`).
-        operations: Digest of what must not be done twice (`digest_of`).
-        offset: Data position minus what the iteration counter has counted, in samples.
+        source: The checkpoint from which it started (`identity`).
+        operations: Digest of the operations that must not be done twice (`digest_of`).
+        offset: Data position minus the samples of the counted iterations, in samples.
         done: The operations in words, for messages.
     """
 
@@ -51,7 +51,7 @@ class Mark:
     done: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        """The plain string that is saved."""
+        """Write the plain string that is saved."""
         content = {
             "phase": self.phase,
             "from": self.source,
@@ -63,10 +63,10 @@ class Mark:
 
     @classmethod
     def parse(cls, text: str) -> Mark:
-        """Read a saved mark.
+        """Parse a saved mark.
 
         Raises:
-            CheckpointError: It is none.
+            CheckpointError: The text is not a mark.
         """
         try:
             content = json.loads(text)
@@ -86,8 +86,8 @@ class Mark:
             ) from None
         return cls(named[0], named[1], named[2], offset, tuple(done))
 
-    def told(self) -> str:
-        """The phase in a message."""
+    def describe(self) -> str:
+        """Describe the phase in a message."""
         name = f"phase {self.phase!r}" if self.phase else "a phase without a name"
         done = ", ".join(self.done) or "no change of state"
         return f"{name}, started from {self.source} with: {done}"
@@ -95,15 +95,15 @@ class Mark:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a resume is, with regard to phases.
+    """The role of a resume in its phase.
 
     Args:
-        state: ``none``: nothing that must happen once was asked for; ``applied``: the phase begins
-            here; ``continued``: the checkpoint is the phase's own.
-        mark: What the checkpoints that this run writes carry.
-        asked: What the user asked.
-        policy: What is left of it to do.
-        why: In one sentence.
+        state: ``none``: no one-time operation is requested; ``applied``: the phase begins here;
+            ``continued``: the checkpoint is the phase's own.
+        mark: The mark for the checkpoints that this run writes.
+        asked: The user's policy.
+        policy: The user's policy without operations that have been done already.
+        why: The reason in one sentence.
         source: The checkpoint that is loaded (`identity`).
     """
 
@@ -115,7 +115,7 @@ class Phase:
     source: str = ""
 
     def at(self, offset: int) -> Phase:
-        """The same, with the data position's offset in the mark."""
+        """Copy the phase, with the data position's offset in its mark."""
         mark = None if self.mark is None else replace(self.mark, offset=offset)
         return replace(self, mark=mark)
 
@@ -123,16 +123,16 @@ class Phase:
 def decide(
     policy: ResumePolicy, saved: Mark | None, source: str, where: DirectoryRole = "load"
 ) -> Phase:
-    """Tell a transition from a restart.
+    """Decide whether a resume is a transition or a restart.
 
     Args:
-        policy: What the user asked.
+        policy: The user's policy.
         saved: The checkpoint's mark.
         source: The checkpoint's identity.
-        where: Which directory it lies in.
+        where: Role of the directory that holds it.
 
     Raises:
-        PlanError: The checkpoint is another phase's, where only this one's can be continued.
+        PlanError: The checkpoint belongs to another phase, but only this one can be continued.
     """
     digest = digest_of(policy)
     offset = 0 if saved is None else saved.offset
@@ -147,7 +147,7 @@ def decide(
     if where == "start":
         return begun
     if not policy.operations and not policy.phase and where == "load":
-        return Phase("none", saved, policy, policy, "no operation that must happen once", source)
+        return Phase("none", saved, policy, policy, "no one-time operation requested", source)
     same_name = saved is not None and saved.phase == policy.phase
     if saved is not None and same_name and (not policy.operations or saved.operations == digest):
         return Phase(
@@ -155,8 +155,8 @@ def decide(
             saved,
             policy,
             policy.without_operations(),
-            f"the checkpoint is of this phase already ({saved.told()}): moments, step and counters "
-            "go on as they are. To begin another phase in the same way, give --selective-phase "
+            f"the checkpoint belongs to this phase already ({saved.describe()}): moments, step and "
+            "counters are kept. To begin another phase in the same way, give --selective-phase "
             "NAME or --selective-from",
             source,
         )
@@ -164,16 +164,16 @@ def decide(
         raise PlanError(_not_its_own(policy, saved))
     if saved is not None and same_name and policy.phase:
         raise PlanError(
-            f"--selective-phase {policy.phase}: the checkpoint is of {saved.told()}; expected "
-            f"{', '.join(policy.operations)}. Restore the flags the phase was "
-            "started with (or leave out all that change moments, step or counters) to go on with "
-            "it, or give another name to begin a new phase"
+            f"--selective-phase {policy.phase}: the checkpoint belongs to {saved.describe()}; "
+            f"expected {', '.join(policy.operations)}. Restore the flags it was started with, or "
+            "leave out all that change moments, step or counters, to continue it. Or give another "
+            "name to begin a new phase"
         )
     return begun
 
 
 def digest_of(policy: ResumePolicy) -> str:
-    """Digest of what must not be done twice; 16 hex digits, ``none`` if there is nothing."""
+    """Return a digest of the one-time operations: 16 hex digits, or ``none`` without any."""
     if not policy.operations:
         return "none"
     return hashlib.sha256("\n".join(policy.operations).encode()).hexdigest()[:16]
@@ -186,16 +186,16 @@ def identity(
     groups: Sequence[Mapping[str, Any]],
     step: int | None,
 ) -> str:
-    """What tells a checkpoint from others: a name for people, then a digest.
+    """Identify a checkpoint by a readable name and a digest.
 
     Args:
-        name: Of its directory.
-        iteration: Of the checkpoint.
-        arguments: The saved arguments; a few plain ones count.
+        name: Name of its directory.
+        iteration: Iteration of the checkpoint.
+        arguments: The saved arguments; only `_IDENTIFYING_ARGUMENTS` count.
         groups: The saved param_groups, without ``params``.
-        step: The optimizer's.
+        step: The optimizer's step.
     """
-    telling = {key: repr(arguments.get(key)) for key in _TELLING_ARGUMENTS}
+    telling = {key: repr(arguments.get(key)) for key in _IDENTIFYING_ARGUMENTS}
     known = [
         {k: repr(x) for k, v in g.items() if isinstance(x := plain(v), int | float | str)}
         for g in groups
@@ -205,16 +205,16 @@ def identity(
 
 
 def same_checkpoint(one: str, other: str) -> bool:
-    """Whether two identities are of one checkpoint, wherever its directory lies."""
+    """Whether two identities are of the same checkpoint, in whichever directory."""
     return one.rpartition("@")[2] == other.rpartition("@")[2]
 
 
 def _not_its_own(policy: ResumePolicy, saved: Mark | None) -> str:
-    found = "no mark of a phase" if saved is None else saved.told()
+    found = "no mark of a phase" if saved is None else saved.describe()
     name = f"phase {policy.phase!r}" if policy.phase else "a phase without a name"
     return (
         f"the directory of --load and --save holds a checkpoint of another phase: found {found}; "
         f"expected {name} with: {', '.join(policy.operations) or 'no change of state'}. With "
         "--selective-from, --load and --save are the new phase's own directory: name an empty one "
-        "to begin a phase, or restore the flags this one was started with to go on with it"
+        "to begin a phase, or restore the flags this one was started with to continue it"
     )

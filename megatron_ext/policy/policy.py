@@ -1,4 +1,4 @@
-"""What the user asks of a resume: `ResumePolicy` and its moment rules, validated on their own."""
+"""The user's choices for a resume: `ResumePolicy`, validated without a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..checkpoint.state import NOT_HYPERPARAMETERS
 from ..errors import PolicyError
 from ..rules.base import Rule
 from ..rules.elementwise import KEEP
@@ -26,8 +27,6 @@ SCHEDULER_ATTRIBUTES = {
     "end_wd": ("end_wd",),
     "weight_decay": ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style"),
 }
-#: Keys of a param_group that are no hyperparameters, and are never taken from the checkpoint.
-_NOT_HYPERPARAMETERS = ("params", "step", "lr")
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,28 @@ class ResumePolicy:
             ``--override-opt_param-scheduler`` is given or not. ``"checkpoint"``: the scheduler's
             values and the group keys in `SCHEDULE_KEYS` come from the checkpoint, as with
             ``--use-checkpoint-opt_param-scheduler``.
-        hyperparameters: Where the keys come from that are not named: ``"args"`` or
-            ``"checkpoint"``.
+        hyperparameters: Source of the keys that are not named: ``"args"`` or ``"checkpoint"``.
         take_hyperparameters: Keys that come from the arguments although `hyperparameters` is
             ``"checkpoint"``.
         groups: Exceptions for some param_groups.
-        preset: What is done to every element of the moments that no rule names, to ``step``, and
-            which hyperparameters follow.
-        rules: What is done to some elements of the moments. Two rules must not meet in one.
-        step: ``"keep"``, ``"reset"`` (0) or a number; None for what the preset says.
-        nonfinite: What to do about NaN or infinite moments in the checkpoint: ``"error"``,
+        preset: Change of every moment element that no rule covers, of ``step``, and of the
+            hyperparameters that follow.
+        rules: Changes of some moment elements. Two rules must not cover the same element.
+        step: ``"keep"``, ``"reset"`` (0) or a number; None for the preset's choice.
+        nonfinite: How to treat NaN or infinite moments in the checkpoint: ``"error"``,
             ``"reset"`` (those elements to 0) or ``"keep"``.
         strict: Whether a rule that matches nothing is an error (else a warning).
         schedule_position: ``"continue"`` or ``"restart"`` (num_steps = 0: a re-warm-up with kept
-            moments); None: restarts if and only if the iteration is reset.
+            moments); None restarts if and only if the iteration is reset.
         grad_scaler: ``"keep"`` the loss scale of the checkpoint, or ``"reset"`` it to the
             arguments' initial one (fp16).
         reset_iteration: The iteration counts from 0 again.
         reset_dataloader: The data is read from its beginning again.
-        phase: Name of the phase that begins here; tells it from another one with the same
+        phase: Name of the phase that begins here; it distinguishes phases with the same
             operations.
 
     Raises:
-        PolicyError: A key is malformed, or is one that cannot be chosen.
+        PolicyError: A key is malformed or cannot be chosen.
     """
 
     keep_hyperparameters: tuple[str, ...] = ()
@@ -84,7 +82,7 @@ class ResumePolicy:
     phase: str = ""
 
     def __post_init__(self) -> None:
-        """Normalise the keys and refuse what can never be carried out."""
+        """Normalise the keys and refuse a policy that can never be applied."""
         if self.schedule_position is not None:
             _one_of("schedule position", self.schedule_position, ("continue", "restart"))
         _one_of("grad_scaler", self.grad_scaler, ("keep", "reset"))
@@ -119,31 +117,30 @@ class ResumePolicy:
             )
 
     def source(self, key: str, group: Mapping[str, Any]) -> tuple[bool, str]:
-        """Whether a key of a current param_group comes from the checkpoint, and why.
+        """Decide whether a key of a current param_group comes from the checkpoint, and why.
 
         Args:
             key: The key.
             group: The current group, for the attributes that `groups` matches.
 
         Returns:
-            True for the checkpoint; the reason in the user's words.
+            True for the checkpoint, and the reason: the flag or rule that decides.
 
         Raises:
             PolicyError: Two group rules disagree.
         """
-        if key in _NOT_HYPERPARAMETERS and not (key == "lr" and self.schedule == "checkpoint"):
+        # The scheduler computes lr before every step; it is kept with the whole schedule only.
+        if key in NOT_HYPERPARAMETERS or (key == "lr" and self.schedule != "checkpoint"):
             return False, "default"
-        said = {
+        decided = {
             rule: key in rule.keep
             for rule in self.groups
             if rule.fits(group) and key in (*rule.keep, *rule.take)
         }
-        if len(set(said.values())) > 1:
-            raise PolicyError(
-                f"group rules {' and '.join(repr(str(r)) for r in said)} disagree about {key!r}: "
-                "expected one to decide"
-            )
-        for rule, kept in said.items():
+        if len(set(decided.values())) > 1:
+            names = " and ".join(repr(str(rule)) for rule in decided)
+            raise PolicyError(f"group rules {names} disagree about {key!r}: expected one to decide")
+        for rule, kept in decided.items():
             return kept, f"group rule {str(rule)!r}"
         if key in self.keep_hyperparameters:
             return True, f"--selective-keep-hyperparameters {key}"
@@ -157,7 +154,7 @@ class ResumePolicy:
 
     @property
     def named_keys(self) -> tuple[str, ...]:
-        """All keys the user has named."""
+        """All keys that the user has named."""
         named = (k for rule in self.groups for k in (*rule.keep, *rule.take))
         return tuple(
             dict.fromkeys((*self.keep_hyperparameters, *self.take_hyperparameters, *named))
@@ -174,7 +171,7 @@ class ResumePolicy:
 
     @property
     def next_step(self) -> Step:
-        """What becomes of ``step``."""
+        """The change of ``step``."""
         return self.preset.effect.step if self.step is None else self.step
 
     @property
@@ -186,7 +183,7 @@ class ResumePolicy:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """What must not be done twice to the same state, in words; hyperparameters are no part."""
+        """Operations that must be done only once, in words. Hyperparameters do not count."""
         effect = self.preset.effect
         out = []
         if (effect.exp_avg, effect.exp_avg_sq, effect.step) != (KEEP, KEEP, "keep"):
@@ -194,25 +191,25 @@ class ResumePolicy:
             out.append(f"preset {self.preset}{kept}")
         changing = (r for r in self.rules if not (r.exp_avg == r.exp_avg_sq == KEEP))
         out += sorted(f"rule {_with_plain_numbers(rule)}" for rule in changing)
-        said = {
+        others = {
             f"step {self.step}": self.step not in (None, "keep"),
             "iteration reset": self.reset_iteration,
             "data position reset": self.reset_dataloader,
             "schedule restart": self.restarts_schedule,
             "grad scaler reset": self.grad_scaler == "reset",
         }
-        return (*out, *(text for text, done in said.items() if done))
+        return (*out, *(text for text, done in others.items() if done))
 
     @property
     def needs_optimizer(self) -> bool:
-        """Whether it asks for anything that comes only with the checkpoint's optimizer."""
+        """Whether the policy needs the optimizer state of the checkpoint."""
         from_checkpoint = self.keep_hyperparameters or self.hyperparameters == "checkpoint"
         kept = any(rule.keep for rule in self.groups)
-        goes_on = self.schedule_position == "continue"
-        return bool(self.operations or from_checkpoint or kept or goes_on)
+        continues = self.schedule_position == "continue"
+        return bool(self.operations or from_checkpoint or kept or continues)
 
     def without_operations(self) -> ResumePolicy:
-        """What is left of it to do where its operations have been done: the hyperparameters."""
+        """Copy the policy without its one-time operations; the hyperparameters remain."""
         return replace(
             self,
             preset=replace(self.preset, moments=False),
@@ -226,22 +223,22 @@ class ResumePolicy:
 
     @property
     def changes_moments(self) -> bool:
-        """Whether any element of the moments may get another value."""
+        """Whether any element of the moments may change."""
         return any(o != KEEP for o in self._moment_operations())
 
     @property
     def overwrites_moments(self) -> bool:
-        """Whether any element of the moments may be set without a look at its old value."""
+        """Whether any element of the moments may be set without reading its old value."""
         return not all(o.reads_old for o in self._moment_operations())
 
     @property
     def decides_moments(self) -> bool:
-        """Whether it has rules for the moments, or a preset that may change them."""
+        """Whether the policy has rules for the moments, or a preset that may change them."""
         return self.changes_moments or bool(self.rules)
 
     @property
-    def told_rules(self) -> tuple[tuple[str, Rule, Rule], ...]:
-        """Each rule's match, and the preset last, and what is done to each moment; for people."""
+    def described_rules(self) -> tuple[tuple[str, Rule, Rule], ...]:
+        """The match, the exp_avg rule and the exp_avg_sq rule of each rule; the preset is last."""
         effect = self.preset.effect
         rules = ((str(r.match), r.exp_avg, r.exp_avg_sq) for r in self.rules)
         return (*rules, (f"preset {self.preset}", effect.exp_avg, effect.exp_avg_sq))
@@ -258,7 +255,7 @@ def _one_of(name: str, found: str, expected: tuple[str, ...]) -> None:
 
 
 def _with_plain_numbers(rule: MomentRule) -> MomentRule:
-    """An equal rule whose text is that of all rules equal to it: 1 and 1.0 are one number."""
+    """Normalise numbers so that equal rules have the same text: 1 and 1.0 are equal."""
 
     def whole(value: Scalar) -> Scalar:
         return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,8 +1,8 @@
-r"""Presets: the moment rules of the literature under their names, and what else they change.
+r"""Presets: the named moment rules of the literature, with their hyperparameter changes.
 
-A preset says what is done to every element that no rule names, to ``step``, and which
-hyperparameters follow. Those are computed from the current arguments, never from the checkpoint, so
-that a restart with the same command line computes the same values.
+A preset changes every moment element that no rule covers, ``step``, and the hyperparameters that
+follow. Hyperparameters are computed from the current arguments, never from the checkpoint, so that
+a restart with the same command line computes the same values.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Step = int | Literal["keep", "reset"]
 
 @dataclass(frozen=True)
 class Change:
-    """What a preset does to one hyperparameter.
+    """The change that a preset makes to one hyperparameter.
 
     Args:
         key: A param_group key, or ``clip_grad`` of the optimizer's config.
         decline: The name under which it can be declined.
-        factor: f.
-        complement: False: x' = f x. True: 1 - x' = f (1 - x), for each number of a pair.
+        factor: The factor f.
+        complement: False for x' = f x; True for 1 - x' = f (1 - x), for each number of a pair.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Change:
     complement: bool = False
 
     def apply(self, value: Any) -> Any:
-        """The new value of `key`.
+        """Compute the new value of `key`.
 
         Raises:
             PolicyError: A beta would leave [0, 1).
@@ -50,7 +50,7 @@ class Change:
             return value * self.factor
         out = tuple(1.0 - self.factor * (1.0 - b) for b in value)
         for old, new in zip(value, out, strict=True):
-            # 10 x (1 - 0.9) is 1 but for the rounding.
+            # 10 x (1 - 0.9) is 1 except for rounding.
             if not 1e-9 < new < 1.0:
                 raise PolicyError(
                     f"preset batch-size: with k = {self.factor:g} a beta of {old:g} would become "
@@ -59,7 +59,7 @@ class Change:
         return out
 
     def formula(self, value: Any) -> str:
-        """How the new value comes from the argument, for the report."""
+        """Write the formula of the new value, for the report."""
         if self.complement:
             return f"1 - {self.factor:g} (1 - beta)"
         return f"{value:g} x {self.factor:g}"
@@ -67,13 +67,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a preset amounts to.
+    """The changes that a preset makes.
 
     Args:
-        exp_avg: For every element that no rule names.
-        exp_avg_sq: The same.
-        step: What becomes of ``step``.
-        changes: Hyperparameters that follow.
+        exp_avg: Rule for every element of exp_avg that no other rule covers.
+        exp_avg_sq: Rule for every element of exp_avg_sq that no other rule covers.
+        step: Change of ``step``.
+        changes: Changes of hyperparameters.
     """
 
     exp_avg: Rule = KEEP
@@ -88,13 +88,13 @@ class Preset:
 
     Args:
         name: One of `CATALOGUE`.
-        arguments: Its numbers, in the order `CATALOGUE` gives them.
+        arguments: Its numbers, in the order of `CATALOGUE`.
         decline: Parts of it that are left out (`declinable`).
-        moments: False: only what it does to hyperparameters, because the moments and ``step``
-            have followed already (a phase that goes on).
+        moments: Whether moments and ``step`` are changed. False in a continued phase, where they
+            have been changed already: only hyperparameters follow.
 
     Raises:
-        PolicyError: Unknown, or with the wrong numbers; says what was expected.
+        PolicyError: The preset is unknown or has the wrong numbers.
     """
 
     name: str = "keep"
@@ -103,7 +103,7 @@ class Preset:
     moments: bool = True
 
     def __post_init__(self) -> None:
-        """Check name, numbers and what is declined."""
+        """Check the name, the numbers and the declined parts."""
         if not isinstance(self.name, str) or self.name not in CATALOGUE:
             near = difflib.get_close_matches(str(self.name), CATALOGUE, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -131,16 +131,16 @@ class Preset:
                 f"preset {self.name}: {', '.join(map(repr, unknown))} cannot be declined; it "
                 f"changes {can}"
             )
-        entry.effect(*numbers)  # its operations check their numbers
+        entry.effect(*numbers)  # its rules check their numbers
 
     @property
     def declinable(self) -> tuple[str, ...]:
-        """The names under which parts of it can be declined."""
+        """The names of the parts that can be declined."""
         return CATALOGUE[self.name].declinable
 
     @property
     def effect(self) -> Effect:
-        """What it amounts to, without what is declined."""
+        """The changes that the preset makes, without the declined ones."""
         full = CATALOGUE[self.name].effect(*self.arguments)
         changes = tuple(c for c in full.changes if c.decline not in self.decline)
         if not self.moments:
@@ -154,12 +154,12 @@ class Preset:
 
     @property
     def declined(self) -> tuple[Change, ...]:
-        """The hyperparameters that would follow and do not."""
+        """The hyperparameter changes that are declined."""
         changes = CATALOGUE[self.name].effect(*self.arguments).changes
         return tuple(c for c in changes if c.decline in self.decline)
 
     def __str__(self) -> str:
-        """As it is written in a flag."""
+        """Write the preset as in a flag."""
         numbers = (f"{a:g}" if float(f"{a:g}") == a else repr(a) for a in self.arguments)
         return " ".join([self.name, *numbers])
 
@@ -197,7 +197,7 @@ def _batch_size(old: float, new: float) -> Effect:
     )
 
 
-#: Name -> its numbers, what it does, where it comes from.
+#: Name -> the preset's arguments, effect, description and source.
 CATALOGUE = {
     "keep": _Entry((), Effect, "moments and step as in the checkpoint", "the default"),
     "reset": _Entry(
@@ -239,12 +239,12 @@ CATALOGUE = {
 }
 
 
-#: The default.
+#: The default preset, which changes nothing.
 KEEP_ALL = Preset()
 
 
 def forms() -> list[str]:
-    """How each preset is written."""
+    """List the form of each preset, as it is written in a flag."""
     return [_form(name) for name in CATALOGUE]
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a process: the class to build and the policy of the resume."""
+"""The request to a process: the optimizer class to build and the policy of the resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DEFAULT_CLASS = "megatron_ext.SelectiveAdam"
 
 @dataclass(frozen=True)
 class Request:
-    """That optimizers are to be built with a class of the user's choice.
+    """The request to build optimizers with a class of the user's choice.
 
     Args:
-        optimizer_class: Dotted path to a `DistributedOptimizer` subclass.
-        policy: What to take from where, for `SelectiveAdam` and its subclasses.
-        report_dir: Where the report goes, or None.
-        where: What the directory of ``--load`` is to the phase.
+        optimizer_class: Dotted path of a `DistributedOptimizer` subclass.
+        policy: The policy for `SelectiveAdam` and its subclasses.
+        report_dir: Directory for the report, or None.
+        where: Role of the directory of ``--load`` in the phase.
         guard: Whether the first resumed steps are checked against the plan.
         dry_run: Whether the run ends before its first step.
     """

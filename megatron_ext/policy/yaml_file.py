@@ -1,4 +1,4 @@
-"""A `ResumePolicy` from and to a YAML file."""
+"""Read and write a `ResumePolicy` as YAML."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def read(path: str | Path) -> ResumePolicy:
     """Read a policy file.
 
     Args:
-        path: YAML.
+        path: The YAML file.
 
     Raises:
-        PolicyError: The file cannot be read, is no YAML, or holds what no policy has; names the
+        PolicyError: The file cannot be read, is not YAML, or is not a policy. The error names the
             file and the place in it.
     """
     try:
@@ -33,7 +33,7 @@ def read(path: str | Path) -> ResumePolicy:
 
 
 def loads(text: str) -> ResumePolicy:
-    """Read a policy from YAML text.
+    """Parse a policy from YAML text.
 
     Raises:
         PolicyError: See `read`.
@@ -51,16 +51,16 @@ def loads(text: str) -> ResumePolicy:
 
 
 def dumps(policy: ResumePolicy) -> str:
-    """The YAML text that `loads` reads back as the same policy; defaults are left out."""
+    """Write a policy as YAML text for `loads`; defaults are left out."""
     content = to_dict(policy)
     return yaml.safe_dump(content, sort_keys=False, width=96) if content else "{}\n"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key is given twice."""
+    """Loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader, but of two equal keys it takes none."""
+        """Construct a mapping; two equal keys are an error, unlike in SafeLoader."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

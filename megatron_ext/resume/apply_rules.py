@@ -178,7 +178,7 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
     reports = tuple(
         RuleReport(name, write(m), write(v), int(n), met)
         for (name, m, v), n, met in zip(
-            policy.told_rules, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
+            policy.described_rules, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
         )
     )
     return MomentReport(

@@ -61,7 +61,7 @@ def mend_nonfinite(
             f"{listing}{more}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
             "set these elements to 0, or keep to go on with them"
         )
-    ranks.agree("looking at the moments", "0" * 32, error)
+    ranks.stop_together("looking at the moments", error)
     if choice == "reset":
         _reset_nonfinite(optimizer)
     return f"not finite in the checkpoint: {'reset to 0' if choice == 'reset' else 'kept'}"

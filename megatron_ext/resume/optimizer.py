@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from ..base.ranks import agree
+from ..base.ranks import stop_together
 from ..checkpoint.state import (
     FLATTENED,
     does_not_fit,
@@ -137,7 +137,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
                 state_dict = torch.load(filename, map_location="cpu")
             except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
                 error = _unreadable(filename, e)
-        agree(f"reading {Path(filename).name}", "0" * 32, error)
+        stop_together(f"reading {Path(filename).name}", error)
         self.load_parameter_state_from_dp_zero(
             state_dict, update_legacy_format=update_legacy_format
         )
@@ -149,7 +149,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         error = None
         if state_dict is not None and not update_legacy_format:
             error = self._dp_zero_misfit(state_dict)
-        agree("loading the distributed optimizer's parameter state", "0" * 32, error)
+        stop_together("loading the distributed optimizer's parameter state", error)
         super().load_parameter_state_from_dp_zero(
             state_dict, update_legacy_format=update_legacy_format
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from ..base.ranks import agree
+from ..base.ranks import stop_together
 from ..checkpoint.state import optimizer_section
 from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
@@ -71,7 +71,7 @@ class _SelectiveReplicated(Selective):
             )
         except MegatronExtError as e:
             error = e
-        agree(f"resume of {kind_of(self)}", "0" * 32, error)
+        stop_together(f"resume of {kind_of(self)}", error)
         assert merged is not None
         self._place_grad_scaler(plan, merged)
         super().load_state_dict(merged)  # type: ignore[misc]

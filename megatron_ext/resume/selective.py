@@ -91,7 +91,7 @@ class Selective:
         except MegatronExtError as e:
             error = e
         digest = "" if plan is None else plan.digest()
-        if agree(f"resume of {kind_of(self)}", digest, error, tell=bool(found)):
+        if agree(f"resume of {kind_of(self)}", digest, error, flag=bool(found)):
             found = tuple(sorted({one for of_rank in gather(found) for one in of_rank}))
         assert plan is not None
         self._moment_work = None if work is None else prepare_rules.exchange_with_ranks(work)

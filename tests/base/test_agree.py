@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ext.base.ranks import BYTES_PER_RANK, agree, total
+from megatron_ext.base.ranks import BYTES_PER_RANK, agree, stop_together, total
 from megatron_ext.errors import PlanError
 from tests.support.pool import RankPool
 
@@ -19,7 +19,7 @@ TWO = [*ONE, ("all_gather_object", None)]
 
 def test_without_ranks_nothing_is_compared() -> None:
     assert not agree("resume", A)
-    assert agree("resume", A, tell=True)
+    assert agree("resume", A, flag=True)
     assert total([1, 2, 3]) == [1, 2, 3]
 
 
@@ -28,6 +28,10 @@ def test_without_ranks_an_error_is_raised_as_it_is() -> None:
     with pytest.raises(PlanError) as caught:
         agree("resume", "", error)
     assert caught.value is error
+    with pytest.raises(PlanError) as caught:
+        stop_together("resume", error)
+    assert caught.value is error
+    stop_together("resume", None)
 
 
 @pytest.mark.ranks
@@ -121,7 +125,21 @@ def test_ranks_that_all_refuse_keep_their_own_errors(ext: RankPool) -> None:
 
 
 @pytest.mark.ranks
-def test_several_refusals_are_all_told(ext: RankPool) -> None:
+def test_ranks_stop_together_where_one_has_an_error(ext: RankPool) -> None:
+    case = "tests.support.agree_cases:stop_together"
+    found = ext.run(case, 2, errors={})
+    assert [(f["raised"], f["calls"]) for f in found] == [(None, ONE)] * 2
+    expected = "stopped because 1 of 2 ranks refused:\n  rank 1: PlanError: damaged"
+    for planning, what in (((), "reading X"), ((0,), "planning")):
+        found = ext.run(case, 2, errors={1: "damaged"}, planning=planning)
+        assert found[0]["raised"] == ("AgreementError", f"{what}: {expected}")
+        assert found[1]["raised"] == ("PlanError", "damaged")
+        assert found[1]["own"] is True
+        assert [f["calls"] for f in found] == [TWO] * 2
+
+
+@pytest.mark.ranks
+def test_several_refusals_are_all_in_the_message(ext: RankPool) -> None:
     found = ext.run(CASE, 3, digests=[A, "", ""], errors={1: "first", 2: "second"})
     assert found[0]["raised"] == (
         "AgreementError",

@@ -1,6 +1,6 @@
 """Pickles that would run a command do not, whichever command reads the checkpoint.
 
-`inspect` and `diff` unpickle nothing: what stands for an object is inert. `edit` loads what it has
+`inspect` and `diff` build no object of a pickle, only placeholders. `edit` loads what it has
 to write again, from a stated list of classes, unless --allow-pickle is given.
 """
 

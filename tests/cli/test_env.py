@@ -181,17 +181,30 @@ def test_the_table_says_what_is_active_and_why_not(
     answers.setattr(contract, "has_training", lambda: False)
     answers.setattr(contract, "megatron_version", lambda: "0.20.0")
     answers.setattr(_native, "kernel", lambda d: Kernel(d, False, "[red]not built\x1b[2J"))
+    core = sum(not name.module.startswith("megatron.training") for name in contract.CONTRACT)
     assert main(["env"]) == 1
     shown = capsys.readouterr().out
     for words in (
-        "not itself tested (0.16.1, 0.18.2, 0.19.2)",
-        "not in this installation",
+        "not tested itself (tested versions: 0.16.1, 0.18.2, 0.19.2)",
+        "not installed",
+        f"{core} of {core} names found",
         "torch.optim.adamw.AdamW: neither transformer-engine nor apex is installed",
         r"reference: [red]not built\x1b[2J",
-        "not as it should be: megatron-core 0.20.0 is outside the range",
+        "problem: megatron-core 0.20.0 is outside the range",
     ):
         assert words in shown
     assert "\x1b" not in shown
+
+
+def test_the_table_counts_the_names_of_megatron_that_are_missing(
+    answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers.setattr(contract, "contract_problems", lambda: ["megatron.core.one is gone"])
+    assert main(["env"]) == 2
+    shown = capsys.readouterr().out
+    count = len(contract.CONTRACT)
+    assert f"{count - 1} of {count} names found" in shown
+    assert "problem: megatron.core.one is gone" in shown
 
 
 def test_a_kernel_that_cannot_be_obeyed_is_one_error(

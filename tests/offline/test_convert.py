@@ -132,7 +132,10 @@ def test_the_command_says_what_it_wrote(
     # A bare directory becomes a bare directory.
     assert cli.main(["convert", directory, str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'new'}: 51 optimizer tensors put together, 25 tensors and")
+    expected = (
+        f"{tmp_path / 'new'}: reassembled 51 optimizer tensors, copied 25 tensors and objects"
+    )
+    assert said.startswith(expected)
     found = open_checkpoint(tmp_path / "new")
     assert (found.directory, found.sharding_type) == (tmp_path / "new", "fully_reshardable")
     assert found.tensors["optimizer.state.param.decoder.layers.mlp.linear_fc1.weight"] == (
@@ -181,7 +184,7 @@ def test_a_damaged_source_leaves_nothing_behind(damage: str, old: OldRanks, tmp_
     elif damage == "lost range":
         places = metadata.storage_data
         del places[next(i for i in places if i.fqn == key)]
-        wanted = " 0, 0) ends at element 0 of 512: the checkpoint is not complete"
+        wanted = " 0, 0) ends at element 0 of 512: the checkpoint is incomplete"
     elif damage == "lost shape":
         metadata.mcore_data.clear()
         wanted = "notes no nd_reformulated_orig_global_shape"

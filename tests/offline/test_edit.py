@@ -459,7 +459,7 @@ def test_nemos_names_are_found() -> None:
         ("eps=none", "", r"eps: expected a number .* found None"),
         ("num_steps=1.5", "", r"num_steps: expected a whole number as in opt_param_scheduler of x"),
         ("is_expert_parallel=1", "wd_mult=1", r"expected true or false .* found 1"),
-        ("step=0", "", r"step: it is state of the optimizer, not a hyperparameter"),
+        ("step=0", "", r"step: it is optimizer state, not a hyperparameter"),
         (
             "max_lr=1",
             "",
@@ -468,11 +468,11 @@ def test_nemos_names_are_found() -> None:
         (
             "max_lr=1e-5",
             "max_lr=0.003",
-            r"expected min_lr up to max_lr.*min_lr 0.0003 and max_lr 1",
+            r"expected min_lr <= max_lr.*min_lr 0.0003 and max_lr 1",
         ),
         ("eps=1", "wd_mult=7", r"wd_mult=7: fits no param_group.* have wd_mult=0.0 \| wd_mult=1.0"),
         ("eps=1", "color=red", r"color=red: fits no param_group; the checkpoint's have no color"),
-        ("start_wd=0.2", "wd_mult=1", r"start_wd: .* only the scheduler.* Leave out --group"),
+        ("start_wd=0.2", "wd_mult=1", r"start_wd: only the scheduler has.* Leave out --group"),
         ("eps", "", r"--set: expected KEY=VALUE, found 'eps'"),
         ("eps=", "", r"--set: expected KEY=VALUE, found 'eps='"),
         ("eps=1 eps=2", "", r"--set: 'eps' is given twice"),

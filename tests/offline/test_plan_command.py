@@ -211,7 +211,7 @@ def test_groups_with_a_learning_rate_of_their_own(
     assert {g["keys"]["max_lr"]["value"] for g in theirs["groups"]} == {1e-3, 2e-3}
     assert [lr for _, lr, _ in found.first_step] == done["lrs"][0]
     assert [wd for _, _, wd in found.first_step] == done["wds"][0]
-    assert not [n for n in found.notes if "decoupled" in n or "follows from no" in n]
+    assert not [n for n in found.notes if "decoupled" in n or "does not follow from" in n]
 
 
 # --- arguments
@@ -233,7 +233,7 @@ def test_only_what_changes_is_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (keys["max_lr"]["value"], keys["min_lr"]["value"]) == (1e-3, 3e-4)
     assert found["curves"][-1]["iterations"][-1] == 40
     status, text = printed(capsys, root, "--lr", "1e-3")
-    assert re.search(r"assumed, the checkpoint's arguments: --min-lr 0\.0003 ", text)
+    assert re.search(r"assumed, from the checkpoint's arguments: --min-lr 0\.0003 ", text)
     assert checksums(root) == before
 
 
@@ -243,7 +243,7 @@ def test_a_length_that_nobody_gave_does_not_refuse(
     root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "min_lr": 3e-4, "train_iters": 10})
     status, found = plan(capsys, root, "--selective-preset", "reset")
     assert (status, found["outcome"], found["errors"]) == (1, "transition", [])
-    assert any(n.startswith("--train-iters 10 is the checkpoint's") for n in found["notes"])
+    assert any(n.startswith("--train-iters 10 comes from the checkpoint") for n in found["notes"])
     status, found = plan(capsys, root, "--selective-preset", "reset", "--train-iters", 10)
     assert (status, found["outcome"]) == (2, "refused")
     assert "nothing left to train" in found["errors"][0]
@@ -370,7 +370,7 @@ def test_bounds_that_no_argument_gives_are_kept_and_said() -> None:
     assert (one["max_lr"], other["max_lr"]) == (1e-3, 7e-3)
     assert (one["min_lr"], other["min_lr"], other["betas"]) == (1e-4, 1e-4, (0.9, 0.99))
     (note,) = found.notes
-    assert note.startswith("max_lr 0.007 of some param_groups follows from no argument")
+    assert note.startswith("max_lr 0.007 of some param_groups does not follow from an argument")
     # MuP: hidden matrices have lr and eps divided by the width.
     saved = [[group(max_lr=1.5e-3, min_lr=1.5e-4, eps=5e-9)]]
     now.use_mup = True
@@ -551,7 +551,7 @@ def test_a_scripts_own_arguments_are_said(
     ("words", "expected"),
     [
         ("--plot x.pdf", "error: --plot x.pdf: expected a file that ends in .png or .svg"),
-        ("--yaml-cfg x.yaml", "error: --yaml-cfg: Megatron then replaces"),
+        ("--yaml-cfg x.yaml", "error: --yaml-cfg: with it Megatron replaces"),
         ("--iteration 3 --ckpt-step 4", "error: iterations 3 and 4: expected one"),
         ("--iteration 3", "iter_0000003 does not exist"),
     ],

@@ -81,7 +81,7 @@ def test_a_reset_of_step_alone_tells_the_size_of_the_first_update(
 ) -> None:
     assert warnings(ResumePolicy(step="reset"), betas) == (
         f"step goes from {LATE} to 0 while moments are kept: at betas {betas[0]:g}, {betas[1]:g} "
-        f"the first update {verb} to {number}x. bias-consistent keeps it",
+        f"the first update {verb} to {number}x. The rule bias-consistent keeps it the same",
     )
 
 
@@ -183,9 +183,9 @@ def test_a_partial_reset_at_a_late_step_tells_the_first_update(
     betas: tuple[float, float], number: str
 ) -> None:
     assert warnings(rules((RESET, RESET)), betas) == (
-        f"moments are reset while step stays at {LATE}: there is no bias correction for them, and "
-        f"at betas {betas[0]:g}, {betas[1]:g} their first update is {number} lr. 'fill mean' or "
-        "'fill column-mean' for exp_avg_sq is the remedy",
+        f"moments are reset while step stays at {LATE}: they get no bias correction, and at betas "
+        f"{betas[0]:g}, {betas[1]:g} their first update is {number} lr. The remedy is 'fill mean' "
+        "or 'fill column-mean' for exp_avg_sq",
     )
 
 
@@ -238,8 +238,8 @@ def test_what_follows_is_no_news() -> None:
 
 def test_what_is_declined_is_said() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,), ("eps", "clip_grad")))
-    eps = "preset gradient-scale 2: eps is declined and stays as it is"
-    clip = "preset gradient-scale 2: clip_grad is declined and stays as it is"
+    eps = "preset gradient-scale 2: eps is declined and does not change"
+    clip = "preset gradient-scale 2: clip_grad is declined and does not change"
     assert warnings(policy, clip_grad=1.0) == (eps, clip)
     assert warnings(policy, clip_grad=0.0) == (eps,)
 
@@ -247,20 +247,19 @@ def test_what_is_declined_is_said() -> None:
 def test_a_value_that_seems_to_be_scaled_already_is_pointed_out() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)))
     assert warnings(policy, saved=group(eps=1e-8), current=group(eps=2e-8)) == (
-        "preset gradient-scale 2: eps differs from the checkpoint's already (1e-08 there, 2e-08 in "
-        "the arguments) and is changed once more, to 4e-08; decline eps if you have scaled it "
-        "yourself",
+        "preset gradient-scale 2: eps is 1e-08 in the checkpoint and 2e-08 in the arguments, and "
+        "the preset changes it again, to 4e-08. Decline eps if you have scaled it yourself",
     )
     as_a_list = group(betas=[0.9, 0.95])
     found = warnings(ResumePolicy(preset=Preset("batch-size", (1, 2))), saved=as_a_list)
-    assert not any("once more" in w for w in found)
+    assert not any("changes it again" in w for w in found)
 
 
 def test_a_running_optimizers_hyperparameters_are_said_to_stay() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)))
     assert warnings(policy, clip_grad=1.0, live=True) == (
-        "preset gradient-scale 2: eps of the running optimizer is left alone",
-        "preset gradient-scale 2: clip_grad of the running optimizer is left alone",
+        "preset gradient-scale 2: eps of the running optimizer is not changed",
+        "preset gradient-scale 2: clip_grad of the running optimizer is not changed",
     )
     assert len(warnings(policy, clip_grad=0.0, live=True)) == 1
 
@@ -268,7 +267,8 @@ def test_a_running_optimizers_hyperparameters_are_said_to_stay() -> None:
 def test_of_another_optimizer_only_the_preset_is_named() -> None:
     policy = ResumePolicy(preset=Preset("reset"))
     assert warnings(policy, adam=False) == (
-        "preset reset: not Adam, so its state and hyperparameters are left alone",
+        "preset reset: this optimizer is not Adam, so its state and hyperparameters are not "
+        "changed",
     )
     assert warnings(ResumePolicy(step="reset"), adam=False) == ()
 
@@ -278,8 +278,8 @@ def test_of_another_optimizer_only_the_preset_is_named() -> None:
 
 EXPERIMENTAL = "the batch-size rule for exp_avg_sq (k = {:g}) is experimental"
 BIAS = (
-    "batch-size: k = {:g} is above 4, and the rule's bias grows with k: about +8% at 4, +39% at 16 "
-    "where the gradient is noise"
+    "batch-size: k = {:g} is above 4, and the rule's bias grows with k: for a pure-noise gradient "
+    "it is about +8% at 4 and +39% at 16"
 )
 
 
@@ -299,8 +299,8 @@ def test_the_same_ratio_in_two_rules_is_told_once() -> None:
 def moves(old: int, new: int, ratio: str) -> str:
     return (
         f"the global batch size goes from {old} to {new}: schedule and data position count "
-        f"samples, so they go on at the same sample and each iteration moves them {ratio}x as far; "
-        "iterations given by arguments mean the new ones"
+        f"samples, so they continue at the same sample, and each iteration moves them {ratio}x as "
+        "far. Arguments that count iterations count the new ones"
     )
 
 
@@ -315,7 +315,7 @@ def test_another_global_batch_size_is_told_whatever_the_policy() -> None:
 def test_the_preset_says_all_it_should() -> None:
     policy = ResumePolicy(preset=Preset("batch-size", (256, 1024), ("betas",)))
     assert warnings(policy, global_batch_size=(256, 1024)) == (
-        "preset batch-size 256 1024: betas is declined and stays as it is",
+        "preset batch-size 256 1024: betas is declined and does not change",
         EXPERIMENTAL.format(4),
         moves(256, 1024, "4"),
     )

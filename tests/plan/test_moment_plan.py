@@ -250,8 +250,8 @@ def test_rows_that_are_scaled_by_different_factors_are_refused() -> None:
     )
     assert refusal(policy) == (
         "rule '*[8:]' (exp_avg: keep, exp_avg_sq: fill mean), output_layer.weight: 'fill mean': "
-        "the other rows are scaled by different factors, [1.0, 4.0]; expected one. Do it in two "
-        "steps"
+        "the other rows are scaled by different factors, [1.0, 4.0]; expected one. Apply the "
+        "rules in two resumes"
     )
 
 
@@ -437,8 +437,8 @@ def test_bias_consistent_rows_count_as_scaled_for_a_fill() -> None:
 def test_without_betas_in_the_checkpoint_the_rule_is_refused() -> None:
     message = refusal(CONSISTENT, saved=[without(group(), "betas")])
     assert message == (
-        "preset bias-consistent, output_layer.weight: needs the betas of the checkpoint; the "
-        "parameter's group has no counterpart there and the saved groups have none"
+        "preset bias-consistent, output_layer.weight: it needs the betas of the checkpoint, but "
+        "the parameter's group has no counterpart there and the saved groups have none"
     )
 
 
@@ -457,7 +457,7 @@ def test_a_group_without_counterpart_takes_the_betas_all_saved_groups_have() -> 
 def test_without_betas_in_the_run_the_rule_is_refused(current: dict[str, Any]) -> None:
     message = refusal(CONSISTENT, current=[current])
     assert message == (
-        "preset bias-consistent, output_layer.weight: needs betas, and its param_group has none"
+        "preset bias-consistent, output_layer.weight: it needs betas, but its param_group has none"
     )
 
 

@@ -380,7 +380,7 @@ FAULTS = {
         CheckpointError,
         "--load {one}",
         *("--tensor-model-parallel-size 1 -> 4", "--pipeline-model-parallel-size 1 -> 2"),
-        *("--expert-model-parallel-size 1 -> 8", "of the kind torch", "as it was saved"),
+        *("--expert-model-parallel-size 1 -> 8", "a torch checkpoint", "as it was saved"),
         tensor_model_parallel_size=4,
         pipeline_model_parallel_size=2,
         expert_model_parallel_size=8,
@@ -650,7 +650,7 @@ def test_a_non_persistent_checkpoint_counts_where_megatron_loads_it(place: Place
     flags = flags.replace("{one}", "{three}")
     place.check(flags)
     error = place.refusal(flags, non_persistent_ckpt_type="global")
-    assert "--selective-phase b: the checkpoint is of phase 'b'" in str(error)
+    assert "--selective-phase b: the checkpoint belongs to phase 'b'" in str(error)
 
 
 def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(

@@ -96,10 +96,10 @@ def test_the_help_names_every_flag_and_the_default_class() -> None:
     for destination in vars(parser.parse_args([])).keys() - {"selective_strict", "selective_guard"}:
         assert re.search(rf"--{destination.replace('_', '-')}[ \]]", text)
     for words in (
-        "Where a phase starts, with its optimizer state",
-        "The same command line then restarts it.",
-        "Count the iterations from 0 again, once",
-        "Read the data from its beginning again, once",
+        "Directory from which a phase starts",
+        "The same command line then restarts the phase.",
+        "Count the iterations from 0 again. This happens once",
+        "Read the data from its beginning again. This happens once",
         "Default: restart with --reset-iteration, else continue.",
     ):
         assert words in text

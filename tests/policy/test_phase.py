@@ -114,7 +114,7 @@ def test_what_a_resume_is(
     where: DirectoryRole, mark: Mark | None, policy: ResumePolicy, expected: str
 ) -> None:
     refused = {
-        "another policy": r"--selective-phase b: the checkpoint is of phase 'b', started from",
+        "another policy": r"--selective-phase b: the checkpoint belongs to phase 'b', started from",
         "not its own": "holds a checkpoint of another phase: found .*expected",
     }
     if expected in refused:
@@ -130,7 +130,7 @@ def test_what_a_resume_is(
     elif expected == "continued":
         assert phase.policy.operations == ()
         assert phase.mark == mark
-        assert "moments, step and counters go on as they are" in phase.why
+        assert "moments, step and counters are kept" in phase.why
     else:
         assert phase.policy == policy
         assert phase.mark == mark

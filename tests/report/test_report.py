@@ -469,7 +469,8 @@ def test_a_restart_is_told_first_with_what_was_asked_and_what_it_goes_on_with() 
     phase = decide(NEW_PHASE, Mark.parse(str(begun.mark)), "phase2@12#11", "own")
     report = phase_report(phase, BEFORE)
     first, *counters = report.lines()[:4]
-    assert first.startswith("megatron_ext: CONTINUED (phase b): the checkpoint is of this phase")
+    start = "megatron_ext: CONTINUED (phase b): the checkpoint belongs to this phase"
+    assert first.startswith(start)
     assert "started from phase1@10#00" in first
     assert all(line.endswith("(checkpoint)") for line in counters)
     found = report.to_json()

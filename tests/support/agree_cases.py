@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,30 @@ def agree(
     digests: list[str], errors: dict[int, str] | None = None, what: str = "resume of X"
 ) -> dict[str, Any]:
     """`base.ranks.agree` with this rank's digest and error: outcome and collectives."""
+    digest = digests[dist.get_rank()]
+    return _outcome(errors or {}, lambda error: agreement.agree(what, digest, error))
+
+
+def stop_together(errors: dict[int, str], planning: tuple[int, ...] = ()) -> dict[str, Any]:
+    """`base.ranks.stop_together` with this rank's error; `planning` ranks call `agree` instead."""
+
+    def call(error: PlanError | None) -> None:
+        if dist.get_rank() in planning:
+            agreement.agree("planning", "a1" * 32, error)
+        else:
+            agreement.stop_together("reading X", error)
+
+    return _outcome(errors, call)
+
+
+def _outcome(errors: dict[int, str], call: Callable[[PlanError | None], object]) -> dict[str, Any]:
+    """What a call raises with this rank's error, and its collectives."""
     rank = dist.get_rank()
-    message = (errors or {}).get(rank)
+    message = errors.get(rank)
     error = None if message is None else PlanError(message)
     with Collectives() as collectives:
         try:
-            agreement.agree(what, digests[rank], error)
+            call(error)
             outcome, same = None, False
         except MegatronExtError as e:
             outcome, same = (type(e).__name__, str(e)), e is error

@@ -74,10 +74,10 @@ def test_an_unknown_class_is_not_imported_and_keeps_its_attributes(
     first, second, items = pickles.load(io.BytesIO(data))
     assert module.__name__ not in sys.modules
     assert first is second
-    assert first.inert_class == "made_up_for_this_test.Thing"
+    assert first.placeholder_class == "made_up_for_this_test.Thing"
     assert first.name == "x"
-    assert first.kind.inert_arguments == ("flash",)
-    assert items.inert_items == [1, 2]
+    assert first.kind.placeholder_arguments == ("flash",)
+    assert items.placeholder_items == [1, 2]
     again = pickles.load(io.BytesIO(data))[0]
     assert again == first
     assert hash(again) == hash(first)
@@ -102,15 +102,15 @@ def test_an_unknown_class_is_not_imported_and_keeps_its_attributes(
         "functools.partial",
     ],
 )
-def test_a_callable_that_is_not_harmless_is_a_stand_in(name: str) -> None:
+def test_a_callable_that_is_not_harmless_is_a_placeholder(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     # protocol 4: STACK_GLOBAL, whose names may be dotted
     call = b"\x80\x04" + b"".join(
         b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, attribute)
     )
     found = pickles.load(io.BytesIO(call + b"\x93\x8c\x01x\x85R."))
-    assert isinstance(found, placeholders.Inert)
-    assert (found.inert_class, found.inert_arguments) == (name, ("x",))
+    assert isinstance(found, placeholders.Placeholder)
+    assert (found.placeholder_class, found.placeholder_arguments) == (name, ("x",))
 
 
 def test_bytes_in_another_codec_are_refused() -> None:
@@ -138,7 +138,7 @@ def test_of_tensors_only_those_without_dimensions_are_read() -> None:
     found = torch_file.load_torch(file)
     assert (found["step"], found["common"], found["half"]) == (7.0, 3, 0.5)
     assert (found["flag"], found["lr"]) == (True, 0.25)
-    assert found["weight"].inert_class == "torch.Tensor"
+    assert found["weight"].placeholder_class == "torch.Tensor"
     assert (found["weight"].shape, found["weight"].dtype) == ((4, 3), torch.bfloat16)
 
 
@@ -182,7 +182,7 @@ def test_a_torchscript_archive_is_refused_and_not_run() -> None:
     torch.jit.save(torch.jit.script(Module()), file)
     file.seek(0)
     found = torch_file.load_torch(file)
-    assert isinstance(found, placeholders.Inert)
+    assert isinstance(found, placeholders.Placeholder)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x80\x02K\x05.", b"not a pickle"])
@@ -231,9 +231,9 @@ def test_the_plans_in_an_index_are_left_out(protocol: int, size: int) -> None:
     assert described(pickles.load_index(io.BytesIO(data))) == described(whole)
 
 
-def test_what_an_index_was_read_with_is_gone_without_a_collection() -> None:
+def test_reading_an_index_leaves_no_garbage() -> None:
     gc.collect()
-    with pickles.without_collection():
+    with pickles.gc_disabled():
         found = pickles.load_index(io.BytesIO(pickle.dumps(index_with([1, 2]), 4)))
         left = [o for o in gc.get_objects() if type(o) is pickles.Unpickler]
     assert found.storage_data
