@@ -12,11 +12,12 @@ from ..plan.resized import ResizedParameter
 from ..policy.counters import Counters
 from ..policy.document import to_dict
 from ..policy.phase import Phase
+from ..policy.schema import PolicyDocument
 from .log_lines import warnings_of
 from .model import MomentReport, OptimizerReport
 
 
-def policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None:
+def policy_json(optimizers: Sequence[OptimizerReport]) -> PolicyDocument | None:
     """What the user asked, as in a policy file; None without an optimizer."""
     if not optimizers:
         return None
