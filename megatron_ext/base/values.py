@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+_D = TypeVar("_D")
 
 
 def plain(value: Any) -> Any:
@@ -30,6 +33,17 @@ def as_json(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((as_json(v) for v in value), key=repr)
     return str(value)
+
+
+def fields_as_json(found: _D) -> _D:
+    """The fields of a dataclass as JSON's mapping, for a document that is declared with the class.
+
+    Args:
+        found: The dataclass; its type stands for the mapping's, from which the schema is made.
+    """
+    fields: Any = found
+    mapping: _D = as_json(asdict(fields))
+    return mapping
 
 
 def same(a: Any, b: Any) -> bool:

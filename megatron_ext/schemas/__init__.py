@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from ..base.schema import document
 from ..policy.schema import PolicyDocument
+from ..report import resume_report
+from ..report.schema import ReportDocument
 
 
 def generated() -> dict[str, str]:
     """Name of each file -> its text."""
-    found = {"resume-policy": document("megatron_ext/resume-policy", PolicyDocument)}
+    found = {
+        "resume-policy": document("megatron_ext/resume-policy", PolicyDocument),
+        "resume-report": document(resume_report.SCHEMA, ReportDocument),
+    }
     return {f"{name}.schema.json": text for name, text in found.items()}
