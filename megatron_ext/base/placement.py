@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PlanError
+from .schema import Count
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ class Block:
 
     Args:
         length: Elements.
-        base: As `GlobalIndex`.
-        row_length: As `GlobalIndex`.
-        row_stride: As `GlobalIndex`.
+        base: Element of the parameter at which the first row begins.
+        row_length: Elements of a row; 0 where the block is one run.
+        row_stride: Elements from one row's beginning to the next one's.
     """
 
-    length: int
-    base: int = 0
-    row_length: int = 0
-    row_stride: int = 0
+    length: Count
+    base: Count = 0
+    row_length: Count = 0
+    row_stride: Count = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 _D = TypeVar("_D")
@@ -39,11 +39,19 @@ def fields_as_json(found: _D) -> _D:
     """The fields of a dataclass as JSON's mapping, for a document that is declared with the class.
 
     Args:
-        found: The dataclass; its type stands for the mapping's, from which the schema is made.
+        found: The dataclass; its type stands for the mapping's, from which the schema is made. A
+            field may be such a dataclass too, or a tuple of them.
     """
-    fields: Any = found
-    mapping: _D = as_json(asdict(fields))
-    return mapping
+    given: Any = found
+    mapping: Any = {f.name: _field_as_json(getattr(found, f.name)) for f in fields(given)}
+    out: _D = mapping
+    return out
+
+
+def _field_as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_field_as_json(v) for v in value]
+    return fields_as_json(value) if is_dataclass(value) else as_json(value)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -11,12 +11,14 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.files import replace
 from ..base.placement import Block
+from ..base.schema import Count, Versioned
+from ..base.values import fields_as_json
 from ..errors import CheckpointError
 
 SCHEMA = "megatron_ext/parameter-layout/1"
@@ -31,17 +33,19 @@ class Placed:
     """What a bucket holds of one parameter: the shard of a tensor-parallel rank.
 
     Args:
-        name: With the layer's and the expert's number in the whole model.
+        name: As the rules of a policy match it: with the layer's and the expert's number in the
+            whole model.
         shape: Of the unsharded parameter.
-        begin: First element in the bucket.
-        end: One past the last.
-        blocks: Where these elements lie in the unsharded parameter, in order.
+        begin: Its first element in the unsharded bucket.
+        end: One past its last.
+        blocks: Where its elements lie in the unsharded, flattened parameter, block after block.
+            Equal blocks of one parameter are copies.
     """
 
     name: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    shape: tuple[Count, ...]
+    begin: Count
+    end: Count
     blocks: tuple[Block, ...]
 
 
@@ -50,14 +54,34 @@ class Bucket:
     """A bucket, the same whatever the number of data-parallel ranks.
 
     Args:
-        key: In a checkpoint, but for ``.exp_avg`` and so on.
-        elements: With the padding between parameters, without that after the last one.
-        parameters: In the bucket's order.
+        key: The checkpoint's key without the state: followed by .param, .exp_avg or .exp_avg_sq.
+            dp_group_idx is the model-parallel group's number; chained_N stands before it where the
+            chain has several optimizers.
+        elements: Elements of the unsharded bucket as it is stored: with the padding between
+            parameters, without that after the last one.
+        parameters: In the bucket's order, without overlap.
     """
 
     key: str
-    elements: int
+    elements: Count
     parameters: tuple[Placed, ...]
+
+
+class LayoutDocument(Versioned):
+    """Which parameter lies where in the buckets that a dp_reshardable checkpoint stores.
+
+    It is parameter-layout.json, written by rank 0 with --selective-dry-run --selective-report DIR.
+    The keys and the places hold for every number of data-parallel ranks, and for one tensor,
+    pipeline and expert parallel layout.
+
+    Attributes:
+        megatron_core: Version of megatron-core that made the buckets.
+        buckets: Of all model-parallel ranks and all optimizers of the chain, in the order of their
+            keys.
+    """
+
+    megatron_core: str
+    buckets: list[Bucket]
 
 
 @dataclass(frozen=True)
@@ -80,8 +104,12 @@ class BucketLayout:
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE_NAME
-        buckets = [asdict(bucket) for bucket in self.buckets]
-        document = {"schema": SCHEMA, "megatron_core": self.megatron, "buckets": buckets}
+        buckets = [fields_as_json(bucket) for bucket in self.buckets]
+        document: LayoutDocument = {
+            "schema": SCHEMA,
+            "megatron_core": self.megatron,
+            "buckets": buckets,
+        }
         replace(path, json.dumps(document, indent=1))
         return path
 

@@ -10,20 +10,24 @@ from ..base.values import same
 from ..plan.groups import match_groups
 from .inspection import Inspection, OptimizerState, StateTensors
 
+Section = Literal[
+    "checkpoint", "layout", "optimizers", "groups", "scheduler", "counters", "moments", "args"
+]
+
 
 @dataclass(frozen=True)
 class Difference:
     """One difference.
 
     Args:
-        section: ``args``, ``groups``, ``scheduler`` and so on.
+        section: What it is a part of.
         name: What differs.
         a: In the first checkpoint; None where it is not there.
         b: In the second.
-        only: ``a`` or ``b`` where it is in one only.
+        only: The checkpoint that has it, where the other has not.
     """
 
-    section: str
+    section: Section
     name: str
     a: Any
     b: Any
@@ -67,7 +71,7 @@ def _compare_scalars(a: Inspection, b: Inspection) -> Iterator[Difference]:
 
 
 def _compare_mappings(
-    section: str, a: Mapping[Any, Any], b: Mapping[Any, Any], prefix: str = ""
+    section: Section, a: Mapping[Any, Any], b: Mapping[Any, Any], prefix: str = ""
 ) -> Iterator[Difference]:
     for key in [*a, *(k for k in b if k not in a)]:
         name = f"{prefix}{key}"

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from ..base.schema import Count, Keywords, Real
 from ..checkpoint.state import SavedOptimizer
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON
@@ -49,11 +50,11 @@ class StateTensors:
     """The tensors of one state key and dtype, from the index.
 
     Args:
-        optimizer: Number in the chain; None where the keys do not say.
-        state: ``exp_avg`` and so on.
+        optimizer: Position in the chain, from 0; None where the keys do not say.
+        state: ``exp_avg``, ``exp_avg_sq``, ``param`` and so on.
         dtype: ``float32`` and so on.
         by: What a tensor holds: a parameter, or a bucket of many.
-        tensors: Keys.
+        tensors: Number of keys.
         chunks: Pieces in which they are stored.
         elements: Of all tensors, padding included.
         size: Bytes of the elements.
@@ -63,10 +64,10 @@ class StateTensors:
     state: str
     dtype: str
     by: Literal["parameter", "bucket"]
-    tensors: int
-    chunks: int
-    elements: int
-    size: int
+    tensors: Count
+    chunks: Count
+    elements: Count
+    size: Count
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class OptimizerState:
     Args:
         groups: param_groups with all hyperparameters.
         step: Optimizer steps taken, or None.
-        mark: The phase, or None.
-        grad_scaler: Its state, or None.
+        mark: The phase that it was saved in, or None.
+        grad_scaler: State of fp16's loss scale, or None.
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -95,31 +96,33 @@ class Inspection:
         iteration: Its number, 0 for a release.
         release: Whether it is a release checkpoint.
         format: ``torch_dist`` or ``torch``.
-        megatron_core: The recorded version, or None: Megatron itself up to 0.19 records none.
+        megatron_core: The recorded version; None where none is, as with Megatron itself up to 0.19.
         written_by: What the form of the checkpoint says of the version.
         layout: tp, pp, vpp, cp, ep, etp, dp and world -> size, where recorded.
-        sharding_type: See `megatron_ext.checkpoint.stored.StoredCheckpoint`.
-        optimizers: The chain.
+        sharding_type: How a distributed optimizer's state is cut; None without one and for legacy
+            ``torch``.
+        optimizers: One entry per Megatron optimizer, in the order of the chain; empty without
+            optimizer state.
         scheduler: State of OptimizerParamScheduler, or None.
         num_steps: The scheduler's position in samples, or None.
-        counters: Name -> number.
-        args: The saved arguments.
-        moments: From the index; empty for legacy ``torch``.
+        counters: Name -> number, as consumed_train_samples.
+        args: The saved arguments by name.
+        moments: The tensors of the optimizers' state, from the index; empty for legacy ``torch``.
         notes: What could not be said, and why.
     """
 
     directory: Path
     iteration: int
     release: bool
-    format: str
+    format: Literal["torch_dist", "torch"]
     megatron_core: str | None
     written_by: str
-    layout: Mapping[str, int]
+    layout: Annotated[Mapping[str, int], Keywords(propertyNames={"enum": list(_LAYOUT)})]
     sharding_type: str | None
     optimizers: tuple[OptimizerState, ...]
     scheduler: Mapping[str, Any] | None
-    num_steps: int | None
-    counters: Mapping[str, int | float]
+    num_steps: Annotated[int | None, Keywords(of=Any)]
+    counters: Mapping[str, Real]
     args: Mapping[str, Any]
     moments: tuple[StateTensors, ...]
     notes: tuple[str, ...]

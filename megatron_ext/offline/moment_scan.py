@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..base.schema import Count, Real
 from ..checkpoint.bucket_layout import BucketLayout
 from ..checkpoint.state_keys import StateKey
 from ..checkpoint.store import INDEX, Store
@@ -33,7 +34,7 @@ class TensorStatistics:
     """One tensor of an optimizer's state.
 
     Args:
-        optimizer: Number in the chain; None where the key does not say.
+        optimizer: Position in the chain, from 0; None where the key does not say.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
         elements: That were read: all that are stored, but for a bucket's padding and, with a
@@ -46,10 +47,10 @@ class TensorStatistics:
     optimizer: int | None
     state: str
     name: str
-    elements: int
-    norm: float
-    largest: float
-    nonfinite: int
+    elements: Count
+    norm: Real
+    largest: Real
+    nonfinite: Count
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TensorDistance:
     """The difference of one tensor of two checkpoints.
 
     Args:
-        optimizer: Number in the chain; None where the key does not say.
+        optimizer: Position in the chain, from 0; None where the key does not say.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
         elements: That were compared.
@@ -70,10 +71,10 @@ class TensorDistance:
     optimizer: int | None
     state: str
     name: str
-    elements: int
-    distance: float
-    relative: float
-    different: int
+    elements: Count
+    distance: Real
+    relative: Real
+    different: Count
 
 
 def scan(

@@ -38,7 +38,7 @@ class Mark:
 
     Args:
         phase: Its name, or empty.
-        source: The checkpoint it started from (`identity`).
+        source: The checkpoint that it started from, as `identity` names it.
         operations: Digest of what must not be done twice (`digest_of`).
         offset: Data position minus what the iteration counter has counted, in samples.
         done: The operations in words, for messages.
