@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..base.schema import INLINE, Count, Keywords
 from ..rules import registry
-from ..rules.form import DECIMAL
 from .checks import NOT_A_CHOICE
 from .match import Scalar
-from .presets import CATALOGUE
+from .preset_schema import presets
 
 Origin = Literal["args", "checkpoint"]
 KeepOrReset = Literal["keep", "reset"]
@@ -140,46 +139,6 @@ class MomentRuleDocument(_RuleMatch, total=False):
     exp_avg_sq: Operation
 
 
-def _presets() -> list[dict[str, Any]]:
-    """The preset as a text, then each as a mapping."""
-    number = DECIMAL.pattern
-    texts = (" +".join([name, *(number for _ in e.arguments)]) for name, e in CATALOGUE.items())
-    out: list[dict[str, Any]] = [
-        {
-            "description": "A name and its numbers, as in --selective-preset.",
-            "type": "string",
-            "pattern": f"^ *({'|'.join(texts)}) *$",
-        }
-    ]
-    for name, entry in CATALOGUE.items():
-        properties: dict[str, Any] = {"name": {"description": "Which preset.", "const": name}}
-        for letter in entry.arguments:
-            properties[letter.lower()] = {
-                "description": f'{letter}; a text such as "1e-3" is read as a number.',
-                "type": ["number", "string"],
-                "pattern": f"^{number}$",
-                **dict(entry.bounds),
-            }
-        required = list(properties)
-        if entry.declinable:
-            properties["decline"] = {
-                "description": "Parts that are left out.",
-                "type": "array",
-                "items": {"enum": list(entry.declinable)},
-                "uniqueItems": True,
-            }
-        out.append(
-            {
-                "description": f"{entry.what} ({entry.source}).",
-                "type": "object",
-                "additionalProperties": False,
-                "required": required,
-                "properties": properties,
-            }
-        )
-    return out
-
-
 class PolicyDocument(TypedDict, total=False):
     """What a resume does to hyperparameters, moments and step (--selective-policy FILE).
 
@@ -201,7 +160,7 @@ class PolicyDocument(TypedDict, total=False):
 
     hyperparameters: Annotated[HyperparametersDocument, INLINE]
     schedule: Origin
-    preset: Annotated[str | dict[str, Any], Keywords(of=Any, oneOf=_presets())]
+    preset: Annotated[str | dict[str, Any], Keywords(of=Any, oneOf=presets())]
     moments: list[Annotated[MomentRuleDocument, INLINE]]
     step: KeepOrReset | Count
     nonfinite: Nonfinite

@@ -14,7 +14,12 @@ from ..policy.phase import Phase
 from ..policy.schema import PolicyDocument
 from .log_lines import warnings_of
 from .model import MomentReport, OptimizerReport
-from .schema import MomentsDocument, OptimizerDocument, ReportedGroupDocument, ResizedDocument
+from .schema_optimizer import (
+    MomentsDocument,
+    OptimizerDocument,
+    ReportedGroupDocument,
+    ResizedDocument,
+)
 from .schema_parts import (
     CounterDocument,
     DecisionDocument,

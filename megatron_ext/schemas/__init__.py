@@ -6,7 +6,7 @@ read what mypy holds the writers to.
 
 from __future__ import annotations
 
-from ..base.schema import Versioned, document
+from ..base.schema import Versioned
 from ..checkpoint import bucket_layout
 from ..checkpoint.bucket_layout import LayoutDocument
 from ..offline import documents
@@ -15,6 +15,7 @@ from ..offline.inspection import Inspection
 from ..policy.schema import PolicyDocument
 from ..report import resume_report
 from ..report.schema import ReportDocument
+from .generator import document
 
 
 def generated() -> dict[str, str]:

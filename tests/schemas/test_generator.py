@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 
-from megatron_ext.base.schema import INLINE, Count, Keywords, Real, Versioned, document
+from megatron_ext.base.schema import INLINE, Count, Keywords, Real, Versioned
+from megatron_ext.schemas.generator import document
 
 Name = Annotated[str, Keywords("name", description="A name.", pattern="^a+$")]
 
