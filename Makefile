@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo docs lint format test test-matrix test-gpu bench clean
+.PHONY: help bootstrap demo docs schemas lint format test test-matrix test-gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: bootstrap ## what a resume costs: stock and ours in turn (9 minutes)
 docs: bootstrap ## build the documentation into docs/_build; warnings are errors
 	$(PYTHON_BIN) -m sphinx -W --keep-going -n -q docs docs/_build
 	@echo docs/_build/index.html
+
+schemas: bootstrap ## write megatron_ext/schemas anew, from the types of the documents
+	$(PYTHON_BIN) -m megatron_ext.schemas
 
 clean: ## remove what builds, tests and the demo leave behind; .venv stays
 	rm -rf build dist docs/_build demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

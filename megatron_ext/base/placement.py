@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PlanError
+from .schema import Count
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Block:
         row_stride: As in `GlobalIndex`.
     """
 
-    length: int
-    base: int = 0
-    row_length: int = 0
-    row_stride: int = 0
+    length: Count
+    base: Count = 0
+    row_length: Count = 0
+    row_stride: Count = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+_D = TypeVar("_D")
 
 
 def plain(value: Any) -> Any:
@@ -30,6 +33,25 @@ def as_json(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((as_json(v) for v in value), key=repr)
     return str(value)
+
+
+def fields_as_json(found: _D) -> _D:
+    """The fields of a dataclass as JSON's mapping, for a document that is declared with the class.
+
+    Args:
+        found: The dataclass; its type stands for the mapping's, from which the schema is made. A
+            field may be such a dataclass too, or a tuple of them.
+    """
+    given: Any = found
+    mapping: Any = {f.name: _field_as_json(getattr(found, f.name)) for f in fields(given)}
+    out: _D = mapping
+    return out
+
+
+def _field_as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_field_as_json(v) for v in value]
+    return fields_as_json(value) if is_dataclass(value) else as_json(value)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -11,12 +11,14 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.files import replace
 from ..base.placement import Block
+from ..base.schema import Count, Versioned
+from ..base.values import fields_as_json
 from ..errors import CheckpointError
 
 SCHEMA = "megatron_ext/parameter-layout/1"
@@ -39,9 +41,9 @@ class Placed:
     """
 
     name: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    shape: tuple[Count, ...]
+    begin: Count
+    end: Count
     blocks: tuple[Block, ...]
 
 
@@ -57,8 +59,25 @@ class Bucket:
     """
 
     key: str
-    elements: int
+    elements: Count
     parameters: tuple[Placed, ...]
+
+
+class LayoutDocument(Versioned):
+    """Which parameter lies where in the buckets that a dp_reshardable checkpoint stores.
+
+    It is parameter-layout.json, written by rank 0 with --selective-dry-run --selective-report DIR.
+    The keys and the places hold for every number of data-parallel ranks, and for one tensor,
+    pipeline and expert parallel layout.
+
+    Attributes:
+        megatron_core: Version of megatron-core that made the buckets.
+        buckets: Of all model-parallel ranks and all optimizers of the chain, in the order of their
+            keys.
+    """
+
+    megatron_core: str
+    buckets: list[Bucket]
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,12 @@ class BucketLayout:
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE_NAME
-        buckets = [asdict(bucket) for bucket in self.buckets]
-        document = {"schema": SCHEMA, "megatron_core": self.megatron, "buckets": buckets}
+        buckets = [fields_as_json(bucket) for bucket in self.buckets]
+        document: LayoutDocument = {
+            "schema": SCHEMA,
+            "megatron_core": self.megatron,
+            "buckets": buckets,
+        }
         replace(path, json.dumps(document, indent=1))
         return path
 

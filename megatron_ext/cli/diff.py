@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from ..offline.comparison import Difference
     from ..offline.moment_scan import TensorDistance
 
-#: ``megatron_ext/schemas/diff.schema.json``.
-SCHEMA = "megatron_ext/diff/1"
-
 
 def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
@@ -46,9 +43,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..base.values import as_json
     from ..checkpoint.stored import open_checkpoint
     from ..offline.comparison import compare
+    from ..offline.documents import diff_document
     from ..offline.inspection import inspect_checkpoint
 
     a, b = open_checkpoint(options.a), open_checkpoint(options.b)
@@ -56,13 +53,7 @@ def _diff(options: argparse.Namespace) -> int:
     layout = output.read_layout(options)
     distances = _distances(a, b, layout) if options.moments else None
     if options.json:
-        content: dict[str, Any] = {"schema": SCHEMA, "a": a.directory, "b": b.directory}
-        content["differences"] = [
-            {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} for c in changes
-        ]
-        if distances is not None:
-            content["distances"] = [dataclasses.asdict(d) for d in distances]
-        output.print_json(as_json(content))
+        output.print_json(diff_document(a, b, changes, distances))
     else:
         _print(a, b, changes, distances)
     return int(bool(changes) or any(d.different for d in distances or ()))

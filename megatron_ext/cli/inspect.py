@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
-    from ..offline.inspection import Inspection, OptimizerState
+    from ..offline.inspection import Inspection
     from ..offline.moment_scan import TensorStatistics
-
-#: ``megatron_ext/schemas/inspect.schema.json``.
-SCHEMA = "megatron_ext/inspect/1"
 
 
 def add_to(commands: Any) -> None:
@@ -48,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from ..checkpoint.stored import open_checkpoint
+    from ..offline.documents import inspect_document
     from ..offline.inspection import inspect_checkpoint
     from ..offline.moment_scan import scan
     from ..offline.slabs import total_bytes
@@ -60,38 +58,10 @@ def _inspect(options: argparse.Namespace) -> int:
         with output.progress_bar(total_bytes(stored), "moments") as progress:
             statistics = scan(stored, progress, layout)
     if options.json:
-        output.print_json(document(found, statistics))
+        output.print_json(inspect_document(found, statistics))
     else:
         _print(found, statistics)
     return int(any(s.nonfinite for s in statistics or ()))
-
-
-def document(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> dict[str, Any]:
-    """Build the JSON document.
-
-    Args:
-        found: The content of the checkpoint.
-        statistics: Statistics of its moments; None if they were not read.
-    """
-    from ..base.values import as_json
-
-    fields: dict[str, Any] = {"schema": SCHEMA}
-    fields |= {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    fields["optimizers"] = [_optimizer(o) for o in found.optimizers]
-    fields["moments"] = [dataclasses.asdict(m) for m in found.moments]
-    if statistics is not None:
-        fields["statistics"] = [dataclasses.asdict(s) for s in statistics]
-    plain_fields: dict[str, Any] = as_json(fields)
-    return plain_fields
-
-
-def _optimizer(optimizer: OptimizerState) -> dict[str, Any]:
-    return {
-        "step": optimizer.step,
-        "mark": optimizer.mark and dataclasses.asdict(optimizer.mark),
-        "grad_scaler": optimizer.grad_scaler,
-        "groups": optimizer.groups,
-    }
 
 
 def _print(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> None:

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, MegatronExtError
 from ..policy.counters import Counters, begin, last_iteration, ramp_of
 from ..policy.phase import Mark, Phase, decide, identity
 from ..policy.policy import ResumePolicy
+from ..report.schema import LengthDocument
 from ..resume.session import Resume, current
 
 
@@ -77,7 +78,7 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
     return resume.counters[1].iteration
 
 
-def length_of_run(resume: Resume, args: Any) -> dict[str, Any]:
+def length_of_run(resume: Resume, args: Any) -> LengthDocument:
     """Where the run ends and what an iteration takes, for the report; before `after_the_load`.
 
     Args:

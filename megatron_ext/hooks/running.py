@@ -117,16 +117,13 @@ def _check_hyperparameters() -> None:
         zip(resume.members, resume.report.optimizers, strict=True)
     ):
         for group, live in zip(report.plan.groups, member.optimizer.param_groups, strict=True):
-            values = {**group.values, **_of_scheduler(first[number, group.index])}
+            at = first[number, group.index]
+            values = {**group.values, "lr": at["lr"], "weight_decay": at["weight_decay"]}
             planned.append(guard.GroupValues.of(number, group.index, values))
             used.append(guard.GroupValues.of(number, group.index, live))
     wrong = guard.wrong_hyperparameters(planned, used)
     if wrong:
         raise GuardError(wrong)
-
-
-def _of_scheduler(first: dict[str, Any]) -> dict[str, Any]:
-    return {key: first[key] for key in ("lr", "weight_decay")}
 
 
 def _check_moments(watch: guard.Watch) -> None:

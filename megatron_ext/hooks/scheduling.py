@@ -8,6 +8,8 @@ from typing import Any
 
 from ..host.arguments import global_args
 from ..host.schedule import NOT_SAVED, SCHEDULER_VALUES, saved_values
+from ..report.schema import LengthDocument, SchedulerDocument
+from ..report.schema_parts import FirstStepDocument, ScheduledValueDocument
 from ..resume.members import members_of
 from .counters import length_of_run
 
@@ -57,8 +59,8 @@ def scheduler_section(
     state_dict: Mapping[str, Any],
     arguments: Mapping[str, Any],
     members: list[Any],
-    length: Mapping[str, Any],
-) -> dict[str, Any]:
+    length: LengthDocument,
+) -> SchedulerDocument:
     """The scheduler's part of the report.
 
     Args:
@@ -69,7 +71,7 @@ def scheduler_section(
         length: Of `hooks.counters.length_of_run`.
     """
     from_checkpoint = saved_values(members[0].resume.policy)
-    values = {
+    values: dict[str, ScheduledValueDocument] = {
         name: {
             "checkpoint": state_dict.get(name),
             "argument": arguments[name],
@@ -78,7 +80,7 @@ def scheduler_section(
         }
         for name, value in _scheduler_values(scheduler).items()
     }
-    first = [
+    first: list[FirstStepDocument] = [
         {
             "optimizer": number,
             "group": index,

@@ -10,6 +10,10 @@ from ..base.values import same
 from ..plan.groups import match_groups
 from .inspection import Inspection, OptimizerState, StateTensors
 
+Section = Literal[
+    "checkpoint", "layout", "optimizers", "groups", "scheduler", "counters", "moments", "args"
+]
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -23,7 +27,7 @@ class Difference:
         only: ``a`` or ``b`` if only that checkpoint has it.
     """
 
-    section: str
+    section: Section
     name: str
     a: Any
     b: Any
@@ -67,7 +71,7 @@ def _compare_scalars(a: Inspection, b: Inspection) -> Iterator[Difference]:
 
 
 def _compare_mappings(
-    section: str, a: Mapping[Any, Any], b: Mapping[Any, Any], prefix: str = ""
+    section: Section, a: Mapping[Any, Any], b: Mapping[Any, Any], prefix: str = ""
 ) -> Iterator[Difference]:
     for key in [*a, *(k for k in b if k not in a)]:
         name = f"{prefix}{key}"

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from ..base.schema import Count, Keywords, Real
 from ..checkpoint.state import SavedOptimizer
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON
@@ -63,10 +64,10 @@ class StateTensors:
     state: str
     dtype: str
     by: Literal["parameter", "bucket"]
-    tensors: int
-    chunks: int
-    elements: int
-    size: int
+    tensors: Count
+    chunks: Count
+    elements: Count
+    size: Count
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,15 @@ class Inspection:
     directory: Path
     iteration: int
     release: bool
-    format: str
+    format: Literal["torch_dist", "torch"]
     megatron_core: str | None
     written_by: str
-    layout: Mapping[str, int]
+    layout: Annotated[Mapping[str, int], Keywords(propertyNames={"enum": list(_PARALLEL_SIZES)})]
     sharding_type: str | None
     optimizers: tuple[OptimizerState, ...]
     scheduler: Mapping[str, Any] | None
-    num_steps: int | None
-    counters: Mapping[str, int | float]
+    num_steps: Annotated[int | None, Keywords(of=Any)]
+    counters: Mapping[str, Real]
     args: Mapping[str, Any]
     moments: tuple[StateTensors, ...]
     notes: tuple[str, ...]

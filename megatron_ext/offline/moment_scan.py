@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..base.schema import Count, Real
 from ..checkpoint.bucket_layout import BucketLayout
 from ..checkpoint.state_keys import StateKey
 from ..checkpoint.store import INDEX, Store
@@ -46,10 +47,10 @@ class TensorStatistics:
     optimizer: int | None
     state: str
     name: str
-    elements: int
-    norm: float
-    largest: float
-    nonfinite: int
+    elements: Count
+    norm: Real
+    largest: Real
+    nonfinite: Count
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class TensorDistance:
     optimizer: int | None
     state: str
     name: str
-    elements: int
-    distance: float
-    relative: float
-    different: int
+    elements: Count
+    distance: Real
+    relative: Real
+    different: Count
 
 
 def scan(

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import PolicyError
 
-_NOT_A_CHOICE = {
+#: Keys of a param_group that no policy keeps or takes, and why.
+NOT_A_CHOICE = {
     "params": "the parameters always are the current model's",
     "step": "step is state, not a hyperparameter: see --selective-step",
     "lr": (
@@ -33,8 +34,8 @@ def unique_keys(found: Any, where: str, what: str) -> tuple[str, ...]:
                 f"{where}: {key!r} is not a param_group key; "
                 "expected names such as 'betas' or 'weight_decay', separated by spaces"
             )
-        if key in _NOT_A_CHOICE:
-            raise PolicyError(f"{where}: {key!r} cannot be kept: {_NOT_A_CHOICE[key]}")
+        if key in NOT_A_CHOICE:
+            raise PolicyError(f"{where}: {key!r} cannot be kept: {NOT_A_CHOICE[key]}")
     return tuple(dict.fromkeys(found))
 
 

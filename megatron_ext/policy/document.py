@@ -5,28 +5,23 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import PolicyError
 from ..rules.registry import parse, write
 from .match import GroupRule, Match, MomentRule
 from .policy import ResumePolicy
 from .presets import CATALOGUE, KEEP_ALL, Preset
-
-_TOP = (
-    *("hyperparameters", "schedule", "preset", "moments", "step", "nonfinite", "strict"),
-    *("counters", "phase"),
+from .schema import (
+    CountersDocument,
+    GroupRuleDocument,
+    HyperparametersDocument,
+    MatchDocument,
+    MomentRuleDocument,
+    PolicyDocument,
 )
-_COUNTER_CHOICES = {
-    "iteration": ("keep", "reset"),
-    "dataloader": ("keep", "reset"),
-    "schedule": ("continue", "restart"),
-    "grad_scaler": ("keep", "reset"),
-}
-_HYPERPARAMETERS = ("source", "keep", "take", "groups")
-_GROUP = ("match", "keep", "take")
-_RULE = ("match", "exp_avg", "exp_avg_sq")
-_MATCH = ("name", "rows", "ndim", "group")
+
+_COUNTERS = {key: get_args(values) for key, values in get_type_hints(CountersDocument).items()}
 
 
 def from_dict(content: Any) -> ResumePolicy:
@@ -38,8 +33,9 @@ def from_dict(content: Any) -> ResumePolicy:
     Raises:
         PolicyError: The data is not a policy. The error names the place.
     """
-    content = _mapping(content, "policy", _TOP)
-    hyper = _mapping(content.get("hyperparameters", {}), "hyperparameters", _HYPERPARAMETERS)
+    content = _mapping(content, "policy", PolicyDocument)
+    found = content.get("hyperparameters", {})
+    hyper = _mapping(found, "hyperparameters", HyperparametersDocument)
     return ResumePolicy(
         keep_hyperparameters=_strings(hyper.get("keep", ()), "hyperparameters.keep"),
         take_hyperparameters=_strings(hyper.get("take", ()), "hyperparameters.take"),
@@ -62,28 +58,10 @@ def from_dict(content: Any) -> ResumePolicy:
     )
 
 
-def to_dict(policy: ResumePolicy) -> dict[str, Any]:
-    """Convert a policy to plain data for `from_dict`; defaults are left out."""
-    out: dict[str, Any] = {}
-    hyper: dict[str, Any] = {}
-    if policy.hyperparameters != "args":
-        hyper["source"] = policy.hyperparameters
-    for name, keys in (
-        ("keep", policy.keep_hyperparameters),
-        ("take", policy.take_hyperparameters),
-    ):
-        if keys:
-            hyper[name] = list(keys)
-    if policy.groups:
-        hyper["groups"] = [
-            {
-                "match": dict(g.match),
-                **({"keep": list(g.keep)} if g.keep else {}),
-                **({"take": list(g.take)} if g.take else {}),
-            }
-            for g in policy.groups
-        ]
-    if hyper:
+def to_dict(policy: ResumePolicy) -> PolicyDocument:
+    """Plain data that `from_dict` reads back as the same policy; defaults are left out."""
+    out: PolicyDocument = {}
+    if hyper := _hyperparameters(policy):
         out["hyperparameters"] = hyper
     if policy.schedule != "args":
         out["schedule"] = policy.schedule
@@ -104,25 +82,50 @@ def to_dict(policy: ResumePolicy) -> dict[str, Any]:
         out["nonfinite"] = policy.nonfinite
     if not policy.strict:
         out["strict"] = False
-    counters = {
-        "iteration": "reset" if policy.reset_iteration else "keep",
-        "dataloader": "reset" if policy.reset_dataloader else "keep",
-        "schedule": policy.schedule_position,
-        "grad_scaler": policy.grad_scaler,
-    }
-    if chosen := {k: v for k, v in counters.items() if v not in ("keep", None)}:
-        out["counters"] = chosen
+    counters: CountersDocument = {}
+    if policy.reset_iteration:
+        counters["iteration"] = "reset"
+    if policy.reset_dataloader:
+        counters["dataloader"] = "reset"
+    if policy.schedule_position is not None:
+        counters["schedule"] = policy.schedule_position
+    if policy.grad_scaler != "keep":
+        counters["grad_scaler"] = policy.grad_scaler
+    if counters:
+        out["counters"] = counters
     if policy.phase:
         out["phase"] = policy.phase
     return out
 
 
+def _hyperparameters(policy: ResumePolicy) -> HyperparametersDocument:
+    out: HyperparametersDocument = {}
+    if policy.hyperparameters != "args":
+        out["source"] = policy.hyperparameters
+    if policy.keep_hyperparameters:
+        out["keep"] = list(policy.keep_hyperparameters)
+    if policy.take_hyperparameters:
+        out["take"] = list(policy.take_hyperparameters)
+    if policy.groups:
+        out["groups"] = [_group_content(rule) for rule in policy.groups]
+    return out
+
+
+def _group_content(rule: GroupRule) -> GroupRuleDocument:
+    out: GroupRuleDocument = {"match": dict(rule.match)}
+    if rule.keep:
+        out["keep"] = list(rule.keep)
+    if rule.take:
+        out["take"] = list(rule.take)
+    return out
+
+
 def _counters(found: Any) -> dict[str, Any]:
-    content = _mapping(found, "counters", tuple(_COUNTER_CHOICES))
+    content = _mapping(found, "counters", CountersDocument)
     for key, value in content.items():
-        if value not in _COUNTER_CHOICES[key]:
+        if value not in _COUNTERS[key]:
             raise PolicyError(
-                f"counters.{key}: expected {' or '.join(_COUNTER_CHOICES[key])}, found {value!r}"
+                f"counters.{key}: expected {' or '.join(_COUNTERS[key])}, found {value!r}"
             )
     return {
         "reset_iteration": content.get("iteration") == "reset",
@@ -150,7 +153,7 @@ def _preset(found: Any) -> Preset:
     )
 
 
-def _preset_dict(preset: Preset) -> Any:
+def _preset_dict(preset: Preset) -> str | dict[str, Any]:
     if not preset.arguments and not preset.decline:
         return preset.name
     names = (a.lower() for a in CATALOGUE[preset.name].arguments)
@@ -161,7 +164,7 @@ def _preset_dict(preset: Preset) -> Any:
 
 
 def _group_rule(found: Any, where: str) -> GroupRule:
-    rule = _mapping(found, where, _GROUP)
+    rule = _mapping(found, where, GroupRuleDocument)
     return GroupRule(
         tuple(_mapping(rule.get("match", {}), f"{where}.match").items()),
         _strings(rule.get("keep", ()), f"{where}.keep"),
@@ -170,7 +173,7 @@ def _group_rule(found: Any, where: str) -> GroupRule:
 
 
 def _rule(found: Any, where: str) -> MomentRule:
-    rule = _mapping(found, where, _RULE)
+    rule = _mapping(found, where, MomentRuleDocument)
     if "match" not in rule:
         raise PolicyError(f"{where}: expected 'match', found only {', '.join(map(repr, rule))}")
     try:
@@ -188,7 +191,7 @@ def _match(found: Any, where: str) -> Match:
         return Match.parse(found)
     if not isinstance(found, Mapping):
         raise PolicyError(f"{where}: expected a text or a mapping, found {found!r}")
-    content = _mapping(found, where, _MATCH)
+    content = _mapping(found, where, MatchDocument)
     return Match(
         content.get("name", "*"),
         _rows(content["rows"], f"{where}.rows") if "rows" in content else None,
@@ -197,14 +200,14 @@ def _match(found: Any, where: str) -> Match:
     )
 
 
-def _match_content(match: Match) -> Any:
-    """Write a match as text, or as a mapping if the text would be read as another match."""
+def _match_content(match: Match) -> str | MatchDocument:
+    """As a text, or as a mapping where the text would be read as another match."""
     try:
         if Match.parse(str(match)) == match:
             return str(match)
     except PolicyError:
         pass
-    out: dict[str, Any] = {"name": match.name}
+    out: MatchDocument = {"name": match.name}
     if match.rows is not None:
         out["rows"] = ":".join("" if r is None else str(r) for r in match.rows)
     if match.ndim is not None:
@@ -224,9 +227,12 @@ def _rows(found: Any, where: str) -> tuple[int | None, int | None]:
     return first, last
 
 
-def _mapping(found: Any, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
+def _mapping(
+    found: Any, where: str, declared: type | Sequence[str] | None = None
+) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise PolicyError(f"{where}: expected a mapping, found {found!r}")
+    known = tuple(get_type_hints(declared)) if isinstance(declared, type) else declared
     for key in found:
         if not isinstance(key, str):
             raise PolicyError(f"{where}: expected names as keys, found {key!r}")

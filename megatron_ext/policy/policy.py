@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from ..checkpoint.state import NOT_HYPERPARAMETERS
 from ..errors import PolicyError
@@ -14,6 +14,7 @@ from ..rules.elementwise import KEEP
 from .checks import all_of, is_number, unique_keys
 from .match import GroupRule, MomentRule, Scalar
 from .presets import KEEP_ALL, Preset, Step
+from .schema import PHASE_NAME, KeepOrReset, Nonfinite, Origin, Position
 
 #: Keys that `megatron.core.optimizer_param_scheduler.OptimizerParamScheduler` writes or reads in
 #: a param_group. ``--use-checkpoint-opt_param-scheduler`` takes exactly these from the checkpoint.
@@ -66,17 +67,17 @@ class ResumePolicy:
     """
 
     keep_hyperparameters: tuple[str, ...] = ()
-    schedule: Literal["args", "checkpoint"] = "args"
-    hyperparameters: Literal["args", "checkpoint"] = "args"
+    schedule: Origin = "args"
+    hyperparameters: Origin = "args"
     take_hyperparameters: tuple[str, ...] = ()
     groups: tuple[GroupRule, ...] = ()
     preset: Preset = KEEP_ALL
     rules: tuple[MomentRule, ...] = ()
     step: Step | None = None
-    nonfinite: Literal["error", "reset", "keep"] = "error"
+    nonfinite: Nonfinite = "error"
     strict: bool = True
-    schedule_position: Literal["continue", "restart"] | None = None
-    grad_scaler: Literal["keep", "reset"] = "keep"
+    schedule_position: Position | None = None
+    grad_scaler: KeepOrReset = "keep"
     reset_iteration: bool = False
     reset_dataloader: bool = False
     phase: str = ""
@@ -84,19 +85,19 @@ class ResumePolicy:
     def __post_init__(self) -> None:
         """Normalise the keys and refuse a policy that can never be applied."""
         if self.schedule_position is not None:
-            _one_of("schedule position", self.schedule_position, ("continue", "restart"))
-        _one_of("grad_scaler", self.grad_scaler, ("keep", "reset"))
+            _one_of("schedule position", self.schedule_position, get_args(Position))
+        _one_of("grad_scaler", self.grad_scaler, get_args(KeepOrReset))
         for name in ("reset_iteration", "reset_dataloader"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name}: expected true or false, found {getattr(self, name)!r}")
-        if not isinstance(self.phase, str) or not re.fullmatch(r"[\w.-]*", self.phase, re.ASCII):
+        if not isinstance(self.phase, str) or not re.fullmatch(PHASE_NAME, self.phase):
             raise PolicyError(
                 f"--selective-phase: expected letters, digits, '.', '_' and '-', found "
                 f"{self.phase!r}"
             )
-        _one_of("schedule", self.schedule, ("args", "checkpoint"))
-        _one_of("hyperparameters", self.hyperparameters, ("args", "checkpoint"))
-        _one_of("nonfinite", self.nonfinite, ("error", "reset", "keep"))
+        _one_of("schedule", self.schedule, get_args(Origin))
+        _one_of("hyperparameters", self.hyperparameters, get_args(Origin))
+        _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
         for name in ("keep_hyperparameters", "take_hyperparameters"):
             flag = f"--selective-{name.replace('_', '-')}"
             object.__setattr__(self, name, unique_keys(getattr(self, name), flag, name))

@@ -118,7 +118,7 @@ class Preset:
                 f"preset {self.name}: expected {_form(self.name)!r}, found "
                 f"{' '.join(map(str, (self.name, *self.arguments)))!r}"
             )
-        if any(a <= 0.0 for a in numbers) and self.name != "relora":
+        if any(a <= 0.0 for a in numbers) and "exclusiveMinimum" in dict(entry.bounds):
             raise PolicyError(
                 f"preset {self.name}: expected numbers above 0, found {list(self.arguments)}"
             )
@@ -166,11 +166,14 @@ class Preset:
 
 @dataclass(frozen=True)
 class _Entry:
+    """One preset; `bounds` of its numbers are in the words of JSON schema."""
+
     arguments: tuple[str, ...]
     effect: Callable[..., Effect]
     what: str
     source: str
     declinable: tuple[str, ...] = ()
+    bounds: tuple[tuple[str, int], ...] = (("exclusiveMinimum", 0),)
 
 
 def _float(found: Any) -> float:
@@ -235,6 +238,7 @@ CATALOGUE = {
         lambda p: Effect(Prune(p), Prune(p)),
         "of each parameter, exp_avg and exp_avg_sq keep what is above the P-quantile of abs(x)",
         "arXiv 2307.05695",
+        bounds=(("minimum", 0), ("maximum", 1)),
     ),
 }
 

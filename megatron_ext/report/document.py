@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from ..base.values import as_json
-from ..plan.decisions import Decision, GroupPlan
+from ..base.values import as_json, fields_as_json
+from ..plan.decisions import Decision, GroupPlan, ResumePlan
 from ..plan.resized import ResizedParameter
 from ..policy.counters import Counters
 from ..policy.document import to_dict
 from ..policy.phase import Phase
+from ..policy.schema import PolicyDocument
 from .log_lines import warnings_of
 from .model import MomentReport, OptimizerReport
+from .schema_optimizer import (
+    MomentsDocument,
+    OptimizerDocument,
+    ReportedGroupDocument,
+    ResizedDocument,
+)
+from .schema_parts import (
+    CounterDocument,
+    DecisionDocument,
+    GroupDocument,
+    PhaseDocument,
+    RunCountersDocument,
+    StepDocument,
+)
 
 
-def policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None:
+def policy_json(optimizers: Sequence[OptimizerReport]) -> PolicyDocument | None:
     """What the user asked, as in a policy file; None without an optimizer."""
     if not optimizers:
         return None
@@ -24,7 +38,7 @@ def policy_json(optimizers: Sequence[OptimizerReport]) -> dict[str, Any] | None:
     return to_dict(plan.policy if plan.phase is None else plan.phase.asked)
 
 
-def phase_json(phase: Phase | None) -> dict[str, Any] | None:
+def phase_json(phase: Phase | None) -> PhaseDocument | None:
     """A phase as the reports have it."""
     if phase is None:
         return None
@@ -40,28 +54,43 @@ def phase_json(phase: Phase | None) -> dict[str, Any] | None:
     }
 
 
-def counters_json(counters: tuple[Counters, Counters] | None) -> dict[str, Any] | None:
+def counters_json(counters: tuple[Counters, Counters] | None) -> RunCountersDocument | None:
     """The checkpoint's counters and those the run goes on with."""
     if counters is None:
         return None
-    before, after = (asdict(c) for c in counters)
-    return {key: {"checkpoint": before[key], "value": after[key]} for key in before}
+
+    def both(name: str) -> CounterDocument:
+        before, after = (getattr(c, name) for c in counters)
+        return {"checkpoint": before, "value": after}
+
+    return {
+        "iteration": both("iteration"),
+        "consumed_train_samples": both("consumed_train_samples"),
+        "skipped_train_samples": both("skipped_train_samples"),
+        "consumed_valid_samples": both("consumed_valid_samples"),
+        "num_steps": both("num_steps"),
+    }
 
 
-def optimizer_json(report: OptimizerReport) -> dict[str, Any]:
+def step_json(plan: ResumePlan) -> StepDocument:
+    """Adam's step as the reports have it."""
+    return {
+        "value": plan.step,
+        "checkpoint": plan.saved_step,
+        "taken": "checkpoint" if plan.step == plan.saved_step else "policy",
+    }
+
+
+def optimizer_json(report: OptimizerReport) -> OptimizerDocument:
     """What was done to one optimizer."""
     return {
         "kind": report.kind,
         "plan_digest": report.plan.digest(),
-        "step": {
-            "value": report.plan.step,
-            "checkpoint": report.plan.saved_step,
-            "taken": "checkpoint" if report.plan.step == report.plan.saved_step else "policy",
-        },
+        "step": step_json(report.plan),
         "moments": _moments_json(report.moments),
         "loss_scale": None
-        if report.loss_scale is None
-        else dict(zip(("checkpoint", "value"), report.loss_scale, strict=True)),
+        if (scale := report.loss_scale) is None
+        else {"checkpoint": scale[0], "value": scale[1]},
         "clip_grad": None if (c := report.plan.clip_grad) is None else decision_json(c),
         "warnings": list(warnings_of(report)),
         "loaded": {
@@ -71,12 +100,13 @@ def optimizer_json(report: OptimizerReport) -> dict[str, Any]:
         "resized": [_resized_json(one) for one in report.resized],
         "unused_saved_groups": list(report.plan.unused_saved_groups),
         "groups": [
-            _group_json(g, n) for g, n in zip(report.plan.groups, report.parameters, strict=True)
+            _reported_group(g, n)
+            for g, n in zip(report.plan.groups, report.parameters, strict=True)
         ],
     }
 
 
-def _resized_json(one: ResizedParameter) -> dict[str, Any]:
+def _resized_json(one: ResizedParameter) -> ResizedDocument:
     return {
         "parameter": one.name,
         "checkpoint_rows": one.saved,
@@ -86,18 +116,22 @@ def _resized_json(one: ResizedParameter) -> dict[str, Any]:
     }
 
 
-def _group_json(group: GroupPlan, parameters: int) -> dict[str, Any]:
+def _reported_group(group: GroupPlan, parameters: int) -> ReportedGroupDocument:
+    return {**group_json(group), "parameters_on_rank_0": parameters}
+
+
+def group_json(group: GroupPlan) -> GroupDocument:
+    """The decisions for one param_group, as the reports have them."""
     return {
         "index": group.index,
         "saved_index": group.saved_index,
         "note": group.note,
-        "parameters_on_rank_0": parameters,
         "dropped_keys": list(group.dropped),
         "keys": {d.key: decision_json(d) for d in group.decisions},
     }
 
 
-def decision_json(d: Decision) -> dict[str, Any]:
+def decision_json(d: Decision) -> DecisionDocument:
     """Where one key comes from, as the reports have it."""
     return {
         "checkpoint": _value(d.checkpoint),
@@ -114,20 +148,11 @@ def _value(value: Any) -> Any:
     return str(value) if isinstance(value, Mapping) else as_json(value)
 
 
-def _moments_json(moments: MomentReport | None) -> dict[str, Any] | None:
+def _moments_json(moments: MomentReport | None) -> MomentsDocument | None:
     if moments is None:
         return None
     return {
-        "rules": [
-            {
-                "rule": r.rule,
-                "exp_avg": r.exp_avg,
-                "exp_avg_sq": r.exp_avg_sq,
-                "elements": r.elements,
-                "examples": list(r.examples),
-            }
-            for r in moments.rules
-        ],
+        "rules": [fields_as_json(r) for r in moments.rules],
         "state": {
             key: {
                 "rms_before": as_json(before),

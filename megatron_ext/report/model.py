@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from ..base.schema import Count, Keywords
 from ..plan.decisions import ResumePlan
 from ..plan.resized import ResizedParameter
 from .loaded import LoadedState
@@ -40,18 +42,18 @@ class RuleReport:
     """What one rule did, on all ranks.
 
     Args:
-        rule: As the policy has it; the preset for the elements no rule names.
+        rule: What it matches, as the policy has it; the preset for the elements that no rule names.
         exp_avg: What was done to exp_avg.
         exp_avg_sq: What was done to exp_avg_sq.
         elements: Number of elements; one that several ranks hold counts on each.
-        examples: Some of the parameters a rule of the policy met, by name.
+        examples: Some of the parameters that it matches, by name; none for the preset.
     """
 
     rule: str
     exp_avg: str
     exp_avg_sq: str
-    elements: int
-    examples: tuple[str, ...] = ()
+    elements: Count
+    examples: Annotated[tuple[str, ...], Keywords(maxItems=8)] = ()
 
 
 @dataclass(frozen=True)

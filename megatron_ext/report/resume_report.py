@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..policy.counters import Counters
 from ..policy.phase import Phase
@@ -12,6 +10,7 @@ from ..version import __version__
 from .document import counters_json, optimizer_json, phase_json, policy_json
 from .log_lines import counter_lines, optimizer_lines, phase_lines
 from .model import OptimizerReport
+from .schema import EnvironmentDocument, ReportDocument, SchedulerDocument
 
 SCHEMA = "megatron_ext/resume-report/1"
 
@@ -33,9 +32,9 @@ class ResumeReport:
 
     megatron: str
     optimizers: list[OptimizerReport] = field(default_factory=list)
-    scheduler: dict[str, Any] | None = None
+    scheduler: SchedulerDocument | None = None
     counters: tuple[Counters, Counters] | None = None
-    environment: Mapping[str, str | int] | None = None
+    environment: EnvironmentDocument | None = None
 
     @property
     def phase(self) -> Phase | None:
@@ -64,13 +63,13 @@ class ResumeReport:
             for f in first
         ]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ReportDocument:
         """The report as plain data."""
         return {
             "schema": SCHEMA,
             "megatron_ext": __version__,
             "megatron_core": self.megatron,
-            "environment": None if self.environment is None else dict(self.environment),
+            "environment": self.environment,
             "policy": policy_json(self.optimizers),
             "phase": phase_json(self.phase),
             "counters": counters_json(self.counters),

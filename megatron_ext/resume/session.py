@@ -26,6 +26,7 @@ from ..policy.policy import ResumePolicy
 from ..policy.request import Request
 from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
+from ..report.schema import EnvironmentDocument, SchedulerDocument
 from ..rules.form import Key
 from .guard import Watch
 from .vocabulary import RowChanges
@@ -221,7 +222,7 @@ class Resume:
         say(self.report.lines())
         say(self._write())
 
-    def scheduler_loaded(self, section: dict[str, Any]) -> None:
+    def scheduler_loaded(self, section: SchedulerDocument) -> None:
         """Add what the scheduler will use from the first resumed step on, and write once more."""
         if self.report is not None:
             self.report.scheduler = section
@@ -241,7 +242,7 @@ class Resume:
         return [self.write_report(self.report)]
 
 
-def _environment() -> dict[str, str | int]:
+def _environment() -> EnvironmentDocument:
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -294,5 +294,4 @@ def test_what_a_rule_says_of_itself_is_what_it_does(key: str, rule: ElementRule)
 @pytest.mark.parametrize("name", ["resume-policy", "resume-report"])
 def test_the_schemas_take_what_is_read(name: str) -> None:
     schema = json.loads((ROOT / f"megatron_ext/schemas/{name}.schema.json").read_text())
-    # They are files that an editor reads: put registry.pattern() there.
     assert schema["$defs"]["operation"]["pattern"] == registry.pattern()

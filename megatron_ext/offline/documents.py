@@ -1,0 +1,94 @@
+"""The JSON documents of ``inspect`` and ``diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+from ..base.schema import Versioned
+from ..base.values import fields_as_json
+from ..checkpoint.stored import StoredCheckpoint
+from .comparison import Difference
+from .inspection import Inspection
+from .moment_scan import TensorDistance, TensorStatistics
+
+INSPECT = "megatron_ext/inspect/1"
+DIFF = "megatron_ext/diff/1"
+
+
+class StatisticsDocument(TypedDict, total=False):
+    """What ``inspect --moments`` adds.
+
+    Attributes:
+        statistics: With --moments: one entry per tensor, in the order of the index or of --layout.
+    """
+
+    statistics: list[TensorStatistics]
+
+
+class _Differences(Versioned):
+    """What is always printed.
+
+    Attributes:
+        a: Directory of the first checkpoint's iteration.
+        b: Of the second's.
+        differences: In the order in which they are worth reading; the moments' elements aside.
+    """
+
+    a: str
+    b: str
+    differences: list[Difference]
+
+
+class DiffDocument(_Differences, total=False):
+    """What ``python -m megatron_ext diff A B --json`` prints: how two checkpoints differ.
+
+    NaN and infinity are the strings nan, inf and -inf.
+
+    Attributes:
+        distances: With --moments: the tensors that both have with the same key and shape, or the
+            parameters of --layout.
+    """
+
+    distances: list[TensorDistance]
+
+
+def inspect_document(
+    found: Inspection, statistics: Iterable[TensorStatistics] | None
+) -> dict[str, Any]:
+    """What ``inspect --json`` prints: the fields of `Inspection`, and `StatisticsDocument`.
+
+    Args:
+        found: What a checkpoint says of itself.
+        statistics: Of its moments; None where they were not read.
+    """
+    more: StatisticsDocument = {}
+    if statistics is not None:
+        more["statistics"] = [fields_as_json(s) for s in statistics]
+    fields: Any = fields_as_json(found)
+    return {"schema": INSPECT, **fields, **more}
+
+
+def diff_document(
+    a: StoredCheckpoint,
+    b: StoredCheckpoint,
+    differences: Sequence[Difference],
+    distances: Sequence[TensorDistance] | None,
+) -> DiffDocument:
+    """What ``diff --json`` prints.
+
+    Args:
+        a: The first checkpoint.
+        b: The second.
+        differences: Between them.
+        distances: Of their moments; None where they were not read.
+    """
+    out: DiffDocument = {
+        "schema": DIFF,
+        "a": str(a.directory),
+        "b": str(b.directory),
+        "differences": [fields_as_json(d) for d in differences],
+    }
+    if distances is not None:
+        out["distances"] = [fields_as_json(d) for d in distances]
+    return out

@@ -1,0 +1,38 @@
+"""The JSON schemas of all documents; ``python -m megatron_ext.schemas`` writes the files here.
+
+They are made from the types of the documents, so that an editor and a program in another language
+read what mypy holds the writers to.
+"""
+
+from __future__ import annotations
+
+from ..base.schema import Versioned
+from ..checkpoint import bucket_layout
+from ..checkpoint.bucket_layout import LayoutDocument
+from ..offline import documents
+from ..offline.documents import DiffDocument, StatisticsDocument
+from ..offline.inspection import Inspection
+from ..policy.schema import PolicyDocument
+from ..report import resume_report
+from ..report.schema import ReportDocument
+from .generator import document
+
+
+def generated() -> dict[str, str]:
+    """Name of each file -> its text."""
+    found = {
+        "resume-policy": document("megatron_ext/resume-policy", PolicyDocument),
+        "resume-report": document(resume_report.SCHEMA, ReportDocument),
+        "parameter-layout": document(bucket_layout.SCHEMA, LayoutDocument),
+        "inspect": document(
+            documents.INSPECT,
+            Versioned,
+            Inspection,
+            StatisticsDocument,
+            description="What `python -m megatron_ext inspect CKPT --json` prints: what a "
+            "checkpoint says of itself. NaN and infinity are the strings nan, inf and -inf; an "
+            "object that is no plain data is its description.",
+        ),
+        "diff": document(documents.DIFF, DiffDocument),
+    }
+    return {f"{name}.schema.json": text for name, text in found.items()}
