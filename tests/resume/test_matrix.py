@@ -62,7 +62,8 @@ def stock_can(cell: Cell) -> bool:
         # Without a distributed optimizer there is one kind of torch_dist checkpoint.
         return form != "fully_reshardable"
     if resume != "unchanged":
-        return True
+        # Several buckets are saved wrongly by parameters, and stock loads what was saved.
+        return not (layout.overlap and form == "fully_reshardable")
     # Not plain AdamW, and not fp32 through the copies that need no_grad.
     return layout.adam != "torch" and (dtype != "fp32" or form == "fully_reshardable")
 
@@ -134,7 +135,7 @@ def arguments(
     found = ext.run("tests.support.subject:resume", world, **run)
     for before, ours, theirs in zip(saved, found, expected, strict=True):
         assert_worth_comparing(before)
-        assert_same_state(ours["loaded"], before)
+        assert_same_state(ours["loaded"], theirs["loaded"] if unchanged else before)
         assert_same_run(ours, theirs)
         if unchanged:
             assert ours["loaded"]["groups"] == theirs["loaded"]["groups"]
