@@ -26,7 +26,7 @@ from megatron_ext.offline import slabs
 from megatron_ext.offline.moment_scan import distances, scan
 from tests.conftest import FIRST, STEPS
 from tests.support import inspected
-from tests.support.cells import chosen
+from tests.support.cells import chosen, of_every_version
 from tests.support.checkpoints import checkpoint
 from tests.support.groups import group
 from tests.support.harness import Layout
@@ -64,7 +64,7 @@ def assert_same_figures(found: Any, expected: tuple[int, float, float]) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", of_every_version(CELLS, ["moe", "buckets"]))
 def test_parameters_in_buckets_are_the_optimizers(name: str, ext: RankPool, tmp_path: Path) -> None:
     layout, world, buckets = CELLS[name]
     ((state,), *_) = ext.run(
@@ -105,6 +105,7 @@ def assert_same_as_by_parameters(
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 8
     assert (
@@ -113,7 +114,6 @@ def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_distances_of_parameters_in_buckets(
     ext: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +154,6 @@ def test_distances_of_parameters_in_buckets(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_without_a_distributed_optimizer_there_are_no_buckets(ext: RankPool) -> None:
     assert ext.run("tests.support.bucket_cases:layout_of_none", 2, hyper=FIRST) == [None, None]
 

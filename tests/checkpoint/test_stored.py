@@ -21,6 +21,7 @@ from megatron_ext.checkpoint import store, stored
 from megatron_ext.checkpoint.stored import holds_checkpoint, open_checkpoint
 from megatron_ext.errors import CheckpointError
 from tests.conftest import FIRST, STEPS, Checkpoints
+from tests.support.cells import of_every_version
 from tests.support.harness import Layout
 from tests.support.pool import RankPool
 
@@ -68,7 +69,7 @@ def tree(directory: str | Path, root: Path, iteration: int = STEPS) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", of_every_version(LAYOUTS, ["dp_reshardable", "torch", "moe"]))
 def test_a_real_checkpoint_is_read(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     layout, expected_format, sharding = LAYOUTS[name]
     directory, saved = checkpoints.phase_1(layout, 2)
@@ -88,7 +89,6 @@ def test_a_real_checkpoint_is_read(name: str, checkpoints: Checkpoints, tmp_path
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("name", ["dp_reshardable", "fully_reshardable", "torch"])
 def test_tensors_are_those_of_torchs_own_reader(name: str, checkpoints: Checkpoints) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -110,7 +110,6 @@ def test_tensors_are_those_of_torchs_own_reader(name: str, checkpoints: Checkpoi
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("format", ["dp_reshardable", "torch"])
 def test_a_checkpoint_without_optimizer_has_none(
     format: str, stock: RankPool, tmp_path: Path
@@ -129,7 +128,6 @@ def test_a_checkpoint_without_optimizer_has_none(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_tracker_release_iteration_and_bare_directory(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -177,7 +175,6 @@ def test_a_damaged_tracker_is_named(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_a_missing_iteration_names_those_that_are_there(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -188,7 +185,6 @@ def test_a_missing_iteration_names_those_that_are_there(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 def test_a_truncated_file_is_named(
@@ -205,7 +201,6 @@ def test_a_truncated_file_is_named(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_a_missing_store_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
     directory, _ = checkpoints.phase_1(BF16, 2)
     shutil.copytree(directory, tmp_path / "a")
@@ -234,7 +229,6 @@ class Evil:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_in_a_checkpoint_runs(file: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
@@ -287,7 +281,6 @@ def bend(file: str, directory: str, tmp_path: Path, change: Callable[[bytes], by
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_an_index_that_leads_out_of_the_directory_is_refused(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -302,7 +295,6 @@ def test_an_index_that_leads_out_of_the_directory_is_refused(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_optimizers_that_cannot_be_read_name_the_directory(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

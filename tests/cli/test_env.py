@@ -53,6 +53,7 @@ def test_the_document_of_a_real_run_follows_its_schema() -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_every_megatron_of_the_matrix_is_told(ext: RankPool, megatron: Version) -> None:
     (found,) = ext.run("tests.support.host_cases:environment", 1, moved=[])
     jsonschema.validate(found, SCHEMA)
@@ -68,7 +69,6 @@ def test_every_megatron_of_the_matrix_is_told(ext: RankPool, megatron: Version) 
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_a_broken_contract_is_status_2(ext: RankPool) -> None:
     moved = [("megatron.core.optimizer", "no_longer_there", ())]
     (found,) = ext.run("tests.support.host_cases:environment", 1, moved=moved)

@@ -207,7 +207,6 @@ def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:
     return min_lr + (lr - min_lr) * (1 - iteration / decay)
 
 
-@pytest.mark.latest
 @pytest.mark.reads("reset")
 def test_moments_that_are_reset_are_not_read(runs: Runs) -> None:
     run = ok(runs["reset"])

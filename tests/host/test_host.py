@@ -12,7 +12,7 @@ import megatron_ext
 from megatron_ext.host.contract import CONTRACT, TESTED
 from tests.support.pool import RankPool
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.matrix]
 
 PACKAGE = Path(megatron_ext.__file__).parent
 

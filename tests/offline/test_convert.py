@@ -27,7 +27,7 @@ from tests.support.harness import Hyper, Layout
 from tests.support.old_ranks import OldRanks, assert_same_state
 from tests.support.pool import RankPool
 
-pytestmark = [pytest.mark.ranks, pytest.mark.latest]
+pytestmark = pytest.mark.ranks
 
 SECOND = Hyper(lr=1e-3, min_lr=1e-4, betas=(0.8, 0.9), eps=1e-6, train_iters=60)
 OLD = Layout(format="fully_sharded_model_space")

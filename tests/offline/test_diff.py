@@ -25,6 +25,7 @@ from megatron_ext.offline.moment_scan import distances
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
 from tests.support import inspected
+from tests.support.cells import of_every_version
 from tests.support.groups import group
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
@@ -51,7 +52,10 @@ def diff(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("format", ["dp_reshardable", "fully_reshardable", "torch"])
+@pytest.mark.parametrize(
+    "format",
+    of_every_version(["dp_reshardable", "fully_reshardable", "torch"], ["fully_reshardable"]),
+)
 def test_a_checkpoint_does_not_differ_from_its_copy(
     format: str, checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +71,7 @@ def test_a_checkpoint_does_not_differ_from_its_copy(
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_another_phase_differs_in_its_hyperparameters(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +97,6 @@ def test_another_phase_differs_in_its_hyperparameters(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_formats_and_versions_differ(
     checkpoints: Checkpoints, old: OldRanks, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +115,6 @@ def test_formats_and_versions_differ(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("limit", [1 << 24, 256])
 def test_distances_are_the_optimizers(
     limit: int,
@@ -274,7 +277,6 @@ def test_everything_that_differs_is_told(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_chains_of_different_length_differ(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:

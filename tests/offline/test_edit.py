@@ -34,7 +34,7 @@ from tests.resume.test_resume import (
     assert_same_state,
     assert_worth_comparing,
 )
-from tests.support.cells import chosen
+from tests.support.cells import chosen, of_every_version
 from tests.support.checkpoints import checkpoint, checksums
 from tests.support.edit_cases import SETTINGS
 from tests.support.groups import group
@@ -73,8 +73,6 @@ CELLS = {
     "pp2-vpp2": (replace(BF16, pp=2, vpp=2), 4),
 }
 OLD = [(v, f) for v in ("0.16.1", "0.18.2") for f in ("dp_reshardable", "fully_reshardable")]
-#: Cells that the older versions of the matrix are shown with too, each with copies of its own.
-OF_EVERY_VERSION = ("dp_reshardable", "fully_reshardable", "torch", "moe-torch")
 RAN: list[str] = []
 
 
@@ -115,10 +113,7 @@ def assert_resumed(found: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in OF_EVERY_VERSION else pytest.mark.latest) for n in CELLS],
-)
+@pytest.mark.parametrize("name", of_every_version(CELLS, ["dp_reshardable", "torch"]))
 def test_stock_resumes_from_the_copy(
     name: str, stock: RankPool, checkpoints: Checkpoints, megatron: Version, tmp_path: Path
 ) -> None:
@@ -150,13 +145,13 @@ def test_stock_resumes_from_the_copy(
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 10
     assert len(RAN) == len(set(RAN)) == chosen(request, test_stock_resumes_from_the_copy)
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize(("version", "format"), OLD)
 def test_the_installed_megatron_resumes_from_an_old_one(
     version: str, format: str, old: OldRanks, stock: RankPool, tmp_path: Path
@@ -186,7 +181,6 @@ def test_the_installed_megatron_resumes_from_an_old_one(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_an_edit_of_an_edit(checkpoints: Checkpoints, tmp_path: Path) -> None:
     directory, _ = checkpoints.phase_1(BF16, 2)
     edit(directory, tmp_path / "a", {"max_lr": 2e-3})
@@ -198,7 +192,6 @@ def test_an_edit_of_an_edit(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_tensors_of_a_legacy_file_are_the_same_bytes(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -217,7 +210,6 @@ def test_tensors_of_a_legacy_file_are_the_same_bytes(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize(("name", "kills"), [("dp_reshardable", 23), ("torch", 18)])
 def test_a_kill_leaves_nothing_or_all(
     name: str, kills: int, checkpoints: Checkpoints, tmp_path: Path
@@ -268,7 +260,6 @@ def state_of(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("file", ["common.pt", "common_state", ".metadata", "model_optim_rng.pt"])
 def test_nothing_in_a_checkpoint_runs(
     file: str, checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]

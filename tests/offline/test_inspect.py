@@ -36,6 +36,7 @@ from megatron_ext.policy.phase import Mark
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
 from tests.support import inspected
+from tests.support.cells import of_every_version
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
@@ -77,7 +78,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, dict[
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", of_every_version(CASES, ["dp_reshardable", "moe"]))
 def test_a_real_checkpoint(
     name: str, checkpoints: Checkpoints, megatron: Version, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +107,6 @@ def test_a_real_checkpoint(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_counts_are_those_of_torchs_own_reader(checkpoints: Checkpoints) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -123,7 +123,9 @@ def test_counts_are_those_of_torchs_own_reader(checkpoints: Checkpoints) -> None
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("format", ["dp_reshardable", "fully_reshardable", "torch"])
+@pytest.mark.parametrize(
+    "format", of_every_version(["dp_reshardable", "fully_reshardable", "torch"], ["torch"])
+)
 def test_the_grad_scaler_is_there(
     format: str, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +137,7 @@ def test_the_grad_scaler_is_there(
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_legacy_says_that_there_is_no_metadata(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +155,6 @@ def test_legacy_says_that_there_is_no_metadata(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("version", ["0.16.1", "0.18.2", "installed"])
 @pytest.mark.parametrize("layout", [FULL, replace(MOE, format="fully_reshardable")], ids=str)
 def test_moments_are_the_optimizers(
@@ -189,7 +191,6 @@ def test_moments_are_the_optimizers(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("version", ["0.16.1", "0.18.2", "installed"])
 @pytest.mark.parametrize("name", ["dp_reshardable", "moe"])
 def test_moments_of_buckets_are_the_optimizers(
@@ -216,7 +217,6 @@ def test_moments_of_buckets_are_the_optimizers(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nonfinite_moments_are_a_warning(
     value: float, checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]

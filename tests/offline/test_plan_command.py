@@ -117,7 +117,6 @@ REAL = {
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("name", REAL)
 def test_the_plan_is_the_report_of_the_resume(
     name: str,
@@ -189,7 +188,6 @@ def with_arguments(more: dict[str, Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_groups_with_a_learning_rate_of_their_own(
     checkpoints: Checkpoints, ext: RankPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,7 +598,6 @@ def test_a_damaged_checkpoint_is_one_clear_error(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("file", ["common.pt", "common_state", ".metadata", "model_optim_rng.pt"])
 def test_nothing_in_a_checkpoint_runs(
     file: str, checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]

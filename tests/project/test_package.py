@@ -106,6 +106,7 @@ def test_type_checkers_are_told_the_same_names_and_places() -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
 def test_every_public_name_resolves(ext: RankPool) -> None:
     (found,) = ext.run("tests.support.package_cases:public_names", 1)
     places = {name: f"megatron_ext.{module}" for name, module in megatron_ext._WHERE.items()}

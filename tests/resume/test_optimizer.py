@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,15 @@ import torch
 from packaging.version import Version
 
 from tests.conftest import FIRST, STEPS, Checkpoints
-from tests.resume.test_resume import MORE, SAME, SECOND, assert_same_run, assert_same_state
+from tests.resume.test_resume import (
+    CHOSEN,
+    MORE,
+    SAME,
+    SECOND,
+    assert_same_run,
+    assert_same_state,
+)
+from tests.support.cells import of_every_version, with_all
 from tests.support.harness import GLOBAL_BATCH, Hyper, Layout
 from tests.support.pool import RankPool
 
@@ -33,7 +42,7 @@ def resume(ext: RankPool, world: int, directory: str, **kwargs: Any) -> list[dic
     return ext.run("tests.support.subject:resume", world, directory=directory, **kwargs)
 
 
-@pytest.mark.parametrize("name", STOCK_LOADS)
+@pytest.mark.parametrize("name", with_all(STOCK_LOADS, CHOSEN & {*STOCK_LOADS}))
 def test_unchanged_arguments_resume_as_stock(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -49,7 +58,11 @@ def test_unchanged_arguments_resume_as_stock(
 
 
 @pytest.mark.parametrize(
-    "name", ["dp2", "dp2-fully_reshardable", "dp2-legacy", "moe-ep2", "replicated-bf16"]
+    "name",
+    of_every_version(
+        ["dp2", "dp2-fully_reshardable", "dp2-legacy", "moe-ep2", "replicated-bf16"],
+        ["dp2-legacy", "moe-ep2"],
+    ),
 )
 def test_stock_goes_on_where_this_package_is_not_installed(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
@@ -102,6 +115,7 @@ def test_a_negated_moment_is_noticed(
     assert found[0]["losses"] != expected[0]["losses"]
 
 
+@pytest.mark.matrix
 def test_stock_fails_or_keeps_the_old_learning_rate(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints, megatron: Version
 ) -> None:
@@ -139,7 +153,9 @@ def _cosine(hyper: Hyper, iteration: int) -> float:
     return hyper.min_lr + 0.5 * (math.cos(math.pi * done) + 1.0) * (hyper.lr - hyper.min_lr)
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp2-fully_reshardable", "replicated-bf16"])
+@pytest.mark.parametrize(
+    "name", of_every_version(["dp2", "dp2-fully_reshardable", "replicated-bf16"], ["dp2"])
+)
 def test_the_override_flag_makes_no_difference(
     name: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -153,6 +169,7 @@ def test_the_override_flag_makes_no_difference(
     assert_same_run(runs[0][0], runs[1][0])
 
 
+@pytest.mark.matrix
 def test_schedule_from_the_checkpoint(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -174,7 +191,7 @@ def test_schedule_from_the_checkpoint(
         assert_same_run(ours, theirs)
 
 
-@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize("override", of_every_version([False, True], [False]))
 def test_increasing_weight_decay_is_right_on_the_first_step(
     override: bool, stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -196,6 +213,7 @@ def test_increasing_weight_decay_is_right_on_the_first_step(
     assert_same_run(found[0], expected[0])
 
 
+@pytest.mark.matrix
 def test_increasing_weight_decay_from_the_checkpoint(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -222,7 +240,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("key", KEPT)
+@pytest.mark.parametrize("key", of_every_version(KEPT, ["betas", "weight_decay"]))
 def test_a_kept_key_comes_from_the_checkpoint(
     key: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -263,8 +281,13 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize("layout", ["dp2", "dp2-fully_reshardable", "replicated-bf16"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    of_every_version(
+        itertools.product(GROUPS, ("dp2", "dp2-fully_reshardable", "replicated-bf16")),
+        [(name, "dp2") for name in GROUPS],
+    ),
+)
 def test_every_group_keeps_its_own_bounds(
     name: str, layout: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -296,6 +319,7 @@ def _multiset(state: dict[str, Any]) -> list[tuple[Any, ...]]:
     )
 
 
+@pytest.mark.matrix
 def test_train_iters_may_change_without_the_override_flag(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -316,6 +340,7 @@ def test_train_iters_may_change_without_the_override_flag(
     assert found[0]["lrs"][0][0] == _cosine(longer, STEPS)
 
 
+@pytest.mark.matrix
 def test_torch_adamw_counts_one_step_per_step(ext: RankPool, checkpoints: Checkpoints) -> None:
     """Stock hands every parameter the same step tensor, which then advances once for each."""
     layout, world = SAME["adamw-dp2"]
@@ -324,6 +349,7 @@ def test_torch_adamw_counts_one_step_per_step(ext: RankPool, checkpoints: Checkp
     assert found[0]["final"]["steps"] == [STEPS + MORE]
 
 
+@pytest.mark.matrix
 def test_the_report_counts_what_was_loaded(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -345,6 +371,7 @@ def test_the_report_counts_what_was_loaded(
     assert found["report"]["scheduler"]["num_steps"] == STEPS * GLOBAL_BATCH
 
 
+@pytest.mark.matrix
 def test_loading_twice_is_loading_once(ext: RankPool, checkpoints: Checkpoints) -> None:
     layout, world = SAME["dp2"]
     directory, saved = checkpoints.phase_1(layout, world)
@@ -355,6 +382,7 @@ def test_loading_twice_is_loading_once(ext: RankPool, checkpoints: Checkpoints) 
         assert_same_state(found[rank], saved[rank])
 
 
+@pytest.mark.matrix
 def test_collectives_of_a_load(ext: RankPool, checkpoints: Checkpoints) -> None:
     """Beyond stock's own: a small one at the build, two at the load, none in a training step."""
     layout, world = SAME["dp2"]

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.resume.test_policies import AT_RANDOM, ROWS, SECOND, rule
+from tests.support.cells import of_every_version
 from tests.support.harness import GLOBAL_BATCH, Layout
 from tests.support.pool import RankPool
 
@@ -41,8 +42,8 @@ LAYOUTS = {
     "experts": (Layout(experts=4, ep=2), 2),
     "torch AdamW": (Layout(adam="torch"), 1),
 }
-#: With the other versions of Megatron a few.
-OLDER_TOO = {("dp_reshardable", "reset"), ("legacy", "scale"), ("experts", "gradient scale")}
+#: With the older versions of Megatron too.
+EVERY_VERSION = {("dp_reshardable", "reset"), ("legacy", "scale"), ("experts", "gradient scale")}
 #: On these layouts every policy, on the others some of each kind.
 IN_FULL = ("dp_reshardable", "legacy")
 SOME = ("reset", "scale", "random", "step")
@@ -50,16 +51,28 @@ CELLS = [
     (layout, policy)
     for layout in LAYOUTS
     for policy in POLICIES
-    if layout in IN_FULL or policy in SOME or (layout, policy) in OLDER_TOO
+    if layout in IN_FULL or policy in SOME or (layout, policy) in EVERY_VERSION
 ]
+#: Run without --all too: every policy, every layout, and both moments' rules on each format.
+CHOSEN = {
+    *((IN_FULL[number % 2], policy) for number, policy in enumerate(POLICIES)),
+    *((layout, SOME[number % 4]) for number, layout in enumerate(LAYOUTS)),
+    *EVERY_VERSION,
+}
 MORE = 3
+
+
+def marks(cell: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    found = [] if cell in CHOSEN else [pytest.mark.all]
+    return [*found, pytest.mark.matrix] if cell in EVERY_VERSION else found
+
+
 _executed: list[tuple[str, str]] = []
 
 
 @pytest.mark.parametrize(
     ("layout_name", "policy"),
-    [pytest.param(*c, marks=[] if c in OLDER_TOO else pytest.mark.latest) for c in CELLS],
-    ids=[f"{layout}, {policy}" for layout, policy in CELLS],
+    [pytest.param(*cell, marks=marks(cell), id=", ".join(cell)) for cell in CELLS],
 )
 def test_a_restart_goes_on_as_if_there_had_been_none(
     layout_name: str, policy: str, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
@@ -94,11 +107,14 @@ def test_a_restart_goes_on_as_if_there_had_been_none(
     _executed.append((layout_name, policy))
 
 
-@pytest.mark.latest
-def test_so_many_cells_ran() -> None:
+def test_so_many_cells_ran(request: pytest.FixtureRequest) -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    assert len(set(_executed)) == len(_executed) == len(CELLS) == 47
+    wanted = CELLS if request.config.getoption("--all") else CHOSEN
+    assert sorted(_executed) == sorted(wanted)
+    assert (len(CELLS), len(CHOSEN)) == (47, 20)
+    assert {layout for layout, _ in CHOSEN} == set(LAYOUTS)
+    assert {policy for _, policy in CHOSEN} == set(POLICIES)
 
 
 DP2 = LAYOUTS["dp_reshardable"]
@@ -122,6 +138,7 @@ def begin(
     return str(path)
 
 
+@pytest.mark.matrix
 def test_what_is_a_new_transition_and_what_is_not(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -175,7 +192,9 @@ def test_a_name_stands_for_one_policy(
             assert word in found["message"]
 
 
-@pytest.mark.parametrize("name", ["dp_reshardable", "legacy", "not distributed"])
+@pytest.mark.parametrize(
+    "name", of_every_version(["dp_reshardable", "legacy", "not distributed"], ["dp_reshardable"])
+)
 def test_stock_carries_the_phase_on(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -204,6 +223,7 @@ def test_stock_carries_the_phase_on(
         assert found["step"] == [STEPS + MORE + 2]
 
 
+@pytest.mark.matrix
 def test_the_schedule_starts_again_with_kept_moments(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -232,7 +252,6 @@ def test_the_schedule_starts_again_with_kept_moments(
         assert restarts["step"] == [STEPS]
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize(
     ("layout", "world"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import FIRST, STEPS, Checkpoints
+from tests.support.cells import of_every_version
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 from tests.support.rule_oracles import splitmix64
@@ -182,12 +183,11 @@ REFUSED = {
     ("torch", "ep 2 to 4"): _LEGACY,
 }
 
-#: Where parameters lie is read from Megatron's own objects: these run with every version.
+#: Where parameters lie is read from Megatron's own objects: layouts change with every version.
 EVERY_VERSION = {
     ("fully_reshardable", "tp 1 to 2"),
     ("fully_reshardable", "pp 1 to 2"),
     ("fully_reshardable", "ep 2 to 4"),
-    ("dp_reshardable", "vpp"),
     ("torch", "dp 4 to 1"),
 }
 CELLS = [(f, t) for f in FORMATS for t in TRANSITIONS if (f, t) not in REFUSED]
@@ -215,10 +215,7 @@ def assert_is(found: State, before: State, oracle: Oracle, exact: bool) -> int:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("form", "transition"),
-    [
-        pytest.param(*cell, marks=[] if cell in EVERY_VERSION else pytest.mark.latest)
-        for cell in CELLS
-    ],
+    of_every_version(CELLS, EVERY_VERSION),
     ids=[f"{f}, {t}" for f, t in CELLS],
 )
 def test_rules_give_the_same_global_state_on_every_layout(
@@ -250,7 +247,6 @@ def test_rules_give_the_same_global_state_on_every_layout(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_so_many_cells_ran() -> None:
     """Last of the matrix: 15 of 24 layouts, 5 policies each; the other 9 are refused upstream."""
     if not _executed:
@@ -261,7 +257,6 @@ def test_so_many_cells_ran() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_what_the_format_does_not_allow_is_refused(ext: RankPool, checkpoints: Checkpoints) -> None:
     source, world_before, target, world = TRANSITIONS["tp 1 to 2"]
     directory, _ = checkpoints.phase_1(source, world_before)
@@ -279,7 +274,6 @@ def test_what_the_format_does_not_allow_is_refused(ext: RankPool, checkpoints: C
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
 @pytest.mark.parametrize(
     ("layout", "world"),
@@ -318,7 +312,6 @@ def test_a_live_optimizer_is_changed_in_place_by_the_same_rules(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("name", MORE_POLICIES)
 def test_each_rule_equals_float64_on_the_unsharded_state(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints

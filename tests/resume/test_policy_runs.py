@@ -56,6 +56,7 @@ def farthest(found: State, expected: State) -> float:
     )
 
 
+@pytest.mark.matrix
 def test_a_scaled_gradient_gives_the_same_parameters_bit_for_bit(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -70,7 +71,6 @@ def test_a_scaled_gradient_gives_the_same_parameters_bit_for_bit(
     assert {g["eps"] for g in found["groups"]} == {4e-8}
 
 
-@pytest.mark.latest
 def test_with_clipping_the_largest_norm_is_scaled_too(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -80,7 +80,6 @@ def test_with_clipping_the_largest_norm_is_scaled_too(
     assert farthest(found["state"], plain["state"]) < CLOSE
 
 
-@pytest.mark.latest
 def test_without_the_scaled_norm_the_run_is_another_one(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -101,7 +100,6 @@ def test_without_the_scaled_norm_the_run_is_another_one(
     assert farthest(found["state"], plain["state"]) > 4 * CLOSE
 
 
-@pytest.mark.latest
 def test_a_larger_batch_changes_what_the_preset_says(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -154,6 +152,7 @@ def test_a_reset_resets_step_with_the_moments(
         assert bool(told) == (preset == "reset")
 
 
+@pytest.mark.matrix
 def test_a_rule_may_match_in_one_optimizer_of_a_chain(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -208,7 +207,6 @@ BAD = {
 }
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_done_is_refused_on_every_rank_before_anything_changes(
     name: str, ext: RankPool, checkpoints: Checkpoints
@@ -235,7 +233,6 @@ def test_what_cannot_be_done_is_refused_on_every_rank_before_anything_changes(
     assert _files(directory) == files
 
 
-@pytest.mark.latest
 def test_policies_that_differ_stop_every_rank_before_the_optimizer_is_built(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -254,7 +251,6 @@ def test_policies_that_differ_stop_every_rank_before_the_optimizer_is_built(
         assert result["in step"]
 
 
-@pytest.mark.latest
 def test_a_rule_that_matches_nothing_may_be_a_warning(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -274,6 +270,7 @@ def test_a_rule_that_matches_nothing_may_be_a_warning(
 SCALE = "moments: [{match: '*', exp_avg: scale 0.5, exp_avg_sq: scale 0.25}]"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rules", ["", f", {SCALE}"], ids=["kept", "scaled"])
 def test_moments_that_are_not_finite(
     rules: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
@@ -326,7 +323,6 @@ def test_moments_that_are_not_finite(
         assert any("2 elements of the moments not finite" in line for line in one["lines"])
 
 
-@pytest.mark.latest
 def test_where_nothing_but_scaling_is_done_the_moments_are_gone_through_once(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -349,7 +345,6 @@ def test_where_nothing_but_scaling_is_done_the_moments_are_gone_through_once(
     assert found == [[1, 1, 1, 2, 2, 2]] * 2
 
 
-@pytest.mark.latest
 def test_transform_moments_refuses_what_is_no_rule_for_moments(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -365,7 +360,6 @@ def test_transform_moments_refuses_what_is_no_rule_for_moments(
             assert result["in step"]
 
 
-@pytest.mark.latest
 def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoints) -> None:
     """Beginning, agreement, gather, counts; one reduction for all means, three for quantiles."""
     directory, _ = checkpoints.phase_1(BF16, 2)
@@ -395,7 +389,6 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     assert fills[-1] == f"all_reduce {report + 16}"
 
 
-@pytest.mark.latest
 def test_an_expert_group_may_keep_its_own_hyperparameters(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -418,7 +411,6 @@ def test_an_expert_group_may_keep_its_own_hyperparameters(
     assert (by_kind[False]["max_lr"], by_kind[False]["betas"]) == (second.lr, second.betas)
 
 
-@pytest.mark.latest
 def test_all_hyperparameters_from_the_checkpoint_but_one(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -446,7 +438,6 @@ def test_all_hyperparameters_from_the_checkpoint_but_one(
 MUON = Layout(distributed=False, optimizer="muon")
 
 
-@pytest.mark.latest
 def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -483,7 +474,6 @@ def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
         assert any("state (not Adam's): using checkpoint value" in s for s in found["lines"])
 
 
-@pytest.mark.latest
 def test_a_rule_for_what_a_muon_stand_in_updates_is_refused(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tests.checkpoint.test_stored import Evil
 from tests.conftest import Checkpoints
 from tests.resume.test_resume import SAME, SECOND
+from tests.support.cells import of_every_version
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 
@@ -35,8 +37,12 @@ def _files(directory: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "faulty"),
+    of_every_version(
+        itertools.product(FAULTS, (0, 1)), [("damaged-groups", 1), ("unreadable-file", 0)]
+    ),
+)
 def test_a_fault_on_one_rank_stops_every_rank(
     fault: str, faulty: int, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -144,6 +150,7 @@ def test_shards_that_do_not_fit_the_model(
             assert word in result["message"]
 
 
+@pytest.mark.matrix
 def test_a_legacy_file_of_another_model(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -255,6 +262,7 @@ BUILD = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", BUILD)
 def test_what_cannot_be_built(name: str, ext: RankPool) -> None:
     config, layout, words = BUILD[name]
@@ -266,6 +274,7 @@ def test_what_cannot_be_built(name: str, ext: RankPool) -> None:
             assert word in message
 
 
+@pytest.mark.matrix
 def test_any_subclass_may_be_named(ext: RankPool) -> None:
     results = ext.run(
         "tests.support.faults:build_error",

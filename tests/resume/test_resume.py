@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import FIRST, STEPS, Checkpoints
+from tests.support.cells import of_every_version, with_all
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 
@@ -58,6 +59,26 @@ SAME = {
     "replicated-moe": (replace(MOE, distributed=False), 2),
 }
 
+#: Run without --all too: every layout, format, dtype and Adam. `test_matrix.py` has their pairs.
+CHOSEN = {
+    "dp1",
+    "dp2",
+    "dp2-overlap",
+    "dp2-legacy",
+    "fp32-dp2",
+    "adamw-dp2-fully_reshardable",
+    "adamw-fp32-dp1",
+    "tp2-legacy",
+    "tp2-dp2-fully_reshardable",
+    "pp2-vpp2",
+    "moe-ep2-dp2-fully_reshardable",
+    "moe-ep2-adamw",
+    "instances2",
+    "replicated-bf16",
+    "replicated-fp32-legacy",
+    "replicated-moe",
+}
+
 # Another layout after: the oracle is stock, loaded in the new layout with phase 1's arguments.
 OTHER = {
     "dp2-to-dp1": (BF16, 2, BF16, 1),
@@ -98,7 +119,7 @@ def assert_worth_comparing(state: dict[str, Any]) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", with_all(SAME, CHOSEN))
 def test_equals_an_uninterrupted_run(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -128,7 +149,7 @@ def test_equals_an_uninterrupted_run(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", of_every_version(OTHER, ["tp1-to-tp2"]))
 def test_equals_stock_with_corrected_groups(
     name: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:

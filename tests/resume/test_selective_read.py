@@ -53,7 +53,6 @@ _executed: list[tuple[str, str]] = []
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_overwritten_is_not_read(
@@ -90,7 +89,6 @@ def test_what_is_overwritten_is_not_read(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_so_many_cells_ran() -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
@@ -98,7 +96,6 @@ def test_so_many_cells_ran() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_padding_between_parameters_is_not_read_either(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -127,7 +124,6 @@ def _none(name: str) -> bool:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize(
     ("layout", "world"),
     [
@@ -188,7 +184,6 @@ def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_a_phase_that_goes_on_reads_everything(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -205,7 +200,6 @@ def test_a_phase_that_goes_on_reads_everything(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_everything_is_read_where_stock_would_miss_keys(ext: RankPool) -> None:
     """What is not asked for counts as missing there. Not by a load: with torch 2.15 those fail."""
     found = ext.run("tests.support.reading:strictness", 1)[0]
@@ -223,7 +217,6 @@ def test_everything_is_read_where_stock_would_miss_keys(ext: RankPool) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("policy", ["{}", "preset: gradient-scale 0.5"])
 def test_a_moment_that_was_not_read_and_is_kept_is_refused(
     policy: str, ext: RankPool, checkpoints: Checkpoints

@@ -192,7 +192,6 @@ def filled(text: str, runs: Runs) -> str:
     return re.sub(r"\{(.*?)\}", lambda m: str(runs.checkpoint(m[1])), text)
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.reads(case)) for case in REFUSED]
 )
@@ -211,7 +210,6 @@ def test_one_error_says_what_is_wrong_and_what_to_do(case: str, runs: Runs) -> N
     assert "number of parameters" not in run.log
 
 
-@pytest.mark.latest
 @pytest.mark.reads(*REFUSED)
 def test_the_checkpoints_are_untouched(runs: Runs, tmp_path: Path) -> None:
     """The directories hold what their own runs have written, and nothing else."""
@@ -238,7 +236,6 @@ def test_the_launcher_stops_every_rank(runs: Runs) -> None:
         assert "Traceback" not in log
 
 
-@pytest.mark.latest
 @pytest.mark.reads("own script")
 def test_a_script_of_ones_own_stops_on_every_rank(runs: Runs) -> None:
     run = runs["own script"]

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ext.plan.cautions import fresh_update
 from tests.conftest import FIRST, STEPS
+from tests.support.cells import of_every_version
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import ROOT, RankPool
 
@@ -64,7 +65,6 @@ CELLS: dict[str, tuple[tuple[Layout, Layout], int, int]] = {
     "parallel load, not distributed": (grown(PLAIN, 40, 96, tp=2, parallel_load=True), 1, 4),
     "adamw": (grown(replace(BF16, adam="torch"), 40, 56, tp=2), 1, 2),
 }
-EVERY_VERSION = {"tp 1 to 2", "pp 2", "not distributed, tp 1 to 2"}
 #: Stock cannot load these at all (README.md, "also").
 STOCK_FAILS = {"fp32", "adamw"}
 
@@ -210,7 +210,7 @@ def assert_loaded(found: Found, before: Found, fresh: Found, oracle: Oracle) -> 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "cell", [pytest.param(c, marks=[] if c in EVERY_VERSION else pytest.mark.latest) for c in CELLS]
+    "cell", of_every_version(CELLS, ["tp 1 to 2", "not distributed, tp 1 to 2"])
 )
 def test_old_rows_are_in_place_and_new_ones_as_initialised(
     cell: str, stock: RankPool, ext: RankPool, phase_1: PhaseOne
@@ -312,7 +312,6 @@ def assert_warned(found: Found, policy: str, before: int, new: int) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_so_many_cells_ran() -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
@@ -321,7 +320,6 @@ def test_so_many_cells_ran() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("cell", ["tp 1 to 2", "not distributed, tp 1 to 2"])
 def test_stock_fills_the_new_rows_with_zeros(cell: str, stock: RankPool, phase_1: PhaseOne) -> None:
     """The behaviour of upstream that this is for."""
@@ -344,7 +342,6 @@ def test_stock_fills_the_new_rows_with_zeros(cell: str, stock: RankPool, phase_1
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize(
     "layout", [BF16, PLAIN, replace(BF16, pp=2)], ids=["distributed", "not distributed", "pp 2"]
 )
@@ -377,7 +374,6 @@ REFUSED = {
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("name", REFUSED)
 def test_buckets_of_another_size_are_refused_on_every_rank(
     name: str, ext: RankPool, phase_1: PhaseOne
@@ -407,7 +403,6 @@ def test_buckets_of_another_size_are_refused_on_every_rank(
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 def test_only_a_resized_vocabulary_costs_a_gather(ext: RankPool, phase_1: PhaseOne) -> None:
     (source, target), world_before, world = CELLS["pp 2"]
     directory, _ = phase_1(source, world_before)
@@ -423,7 +418,6 @@ def test_only_a_resized_vocabulary_costs_a_gather(ext: RankPool, phase_1: PhaseO
 
 
 @pytest.mark.ranks
-@pytest.mark.latest
 @pytest.mark.parametrize("layout", [BF16, PLAIN], ids=["distributed", "not distributed"])
 def test_a_later_load_of_the_same_size_keeps_no_rows(
     layout: Layout, ext: RankPool, phase_1: PhaseOne
