@@ -125,7 +125,7 @@ class ResumePolicy:
             group: The current group, for the attributes that `groups` matches.
 
         Returns:
-            True for the checkpoint, and the reason: the flag or rule that decides.
+            True for the checkpoint; then the reason, which is the flag or rule that decides.
 
         Raises:
             PolicyError: Two group rules disagree.
