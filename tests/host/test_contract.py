@@ -6,12 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import megatron_ext
 from megatron_ext.host.contract import CONTRACT, CORE, TRAINING
-
-pytestmark = pytest.mark.latest
 
 PACKAGE = Path(megatron_ext.__file__).parent
 #: Where Megatron's names may be used; the demo is a training script, cpu.py stands in for a GPU.
