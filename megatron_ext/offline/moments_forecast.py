@@ -32,7 +32,7 @@ class RuleForecast:
         exp_avg_sq: What is done to exp_avg_sq.
         parameters: Number of unsharded parameters of which it is for some rows.
         elements: Number of elements, unsharded.
-        examples: Some of them, with the rows where it is not for all.
+        examples: Some of the parameters, with the rows where it is not for all.
     """
 
     rule: str
