@@ -18,10 +18,8 @@ from packaging.version import Version
 
 from ..version import __version__
 from . import output
+from .env_document import PACKAGES, SCHEMA, EnvDocument, InnerOptimizerDocument, MegatronDocument
 
-SCHEMA = "megatron_ext/env/1"
-
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
 #: Where Megatron looks for a fused Adam, in this order (core/optimizer/__init__.py, 0.19.2).
 _FUSED = {
     "transformer-engine": "transformer_engine.pytorch.optimizers",
@@ -57,11 +55,10 @@ def _env(options: argparse.Namespace) -> int:
         output.print_table(to, "environment", ("", ""), _rows(found))
         for text in found["findings"]:
             to.print(output.cell(f"problem: {text}"))
-    status: int = found["status"]
-    return status
+    return found["status"]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> EnvDocument:
     """Collect the environment as plain data. Imports torch and Megatron.
 
     Raises:
@@ -85,17 +82,17 @@ def environment() -> dict[str, Any]:
     broken = megatron["version"] is None or bool(megatron["contract"])
     return {
         "schema": SCHEMA,
-        "status": 2 if broken else int(bool(findings)),
+        "status": 2 if broken else 1 if findings else 0,
         "findings": findings,
         "versions": {
             "megatron_ext": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: _version(name) for name in PACKAGES},
         },
         "megatron": megatron,
         "inner_optimizer": inner,
         "cuda_devices": devices,
-        ENVIRONMENT: asked,
+        "MEGATRON_EXT_KERNEL": asked,
         "kernels": {
             device: {"active": "native" if k.native else "reference", "reason": k.reason}
             for device, k in kernels.items()
@@ -103,11 +100,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _megatron() -> dict[str, Any]:
+def _megatron() -> MegatronDocument:
     """Describe the installed Megatron; ``contract`` lists the problems with its names."""
     from ..host import contract
 
-    found: dict[str, Any] = {
+    found: MegatronDocument = {
         "version": None,
         "tested_versions": list(contract.TESTED),
         "tested": False,
@@ -130,7 +127,7 @@ def _megatron() -> dict[str, Any]:
     return found
 
 
-def _megatron_findings(megatron: dict[str, Any]) -> Iterator[str]:
+def _megatron_findings(megatron: MegatronDocument) -> Iterator[str]:
     yield from megatron["contract"]
     if megatron["version"] is not None and not megatron["in_tested_range"]:
         first, *_, last = megatron["tested_versions"]
@@ -140,7 +137,7 @@ def _megatron_findings(megatron: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _inner_optimizer(broken: bool) -> dict[str, Any]:
+def _inner_optimizer(broken: bool) -> InnerOptimizerDocument:
     """Return the Adam inside Megatron's optimizers, and the reason if it is not a fused one."""
     from ..host import contract
 
@@ -178,7 +175,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
     megatron, inner = found["megatron"], found["inner_optimizer"]
     for name, version in found["versions"].items():
         yield name, version or "not installed"

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-from ..base.values import as_json
+from ..base.values import as_json, fields_as_json
 from ..policy.document import to_dict
-from ..report.document import counters_json, decision_json, phase_json
+from ..report.document import counters_json, decision_json, group_json, phase_json, step_json
 from ..version import __version__
 from .forecast_model import Forecast, OptimizerForecast
+from .plan_schema import PlanDocument, PlannedOptimizerDocument
 
 SCHEMA = "megatron_ext/resume-plan/1"
 
 
-def document(found: Forecast) -> dict[str, Any]:
+def document(found: Forecast) -> PlanDocument:
     """Build the JSON document of a plan (``megatron_ext/schemas/resume-plan.schema.json``).
 
     Args:
         found: The forecast.
     """
     arguments, stored = found.arguments, found.stored
-    content = {
+    content: PlanDocument = {
         "schema": SCHEMA,
         "megatron_ext": __version__,
         "checkpoint": {
@@ -37,7 +35,7 @@ def document(found: Forecast) -> dict[str, Any]:
         "arguments": {
             "complete": arguments.complete,
             "parsed_by": arguments.parsed_by,
-            "assumed": [dataclasses.asdict(a) for a in arguments.assumed],
+            "assumed": [fields_as_json(a) for a in arguments.assumed],
             "unknown": list(arguments.unknown),
         },
         "policy": None if found.policy is None else to_dict(found.policy),
@@ -46,38 +44,33 @@ def document(found: Forecast) -> dict[str, Any]:
         "optimizers": [_optimizer_json(one) for one in found.optimizers],
         "scheduler": {
             "num_steps": None if found.counters is None else found.counters[1].num_steps,
-            "values": {k: dataclasses.asdict(v) for k, v in found.scheduler.items()},
+            "values": {
+                name: {
+                    "checkpoint": one.checkpoint,
+                    "argument": one.argument,
+                    "value": one.value,
+                    "taken": one.taken,
+                }
+                for name, one in found.scheduler.items()
+            },
             "first_step": [
                 {"optimizer": c.optimizer, "group": c.group, "lr": lr, "weight_decay": decay}
                 for c, lr, decay in found.first_step
             ],
         },
-        "curves": [dataclasses.asdict(c) for c in found.curves],
+        "curves": [fields_as_json(c) for c in found.curves],
     }
-    plain: dict[str, Any] = as_json(content)
+    plain: PlanDocument = as_json(content)
     return plain
 
 
-def _optimizer_json(one: OptimizerForecast) -> dict[str, Any]:
+def _optimizer_json(one: OptimizerForecast) -> PlannedOptimizerDocument:
     plan = one.plan
     return {
-        "step": {
-            "value": plan.step,
-            "checkpoint": plan.saved_step,
-            "taken": "checkpoint" if plan.step == plan.saved_step else "policy",
-        },
+        "step": step_json(plan),
         "clip_grad": None if plan.clip_grad is None else decision_json(plan.clip_grad),
-        "groups": [
-            {
-                "index": group.index,
-                "saved_index": group.saved_index,
-                "note": group.note,
-                "dropped_keys": list(group.dropped),
-                "keys": {d.key: decision_json(d) for d in group.decisions},
-            }
-            for group in plan.groups
-        ],
+        "groups": [group_json(group) for group in plan.groups],
         "unused_saved_groups": list(plan.unused_saved_groups),
-        "rules": None if one.rules is None else [dataclasses.asdict(r) for r in one.rules],
-        "resized": [dataclasses.asdict(r) for r in one.resized],
+        "rules": None if one.rules is None else [fields_as_json(r) for r in one.rules],
+        "resized": [fields_as_json(r) for r in one.resized],
     }

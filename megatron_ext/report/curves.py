@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..host.schedule import ScheduleValues, scheduled
 
@@ -51,18 +51,18 @@ class Curve:
     Point i is what the step after ``iterations[i]`` finished iterations uses.
 
     Args:
-        label: For people.
-        phase: 1 or 2.
+        label: What the phase is called, for people.
+        phase: 1: the checkpoint's run. 2: the resumed one.
         group: Position of the param_group in its optimizer.
         iterations: Finished iterations.
-        samples: The scheduler's position.
+        samples: The scheduler's position, in samples.
         lr: Learning rate at each point.
         weight_decay: Weight decay at each point.
         optimizer: Number of the optimizer in its chain.
     """
 
     label: str
-    phase: int
+    phase: Literal[1, 2]
     group: int
     iterations: tuple[int, ...]
     samples: tuple[int, ...]
@@ -73,7 +73,7 @@ class Curve:
 
 def phase_curves(
     label: str,
-    phase: int,
+    phase: Literal[1, 2],
     values: ScheduleValues,
     optimizers: Sequence[Sequence[Mapping[str, Any]]],
     span: Span,

@@ -9,9 +9,12 @@ from __future__ import annotations
 from ..base.schema import Versioned
 from ..checkpoint import bucket_layout
 from ..checkpoint.bucket_layout import LayoutDocument
-from ..offline import documents
+from ..cli import env_document
+from ..cli.env_document import EnvDocument
+from ..offline import documents, plan_document
 from ..offline.documents import DiffDocument, StatisticsDocument
 from ..offline.inspection import Inspection
+from ..offline.plan_schema import PlanDocument
 from ..policy.schema import PolicyDocument
 from ..report import resume_report
 from ..report.schema import ReportDocument
@@ -33,6 +36,8 @@ def generated() -> dict[str, str]:
             "checkpoint says of itself. NaN and infinity are the strings nan, inf and -inf; an "
             "object that is no plain data is its description.",
         ),
+        "resume-plan": document(plan_document.SCHEMA, PlanDocument),
+        "env": document(env_document.SCHEMA, EnvDocument),
         "diff": document(documents.DIFF, DiffDocument),
     }
     return {f"{name}.schema.json": text for name, text in found.items()}

@@ -135,7 +135,7 @@ def test_the_plan_is_the_report_of_the_resume(
         directory=directory,
         policies=POLICIES,
     )[0]
-    monkeypatch.setattr("megatron_ext.checkpoint.stored.open_checkpoint", with_arguments(LOCAL))
+    monkeypatch.setattr("megatron_ext.offline.forecast.open_checkpoint", with_arguments(LOCAL))
     for policy, text in POLICIES.items():
         file = tmp_path / f"{policy}.yaml"
         file.write_text(text)
@@ -199,7 +199,7 @@ def test_groups_with_a_learning_rate_of_their_own(
         "tests.support.subject:resume", 2, layout=BF16, hyper=second, directory=directory, more=1
     )[0]
     saved = {"decoupled_lr": 6e-3, "decoupled_min_lr": 6e-4}
-    monkeypatch.setattr("megatron_ext.checkpoint.stored.open_checkpoint", with_arguments(saved))
+    monkeypatch.setattr("megatron_ext.offline.forecast.open_checkpoint", with_arguments(saved))
     found = forecast(directory, words(second))
     said = document(found)
     (theirs,) = done["report"]["optimizers"]

@@ -14,6 +14,10 @@ from megatron_ext import schemas
 DIRECTORY = Path(megatron_ext.__file__).parent / "schemas"
 
 
+def test_there_is_a_file_for_each_schema_and_no_other() -> None:
+    assert {p.name for p in DIRECTORY.glob("*.json")} == set(schemas.generated())
+
+
 @pytest.mark.parametrize("name", schemas.generated())
 def test_a_schema_is_as_it_is_generated(name: str) -> None:
     generated = schemas.generated()[name]
