@@ -31,13 +31,9 @@ OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}
 
 SCENARIOS = {
     # The case of Megatron-LM #963 and #1284: flags verbatim.
-    "phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True, world=2, torchrun=True),
-    "stock": Scenario(
-        f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler",
-        "phase 1",
-        world=2,
-        torchrun=True,
-    ),
+    "phase 1": Scenario(f"{PHASE_1} {DISTRIBUTED}", saves=True, world=2),
+    "stock": Scenario(f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler", "phase 1", 2),
+    # The one that torchrun starts; its ranks import Megatron for themselves.
     "ours": Scenario(
         f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler {OURS}",
         "phase 1",

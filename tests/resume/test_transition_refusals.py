@@ -159,14 +159,12 @@ SCENARIOS = {
         script="tests/support/own_script.py",
         fails=True,
         world=2,
-        torchrun=True,
     ),
     "launcher, two ranks": Scenario(
         f"{RESET} --selective-from {{no optimizer}} --load {{phase 1}}/new --save {{phase 1}}/new",
         after=("no optimizer", "phase 1"),
         fails=True,
         world=2,
-        torchrun=True,
     ),
 }
 

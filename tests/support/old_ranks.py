@@ -16,7 +16,7 @@ from .unsharded import State
 
 @dataclass
 class OldRanks:
-    """One version at a time; a checkpoint is written once.
+    """Ranks of a version are started once, and a checkpoint is written once.
 
     A version that cannot be installed is an error, and so the test's failure.
     """
@@ -24,8 +24,7 @@ class OldRanks:
     directory: Path
     hyper: Hyper
     steps: int
-    version: str | None = None
-    pool: RankPool | None = None
+    pools: dict[str, RankPool] = field(default_factory=dict)
     made: dict[Any, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
     def write(
@@ -53,18 +52,16 @@ class OldRanks:
         return self.made[key]
 
     def _ranks(self, version: str) -> RankPool:
-        if self.version != version:
-            self.close()
+        if version not in self.pools:
             overlay = subprocess.run(
                 [ROOT / ".ci" / "overlay", version], stdout=subprocess.PIPE, text=True, check=True
             )
-            self.version, self.pool = version, RankPool("stock", overlay.stdout.strip())
-        assert self.pool
-        return self.pool
+            self.pools[version] = RankPool("stock", overlay.stdout.strip())
+        return self.pools[version]
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.close()
+        for pool in self.pools.values():
+            pool.close()
 
 
 def assert_same_state(found: State, expected: State, half: float = 1, quarter: float = 1) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -183,10 +184,7 @@ class Zygote:
         logs = [directory / f"rank{rank}.log" for rank in range(world)]
         report = directory / "report"
         argv = [*launcher.split(), str(script), *words(arguments, report)]
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
-        env = {**(env or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = {**(env or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
         answer = self._answers[str(directory)] = queue.SimpleQueue()
         request = {
             "id": str(directory),
@@ -214,6 +212,18 @@ class Zygote:
         for line in self._process.stdout:
             answer = json.loads(line)
             self._answers[answer["id"]].put(answer["rc"])
+
+
+def _free_port() -> int:
+    """A port to listen on that nothing else will be given before the ranks do.
+
+    Ports from 32768 on are what the system gives to connections, such as those of other ranks.
+    """
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def words(arguments: str, report: Path) -> list[str]:
