@@ -192,7 +192,7 @@ def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
         yield f"{device} kernel", f"{kernel['active']}: {kernel['reason']}"
 
 
-def _contract_row(megatron: dict[str, Any]) -> str:
+def _contract_row(megatron: MegatronDocument) -> str:
     """Count the names of the contract that the installed version should have and has."""
     from ..host import contract
 

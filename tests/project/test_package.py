@@ -25,6 +25,7 @@ PURE = (
     "base.text",
     "base.files",
     "base.values",
+    "base.schema",
     "base.placement",
     "rules",
     "checkpoint.state",

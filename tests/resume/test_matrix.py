@@ -103,13 +103,13 @@ def test_a_cell(
     layout, world = LAYOUTS[name]
     layout = replace(layout, format=form, dtype=dtype)
     if resume.endswith("rules"):
-        rules(layout, world, resume == "exact rules", stock, ext, tmp_path)
+        assert_rules(layout, world, resume == "exact rules", stock, ext, tmp_path)
     else:
-        arguments(layout, world, resume == "unchanged", stock, ext, checkpoints)
+        assert_arguments(layout, world, resume == "unchanged", stock, ext, checkpoints)
     RAN.append(cell)
 
 
-def arguments(
+def assert_arguments(
     layout: Layout,
     world: int,
     unchanged: bool,
@@ -141,7 +141,7 @@ def arguments(
             assert ours["loaded"]["groups"] == theirs["loaded"]["groups"]
 
 
-def rules(
+def assert_rules(
     layout: Layout, world: int, exactly: bool, stock: RankPool, ext: RankPool, tmp_path: Path
 ) -> None:
     directory = str(tmp_path / f"iter_{STEPS:07d}")
