@@ -25,19 +25,19 @@ from .scaled import values
 from .shard_rules import FillColumns, MomentShard, RangeRule
 from .statistics import Value, find, pieces
 
-#: Columns that are added up over the ranks, per moment.
+#: Columns that are summed over the ranks, for each moment.
 _COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
 _AFTER, _CHANGED = _COLUMNS.index("square_sum_after"), _COLUMNS.index("changed")
 
 
 @dataclass(frozen=True)
 class AppliedRules:
-    """What was done to the moments on this rank.
+    """The statistics of a change of this rank's moments.
 
     Args:
-        shards: Those with moments.
-        counted: For each its statistics, by state key.
-        device: Of the moments.
+        shards: The shards that have moments.
+        counted: The statistics of each shard, by state key.
+        device: The device of the moments.
     """
 
     shards: tuple[Shard, ...]
@@ -46,9 +46,9 @@ class AppliedRules:
 
     @property
     def nonfinite_before(self) -> dict[str, int]:
-        """Parameters that had NaN or infinite elements -> how many there are now.
+        """Map each parameter that had NaN or infinite elements to their number after the change.
 
-        A sum of squares of fp32 values in float64 does not overflow: it is finite if they all are.
+        A float64 sum of squares of fp32 values does not overflow: it is finite if all values are.
         """
         found: dict[str, int] = {}
         for shard, by_key in zip(self.shards, self.counted, strict=True):
@@ -60,17 +60,17 @@ class AppliedRules:
 
 
 def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
-    """Change the moments without a look at them before, where one pass does for both.
+    """Apply rules that cannot hide a NaN (keep, scale) in the pass that counts non-finite values.
 
-    Where every element is kept or multiplied, what is not finite stays so, and the statistics of
-    the change tell what a look would have told.
+    If every element is kept or multiplied, a non-finite value stays non-finite. The statistics of
+    the change then give the same count as a separate pass.
 
     Args:
-        work: From `meet`; the moments have arrived.
+        work: The result of `exchange_with_ranks`. The moments have been loaded.
 
     Returns:
-        None where they have to be looked at first, or where nothing is to be done. A rank decides
-        for itself: no collective follows from it.
+        None if the non-finite values have to be counted first, or if no moment changes. Each rank
+        decides alone, because no collective depends on the decision.
     """
     if work is None or not _changes(work) or work.wanted or work.policy.nonfinite != "error":
         return None
@@ -86,15 +86,15 @@ def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
 def apply_rules(work: MomentWork, done: AppliedRules | None = None) -> MomentReport | None:
     """Change the moments as planned; collective.
 
-    The statistics that are needed are found together (`megatron_ext.resume.statistics.find`), the
-    fused op is called once a device, and one small reduction adds the report up.
+    The ranks compute the statistics together (`megatron_ext.resume.statistics.find`). Each device
+    then gets one call of the fused op, and one small reduction sums the report.
 
     Args:
-        work: From `meet`; the moments have arrived.
-        done: From `change_unseen`: then only the report is left.
+        work: The result of `exchange_with_ranks`. The moments have been loaded.
+        done: The result of `apply_in_one_pass`. If it is given, only the report is made.
 
     Returns:
-        None where there is nothing to do.
+        None if no moment changes.
     """
     return _report(work, done or _change(work)) if _changes(work) else None
 
@@ -121,7 +121,7 @@ def _change(work: MomentWork) -> AppliedRules:
 
 
 def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -> MomentShard:
-    """What the fused op is to do to a shard."""
+    """Build the ranges and rules of a shard for the fused op."""
     rules: list[RangeRule] = []
     for rows in plan.rows:
         m, v = (_rule(x, found) for x in (rows.exp_avg, rows.exp_avg_sq))
@@ -129,7 +129,7 @@ def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -
             continue
         by_position = any(isinstance(x, FillColumns) or x.kind == "positional" for x in (m, v))
         if len(plan.rows) == 1 and not by_position:
-            # One range: a rescale of a scaled moment is then a change of its scale.
+            # With a single range, a rescale of a scaled moment only changes its scale.
             rules.append(RangeRule(0, shard.end - shard.begin, m, v, WHOLE))
             continue
         for run in pieces(shard, ((rows.first, rows.last),)):

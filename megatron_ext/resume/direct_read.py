@@ -1,14 +1,14 @@
-"""Tensors of a torch_dist checkpoint, read from the file to where they belong in one copy.
+"""Read tensors of a torch_dist checkpoint from the file into their target in one copy.
 
 torch's reader (``FileSystemReader.read_data``, torch/distributed/checkpoint/filesystem.py:869,
-2.15) loads every stored tensor into new memory and copies from there. Where a stored tensor is a
-plain one and is to fill plain memory of the host, its bytes are read into that memory instead, in
-the order in which they lie in the file. Everything else (a GPU's memory, another dtype or strides,
-a range of columns, a transform, compressed or big-endian records, objects, a damaged file) is left
-to torch's reader, whose errors are the errors.
+2.15) loads every stored tensor into new memory and copies it from there. This module reads the
+bytes of a plain tensor directly into a plain target in host memory, in the order of the file.
+torch's reader reads everything else and raises its own errors: targets in GPU memory, another
+dtype or other strides, a range of columns, a transform, compressed or big-endian records, objects,
+and damaged files.
 
-With ``fully_reshardable`` and without a distributed optimizer Megatron reads the optimizer's state
-into the host's memory on GPU machines too (core/optimizer/distrib_optimizer.py:1690, 0.19.2).
+With ``fully_reshardable``, and without a distributed optimizer, Megatron reads the optimizer state
+into host memory on GPU machines too (core/optimizer/distrib_optimizer.py:1690, 0.19.2).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 
 from ..checkpoint import placeholders, torch_file
 
-#: Bytes that are asked for before they are needed.
+#: Bytes that are requested before they are needed.
 _AHEAD = 32 << 20
 
 
 @contextlib.contextmanager
 def active() -> Iterator[None]:
-    """Within, torch's reader of distributed checkpoints reads plain tensors in one copy."""
+    """Make torch's reader of distributed checkpoints read plain tensors in one copy."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     original = FileSystemReader.read_data
@@ -50,7 +50,7 @@ def active() -> Iterator[None]:
 
 
 def _read(reader: Any, items: Sequence[Any], planner: Any) -> list[Any]:
-    """Read what can be read in place; the other items, in their order."""
+    """Read the items that can be read in place, and return the others in their order."""
     places = _Places()
     done: set[int] = set()
     by_file: dict[str, list[Any]] = defaultdict(list)
@@ -73,17 +73,17 @@ def _read(reader: Any, items: Sequence[Any], planner: Any) -> list[Any]:
 
 
 class _Ahead:
-    """Lets the kernel fetch what comes next while the elements before it are copied.
+    """Lets the kernel prefetch the next bytes while the bytes before them are copied.
 
     Args:
-        stream: A file of the store; where it is none of the kernel's nothing is done.
+        stream: A file of the store. Prefetching is skipped if it has no OS file descriptor.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._until = stream, 0
 
     def of(self, position: int) -> None:
-        """Ask for the bytes up to some way beyond a position."""
+        """Request the bytes up to `_AHEAD` bytes beyond a position."""
         until = position + _AHEAD
         if until - self._until < _AHEAD // 2:
             return
@@ -94,26 +94,26 @@ class _Ahead:
 
 
 class _NotPlain(Exception):
-    """Left to torch's reader, which writes all of the target."""
+    """An item that torch's reader has to read. It overwrites the whole target."""
 
 
 class _Places:
-    """Where the elements of stored tensors lie.
+    """The places of the elements of stored tensors.
 
-    A checkpoint has many tensors of few shapes, whose archives are the same up to the elements (the
-    checksum follows them): one of each is looked at.
+    A checkpoint has many tensors of few shapes. Archives of one shape are identical up to their
+    elements (the checksum follows the elements), so that one archive of each shape is parsed.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, list[tuple[bytes, placeholders.TensorPlace]]] = defaultdict(list)
 
     def find(self, stream: BinaryIO, offset: int, length: int) -> placeholders.TensorPlace:
-        """As `megatron_ext.checkpoint.torch_file.find_tensor`.
+        """Find the elements of a tensor as `megatron_ext.checkpoint.torch_file.find_tensor` does.
 
         Args:
             stream: A file of the store.
-            offset: Where the archive of one tensor begins in it.
-            length: Of the archive.
+            offset: Position of the tensor's archive in the file, in bytes.
+            length: Length of the archive in bytes.
         """
         known = self._known[length]
         if known:
@@ -132,7 +132,7 @@ def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _P
     """Read one item.
 
     Raises:
-        _NotPlain: It is not for us, or the file ends before.
+        _NotPlain: The item cannot be read in place, or the file is too short.
     """
     from torch.distributed.checkpoint.planner import LoadItemType
 
@@ -140,7 +140,7 @@ def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _P
         raise _NotPlain
     try:
         place = places.find(stream, stored.offset, stored.length)
-    except Exception as e:  # whatever a damaged or foreign file makes of itself
+    except Exception as e:  # a damaged or foreign file may raise any exception
         raise _NotPlain from e
     first = first_element(place, item.storage_offsets, item.lengths)
     if first is None:
@@ -157,15 +157,16 @@ def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _P
 def first_element(
     place: placeholders.TensorPlace, offsets: Sequence[int], lengths: Sequence[int]
 ) -> int | None:
-    """Where a part of a stored tensor begins, if its elements lie one after the other.
+    """Find the first element of a contiguous part of a stored tensor.
 
     Args:
         place: The stored tensor.
-        offsets: Of the part, in elements of each dimension.
-        lengths: Of the part.
+        offsets: Offset of the part in each dimension, in elements.
+        lengths: Size of the part in each dimension, in elements.
 
     Returns:
-        Elements from the tensor's first one; None for any other part, or if it is not all stored.
+        Number of elements before it in the tensor. None if the part is not contiguous or not
+        completely stored.
     """
     shape, count = place.shape, math.prod(place.shape)
     row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -174,7 +175,7 @@ def first_element(
         return None
     if place.end - place.start < count * place.dtype.itemsize or len(lengths) != len(shape):
         return None
-    # Dimensions before the last one that is cut must be of one element.
+    # The part is contiguous if it has one element in each dimension before the last cut one.
     cut = [i for i, size in enumerate(shape) if lengths[i] != size]
     if cut and any(n != 1 for n in lengths[: cut[-1]]):
         return None
@@ -184,7 +185,7 @@ def first_element(
 
 
 def _can_hold(target: Any, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """Whether the stored bytes are those of the tensor that is to be filled."""
+    """Whether the target's memory holds the stored bytes unchanged."""
     return (
         type(target) in (torch.Tensor, torch.nn.Parameter)
         and target.device.type == "cpu"

@@ -1,16 +1,16 @@
-r"""Check the first resumed steps against the plan, then step aside. Pure.
+r"""Check the first resumed steps against the plan. Pure.
 
-The hyperparameters that the first step really uses have to be the planned ones. At the first
-logging step the moments have to be what Adam can have made of the loaded ones in k steps. With the
-norm of each step's clipped gradient, :math:`c_i`, and :math:`\|\cdot\|` over what a rank holds:
+The first step must use the planned hyperparameters. At the first logging step, the moment norms
+must be a possible result of k Adam updates on the loaded moments. With the norm of each step's
+clipped gradient, :math:`c_i`, and the norm :math:`\|\cdot\|` over this rank's elements:
 
 .. math::
 
     \left| \|m_k\| - b_1^k \|m_0\| \right| \le (1 - b_1) \sum_{i=1}^k b_1^{k-i} c_i, \qquad
     0 \le \|v_k\| - b_2^k \|v_0\| \le (1 - b_2) \sum_{i=1}^k b_2^{k-i} c_i^2
 
-From Adam's definition, arXiv 1412.6980, the triangle inequality, :math:`v \ge 0`, and
-:math:`\|g^2\| \le \|g\|^2`.
+The bounds follow from Adam's definition (arXiv 1412.6980), the triangle inequality,
+:math:`v \ge 0` and :math:`\|g^2\| \le \|g\|^2`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from ..base.values import plain
 
-#: Relative; fp32 sums of k steps, and moments in bf16, are not exact.
+#: Relative tolerance, because fp32 sums of k steps and moments in bf16 are not exact.
 _ROUNDING = 0.01
 
 _CHECKED = ("lr", "weight_decay", "betas", "eps")
@@ -35,11 +35,11 @@ _CAUSE = (
 
 @dataclass
 class Watch:
-    """What the guard knows of the steps since the load.
+    """The guard's record of the steps since the load.
 
     Args:
         gradients: Norm of each successful step's gradient before clipping, as Megatron returned it.
-        started: Whether the first step has been looked at.
+        started: Whether the first step has been checked.
     """
 
     gradients: list[Any] = field(default_factory=list)
@@ -48,12 +48,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class GroupValues:
-    """What one param_group uses at a step.
+    """The hyperparameters of one param_group at a step.
 
     Args:
         optimizer: Position of its optimizer in the chain.
-        group: Position of the group.
-        values: ``lr``, ``weight_decay``, ``betas``, ``eps``; those it has.
+        group: Position of the group in the optimizer.
+        values: Those of ``lr``, ``weight_decay``, ``betas`` and ``eps`` that the group has.
     """
 
     optimizer: int
@@ -62,17 +62,20 @@ class GroupValues:
 
     @classmethod
     def of(cls, optimizer: int, group: int, values: Mapping[str, Any]) -> GroupValues:
-        """Take them from a param_group."""
+        """Take the values from a param_group."""
         known = {k: _comparable(values[k]) for k in _CHECKED if values.get(k) is not None}
         return cls(optimizer, group, known)
 
 
 def wrong_hyperparameters(planned: Sequence[GroupValues], used: Sequence[GroupValues]) -> str:
-    """What the first step uses and should not, in words; empty if all is as planned.
+    """Describe the differences between the first step's hyperparameters and the planned ones.
 
     Args:
-        planned: Of all groups, in order.
-        used: As many.
+        planned: The planned values of all groups, in order.
+        used: The values in use, for the same groups.
+
+    Returns:
+        A message, empty if there is no difference.
     """
     lines = []
     for plan, found in zip(planned, used, strict=True):
@@ -96,14 +99,18 @@ def wrong_moments(
     after: tuple[float, float],
     gradients: Sequence[float],
 ) -> str:
-    """What the moments cannot have become, in words; empty if they can.
+    """Describe moment norms that cannot be the result of Adam updates on the loaded moments.
 
     Args:
         optimizer: Position in the chain.
         betas: b1 and b2 of the steps.
         before: Euclidean norms of exp_avg and exp_avg_sq after the load, on this rank.
-        after: The same now.
-        gradients: Of each step since its clipped gradient's norm, at least on this rank.
+        after: The same norms now.
+        gradients: For each step since the load, an upper bound of the norm of this rank's part of
+            the clipped gradient.
+
+    Returns:
+        A message, empty if both norms are possible.
     """
     bounds = (
         ("exp_avg", *_first(betas[0], before[0], gradients), after[0]),
@@ -124,7 +131,7 @@ def wrong_moments(
 
 
 def steps_after(count: int) -> str:
-    """How long after something, in words."""
+    """Write a number of steps as "k steps after"."""
     return f"{count} step after" if count == 1 else f"{count} steps after"
 
 

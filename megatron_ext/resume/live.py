@@ -1,4 +1,4 @@
-"""Moment rules on a running optimizer: `transform_moments`, for RL phases and training loops."""
+"""`transform_moments` applies moment rules to a live optimizer, in RL phases or training loops."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def transform_moments(
 ) -> ResumeReport:
     """Apply a policy's moment rules to a live optimizer, between two training steps.
 
-    Adam's moments are changed in place by one fused call per optimizer and device; master weights,
-    hyperparameters and the scheduler are left alone. Collective over the default process group:
-    every rank calls it with the same policy.
+    One fused call per optimizer and device changes Adam's moments in place. Master weights,
+    hyperparameters and the scheduler do not change. The call is collective over the default process
+    group: every rank calls it with the same policy.
 
     Args:
-        optimizer: What `megatron.core.optimizer.get_megatron_optimizer` returned, of this package
+        optimizer: The result of `megatron.core.optimizer.get_megatron_optimizer`, from this package
             or stock: DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer, or a
             ChainedOptimizer of these.
-        policy: Its preset, rules and step; a policy that also decides hyperparameters is refused.
-        model_chunks: The model; only needed for a stock optimizer that is not distributed.
+        policy: The preset, the rules and the step. A policy that also decides hyperparameters is
+            refused.
+        model_chunks: The model. It is needed only for a stock optimizer that is not distributed.
 
     Returns:
-        The report of a resume, for this transition. Hyperparameters that a preset would have
-        changed are among its warnings.
+        A report like that of a resume. Its warnings name the hyperparameters that the preset would
+        change at a load.
 
     Raises:
         PolicyError: The policy decides more than moments and step.
-        PlanError: A rule cannot be carried out; nothing has been changed.
-        HostError: An optimizer whose state cannot be reached.
+        PlanError: A rule cannot be applied. No moment has been changed.
+        HostError: The state of an optimizer cannot be reached.
     """
     members: list[Any] = []
     plans: list[ResumePlan] = []

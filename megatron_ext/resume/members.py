@@ -1,4 +1,4 @@
-"""The optimizers inside a Megatron optimizer."""
+"""Find the optimizers inside a Megatron optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .steps import is_hybrid
 
 
 def members_of(optimizer: Any) -> list[Any]:
-    """The optimizers of this package inside a Megatron optimizer (itself, or a chain's)."""
+    """List this package's optimizers in a Megatron optimizer: itself, or the members of a chain."""
     chain = getattr(optimizer, "chained_optimizers", None)
     if chain is not None:
         return [m for o in chain for m in members_of(o)]
@@ -20,10 +20,12 @@ def members_of(optimizer: Any) -> list[Any]:
 
 
 def adam_optimizers(optimizer: Any) -> list[Any]:
-    """The Megatron optimizers whose moments can be reached, ours or stock: itself, or a chain's.
+    """List the optimizers in a Megatron optimizer: itself, or the members of a chain.
+
+    They may be this package's or stock.
 
     Raises:
-        HostError: One of them keeps its state elsewhere; named.
+        HostError: One of them keeps its state where it cannot be reached. The message names it.
     """
     chain = getattr(optimizer, "chained_optimizers", None)
     if chain is not None:

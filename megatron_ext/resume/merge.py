@@ -1,9 +1,9 @@
-"""Carry a `ResumePlan` out on a saved state dict: the dict that Megatron's own loader accepts.
+"""Apply a `ResumePlan` to a saved state dict, so that Megatron's own loader accepts it.
 
 Stock loaders pair groups by a tuple that contains the hyperparameters
-(`param_group_identifier_keys`, core/optimizer/optimizer.py), and two groups with one tuple
-overwrite each other. So the loader is given groups that pair with the live ones by construction,
-and the planned values are written into the live groups afterwards.
+(`param_group_identifier_keys`, core/optimizer/optimizer.py), and two groups with the same tuple
+overwrite each other. The merged dict therefore has groups that pair with the live ones by
+construction. The planned values are written into the live groups afterwards.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def merge_distributed(
     """Replace the saved groups of a DistributedOptimizer state dict.
 
     Args:
-        plan: What was decided.
-        state_dict: The saved state dict; not modified. Its tensors are passed on, not copied.
+        plan: The plan of the resume.
+        state_dict: The saved state dict. It is not modified, and its tensors are not copied.
         live_groups: The optimizer's current param_groups.
 
     Returns:
-        A state dict whose param_groups are the live groups (without params) and the saved step.
+        A state dict whose param_groups are the live groups, without params, with the planned step.
     """
     key, section = optimizer_section(state_dict)
     groups = [{**hyperparameters(group), **_step(plan)} for group in live_groups]
@@ -50,18 +50,18 @@ def merge_replicated(
     """Replace the saved groups of a Float16Optimizer or FP32Optimizer state dict.
 
     Args:
-        plan: What was decided.
-        state_dict: The saved state dict; not modified. Its tensors are passed on, not copied.
+        plan: The plan of the resume.
+        state_dict: The saved state dict. It is not modified, and its tensors are not copied.
         live_groups: The optimizer's current param_groups.
-        live_ids: For each live group the integer ids its parameters have in the torch state dict.
-        ids_are_live: The saved ``state`` is keyed by the live ids (torch_dist: parameters were
-            matched by name), not by the ids of the saved groups (legacy torch).
+        live_ids: For each live group, the integer ids of its parameters in the torch state dict.
+        ids_are_live: Whether the saved ``state`` is keyed by the live ids (torch_dist, which
+            matches parameters by name) or by the ids of the saved groups (legacy torch).
 
     Returns:
         A state dict with one group per live group, in their order.
 
     Raises:
-        CheckpointError: Parameters are known by position only and the groups do not correspond.
+        CheckpointError: Parameters are known only by position, and the groups do not correspond.
     """
     key, section = optimizer_section(state_dict)
     if ids_are_live:
@@ -85,11 +85,11 @@ def merge_replicated(
 def write_groups(
     values: Sequence[Mapping[str, Any]], live_groups: Sequence[dict[str, Any]]
 ) -> None:
-    """Give the live groups exactly these hyperparameters; ``params`` and ``step`` stay.
+    """Give the live groups exactly these hyperparameters; ``params`` and ``step`` do not change.
 
     Args:
-        values: Per group the keys and values it shall have.
-        live_groups: The optimizer's param_groups; modified in place.
+        values: For each group, its new keys and values.
+        live_groups: The optimizer's param_groups. They are modified in place.
     """
     for wanted, group in zip(values, live_groups, strict=True):
         for key in [k for k in group if k not in wanted and k not in _NOT_HYPERPARAMETERS]:
@@ -98,7 +98,7 @@ def write_groups(
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param_group without its parameters and its step."""
+    """Return a param_group without its parameters and its step."""
     return {k: v for k, v in group.items() if k not in _NOT_HYPERPARAMETERS}
 
 
@@ -125,7 +125,7 @@ def _saved_order(
     live_groups: Sequence[Mapping[str, Any]],
     live_ids: Sequence[Sequence[int]],
 ) -> list[int]:
-    """The saved group whose parameters are those of each live group, by position."""
+    """Find, for each live group, the position of the saved group with the same parameters."""
     _, section = optimizer_section(state_dict)
     sizes = [len(g["params"]) for g in section["param_groups"]]
     saved_groups = read_optimizer(state_dict).groups

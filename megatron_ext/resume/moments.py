@@ -1,4 +1,4 @@
-"""Change the moments of this rank's shards with the fused op, and count what it did."""
+"""Change the moments of this rank's shards with the fused op, and count the changes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SURVEYED = [STATISTICS_COLUMNS.index(name) for name in ("square_sum_after", "no
 
 @dataclass(frozen=True)
 class MomentStatistics:
-    """One moment of one parameter shard, over all its elements.
+    """Statistics of one moment of one parameter shard, over all its elements.
 
     Args:
-        norm_before: Euclidean norm before; None where only the new values were counted.
+        norm_before: Euclidean norm before; None if only the new values were counted.
         norm_after: Euclidean norm after.
-        largest: Largest absolute value after; NaN is left out.
+        largest: Largest absolute value after, ignoring NaN.
         nonfinite: Number of NaN and infinite values after.
-        changed: Number of elements whose value is another one; None as ``norm_before``.
+        changed: Number of elements whose value differs; None if only the new values were counted.
     """
 
     norm_before: float | None
@@ -46,7 +46,7 @@ class MomentStatistics:
 
 
 def parameter_number(name: str) -> int:
-    """64 bits of a parameter's name, for random rules: the same on every rank and layout."""
+    """Hash a parameter's name to 64 bits for random rules, equally on every rank and layout."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -56,22 +56,22 @@ def transform(
 ) -> list[dict[str, MomentStatistics]]:
     """Apply rules to the moments in place; master weights are not touched.
 
-    All shards of a device are one call of ``megatron_ext::transform_moments_``. Of TE's fp16 and
-    fp8 moments, which have a scale per tensor, a rescale of the whole tensor changes the scale
-    alone; other rules go through TE's ``get_unscaled_state`` and ``set_scaled_state``
+    One call of ``megatron_ext::transform_moments_`` changes all shards on a device. TE's fp16 and
+    fp8 moments have a scale per tensor: a rescale of the whole tensor only changes the scale. Other
+    rules use TE's ``get_unscaled_state`` and ``set_scaled_state``
     (transformer_engine/pytorch/optimizers/fused_adam.py).
 
     Args:
-        shards: Parameters with state. Those without rules are only counted, if at all.
-        statistics: What to count.
+        shards: Parameters with state. Shards without rules are not changed.
+        statistics: The statistics to count.
 
     Returns:
-        For each shard its statistics by state key; empty dicts for `Statistics.NONE`.
+        The statistics of each shard by state key; empty dicts for `Statistics.NONE`.
 
     Raises:
         PlanError: A parameter has no moments.
-        RuntimeError: Ranges that overlap or lie outside the shard (`megatron_ext._ops.schema`).
-            Nothing has been written.
+        RuntimeError: Ranges overlap or lie outside the shard (`megatron_ext._ops.schema`). No
+            moment has been written.
     """
     moments = [(open_moment(s, 0), open_moment(s, 1)) for s in shards]
     counts: list[torch.Tensor | None] = [None] * len(shards)
@@ -91,7 +91,7 @@ def transform(
         calls.append((members, _ops.Transform.of(exp_avg, exp_avg_sq, segments)))
     fills = [_column_fills(shard, pair) for shard, pair in zip(shards, moments, strict=True)]
     if len(calls) > 1 or any(fills):
-        # Bad ranges are refused on every device before anything is written on one.
+        # The ranges of all devices are checked before the first write.
         calls = [(members, call.prepare()) for members, call in calls]
     for fill in (f for of_shard in fills for f in of_shard):
         fill()
@@ -106,11 +106,11 @@ def transform(
 
 @dataclass(frozen=True)
 class Survey:
-    """Both moments of some parameters, as they are.
+    """Statistics of both moments of some parameters.
 
     Args:
-        nonfinite: For each parameter the number of NaN and infinite elements.
-        norms: Euclidean norms of exp_avg and exp_avg_sq over all of them.
+        nonfinite: Number of NaN and infinite elements of each parameter.
+        norms: Euclidean norms of exp_avg and exp_avg_sq over all parameters.
     """
 
     nonfinite: list[int]
@@ -119,11 +119,11 @@ class Survey:
 
 @torch.no_grad()
 def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
-    """Look at the moments of some parameters; reads them once, changes nothing.
+    """Compute norms and non-finite counts of some parameters' moments, in one read-only pass.
 
     Args:
         inner: The torch optimizer that holds the state.
-        params: Keys of its state, which have both moments.
+        params: Keys of its state that have both moments.
     """
     if any(is_scaled(inner, key) for key in MOMENT_KEYS):
         counted = transform([MomentShard("", inner, p, ()) for p in params], Statistics.AFTER)
@@ -151,15 +151,15 @@ def magnitude_thresholds(
     quantiles: Sequence[float],
     reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> list[float]:
-    """The p-quantile of abs(exp_avg) or abs(exp_avg_sq), for groups of whole parameters.
+    """Compute the p-quantile of abs(exp_avg) or abs(exp_avg_sq) for groups of whole parameters.
 
     Args:
         shards: This rank's parameters, on one device.
         key: ``exp_avg`` or ``exp_avg_sq``.
-        groups: For each shard the number of its group.
+        groups: The group number of each shard.
         quantiles: p of each group, in [0, 1].
-        reduce: Adds a histogram up over the ranks that hold the groups' other shards, in place;
-            called three times (see `megatron_ext._ops.magnitude_thresholds`). None: one rank.
+        reduce: Sums a histogram in place over the ranks that hold the groups' other shards. It is
+            called three times (see `megatron_ext._ops.magnitude_thresholds`). None for one rank.
     """
     which = MOMENT_KEYS.index(key)
     tensors = [open_moment(s, which).tensor() for s in shards]
@@ -180,7 +180,7 @@ def _segments(tensor: int, shard: MomentShard, numel: int, statistics: Statistic
         for r in shard.rules
     ]
     if statistics:
-        # What no rule covers counts too.
+        # The statistics include elements without a rule.
         at = 0
         for rule in sorted(shard.rules, key=lambda r: r.begin):
             if at < rule.begin:
@@ -192,7 +192,7 @@ def _segments(tensor: int, shard: MomentShard, numel: int, statistics: Statistic
 
 
 def _of_op(rule: Any) -> Any:
-    """What the fused op is told; columns have been filled before it."""
+    """Return the rule for the fused op. Column fills are applied beforehand and become keep."""
     return KEEP if isinstance(rule, FillColumns) else rule
 
 
@@ -238,7 +238,7 @@ def _statistics(row: torch.Tensor | None) -> dict[str, MomentStatistics]:
 
 @functools.cache
 def _announce(device: str) -> None:
-    """Say once which kernel does the work, and why."""
+    """Log once which kernel is used on a device, and why."""
     if device in native.DEVICES:
         kernel = native.kernel(device)
         name = "compiled" if kernel.native else "reference"

@@ -1,4 +1,4 @@
-"""NaN and infinite moments: count them, then refuse, reset or keep them."""
+"""Count NaN and infinite moments, then refuse, reset or keep them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .steps import is_adam, is_hybrid
 
 
 def count_nonfinite(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
-    """Look at this rank's moments, in one pass that reads them.
+    """Count the non-finite elements of this rank's moments, in one read-only pass.
 
     Returns:
-        Number of NaN and infinite elements; Euclidean norms of exp_avg and exp_avg_sq, None where
-        there are none.
+        Number of NaN and infinite elements; Euclidean norms of exp_avg and exp_avg_sq, or None if
+        the optimizer has no moments that can be reached.
     """
     found = _survey(optimizer)
     return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
@@ -34,20 +34,20 @@ def mend_nonfinite(
     choice: str,
     bad: Mapping[str, int] | None = None,
 ) -> str:
-    """Refuse, reset or keep NaN and infinite moments; collective, called where some rank has any.
+    """Refuse, reset or keep NaN and infinite moments; collective, called if some rank has any.
 
     Args:
         optimizer: A Megatron optimizer with state.
-        model_chunks: Its model, for the names.
+        model_chunks: Its model, for the names of its parameters.
         choice: ``error``, ``reset`` or ``keep`` (`ResumePolicy.nonfinite`).
-        bad: Parameters on this rank -> elements that are not finite, where that is known.
+        bad: Parameters on this rank -> number of non-finite elements, if known.
 
     Returns:
-        What was done, for the report.
+        A phrase for the report.
 
     Raises:
-        CheckpointError: For ``error``, on every rank that has one.
-        AgreementError: For ``error``, on the others, with the messages.
+        CheckpointError: The choice is ``error``; on every rank with a non-finite element.
+        AgreementError: The choice is ``error``; on the other ranks, with the messages.
     """
     if bad is None:
         names = names_of(optimizer, model_chunks)
@@ -68,7 +68,7 @@ def mend_nonfinite(
 
 
 def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
-    """The keys of the state, and their moments."""
+    """Survey all moments of an optimizer; returns the keys of its state too."""
     inner = optimizer.optimizer
     if inner is None or not is_adam(inner) or is_hybrid(inner):
         return None
@@ -77,7 +77,7 @@ def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
 
 
 def _nonfinite(optimizer: Any) -> dict[int, int]:
-    """Id of each state's key -> number of elements that are not finite."""
+    """Map the id of each state key to its number of non-finite elements."""
     found = _survey(optimizer)
     return (
         {}

@@ -1,8 +1,8 @@
-"""`SelectiveAdam`: stock `DistributedOptimizer` but for what a load does.
+"""`SelectiveAdam`: the stock `DistributedOptimizer` with a selective load.
 
-The training step is Megatron's own. Overridden are the load entry points, each a call into
-planning, merging and reporting, and two places where the stock class cannot load at all: plain
-torch AdamW (its step lives in the state) and fp32 parameters (their shards require grad).
+The training step is Megatron's own. The class overrides the load entry points, which call the
+planning, the merge and the report. It also fixes two cases that the stock class cannot load: torch
+AdamW, whose step is in the state, and fp32 parameters, whose shards require grad.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from .steps import is_torch_adam
 class SelectiveAdam(Selective, DistributedOptimizer):
     """`DistributedOptimizer` that keeps the moments and takes hyperparameters from the arguments.
 
-    At a load, exp_avg, exp_avg_sq, the fp32 master weights and ``step`` come from the checkpoint;
-    every other key of every param_group comes from the current group unless the policy keeps it.
+    At a load, exp_avg, exp_avg_sq, the fp32 master weights and ``step`` come from the checkpoint.
+    Every other key of every param_group comes from the current group unless the policy keeps it.
     With unchanged arguments the load is bit for bit the stock load. The inner optimizer may be
     TransformerEngine's or apex's FusedAdam or torch's AdamW.
 
     Args:
-        *args: As `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
-        policy: What to take from where; the default keeps no hyperparameter.
-        **kwargs: As `DistributedOptimizer`.
+        *args: As for `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+        policy: The source of each value. The default takes no hyperparameter from the checkpoint.
+        **kwargs: As for `DistributedOptimizer`.
 
     Note:
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
-        group: one all_reduce of 40 bytes a rank before anything is changed (see
-        `megatron_ext.base.ranks`) and one of 56 bytes for the report. The training step has none.
+        group: one all_reduce of 40 bytes per rank before any change (see
+        `megatron_ext.base.ranks`), and one of 56 bytes for the report. The training step adds no
+        collective.
 
     Raises (at load):
         PlanError: A key to keep is unknown or ambiguous.
-        CheckpointError: No optimizer state, or shards that do not fit the model.
-        AgreementError: Another rank refused, or the ranks planned differently.
+        CheckpointError: There is no optimizer state, or the shards do not fit the model.
+        AgreementError: Another rank refused, or the ranks made different plans.
     """
 
     def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
@@ -66,9 +67,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self._awaiting_parameter_state: ResumePlan | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The stock state dict; also before the first step of a torch AdamW.
+        """Return the stock state dict, also before the first step of a torch AdamW.
 
-        Stock asserts one common step over an empty state there (distrib_optimizer.py, 0.19.2
+        Stock then asserts that an empty state has one common step (distrib_optimizer.py, 0.19.2
         lines 833-836).
         """
         if is_torch_adam(self.optimizer):
@@ -78,11 +79,10 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         return super().state_dict()
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock sharded state dict; its self-load for allocation is not taken for a resume.
+        """Return the stock sharded state dict. Its self-load for allocation is not a resume.
 
         Raises:
-            CheckpointError: The metadata say that the checkpoint's state is cut in a way that
-                Megatron does not read any more.
+            CheckpointError: The metadata name a sharding type that Megatron cannot read any more.
         """
         is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
         if is_loading:
@@ -100,9 +100,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         """Merge selectively, then load with the stock loader.
 
         Args:
-            state_dict: As saved by any Megatron `DistributedOptimizer`; not modified. With
-                ``param_state`` (torch_dist) the resume is complete afterwards; without it
-                (legacy torch) after `load_parameter_state`.
+            state_dict: The saved state dict of any Megatron `DistributedOptimizer`. It is not
+                modified. With ``param_state`` (torch_dist) this call completes the resume. Without
+                it (legacy torch) `load_parameter_state` does.
         """
         if self._allocating:
             super().load_state_dict(state_dict)
@@ -123,11 +123,11 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             self._awaiting_parameter_state = plan
 
     def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
-        """Load a legacy ``distrib_optim.pt``; a file that cannot be read raises on every rank.
+        """Load a legacy ``distrib_optim.pt``; an unreadable file raises on every rank.
 
         Args:
-            filename: Read on data-parallel rank 0 and scattered from there.
-            update_legacy_format: As in `DistributedOptimizer.load_parameter_state`.
+            filename: Data-parallel rank 0 reads this file and scatters its tensors.
+            update_legacy_format: As for `DistributedOptimizer.load_parameter_state`.
         """
         if self.is_stub_optimizer:
             return
@@ -135,7 +135,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         if self.data_parallel_group.rank() == 0:
             try:
                 state_dict = torch.load(filename, map_location="cpu")
-            except Exception as e:  # whatever is wrong with the file, no rank may be left waiting
+            except Exception as e:  # no rank may be left waiting, whatever torch.load raises
                 error = _unreadable(filename, e)
         stop_together(f"reading {Path(filename).name}", error)
         self.load_parameter_state_from_dp_zero(
@@ -145,7 +145,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     def load_parameter_state_from_dp_zero(
         self, state_dict: Any, *, update_legacy_format: bool = False
     ) -> None:
-        """Scatter the parameter state from data-parallel rank 0, after checking that it fits."""
+        """Check that the parameter state fits, then scatter it from data-parallel rank 0."""
         error = None
         if state_dict is not None and not update_legacy_format:
             error = self._dp_zero_misfit(state_dict)
@@ -160,7 +160,10 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             self._finish(plan, self._tally)
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
-        """One parameter's shard, without torch AdamW's 0-dim ``step``: the groups carry it."""
+        """Return one parameter's shard without torch AdamW's 0-dim ``step``.
+
+        The param_groups have the step.
+        """
         tensors = super()._get_main_param_and_optimizer_states(model_param)
         if is_torch_adam(self.optimizer):
             tensors.pop("step", None)
@@ -172,9 +175,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     ) -> None:
         """Write one parameter's shard.
 
-        Without grad mode, because shards of fp32 parameters are views of a leaf that requires
-        grad (distrib_optimizer.py, 0.19.2 lines 467 and 1225). torch AdamW's ``step`` is no part
-        of it: stock either misses it (KeyError) or overwrites it with a stale one.
+        Grad mode is off because shards of fp32 parameters are views of a leaf that requires grad
+        (distrib_optimizer.py, 0.19.2 lines 467 and 1225). torch AdamW's live ``step`` is passed on:
+        without it stock raises a KeyError or writes a stale one.
         """
         self._tally.add(tensors)
         tensors = self._with_new_rows(model_param, tensors)
@@ -187,7 +190,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     def _with_new_rows(
         self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """The loaded shard with the live master weights in the rows the checkpoint has not."""
+        """Return the loaded shard with the live master weights in rows the checkpoint lacks."""
         rows = vocabulary.rows_of(self)
         first = None if rows is None else rows.first_new_element(model_param)
         if first is None:
@@ -214,7 +217,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             for dtype in ranges
         }
         if any("uint8" in key for key in wanted):
-            return None  # fp8 buffers are split from bf16 ones by the stock loader
+            return None  # the stock loader splits fp8 buffers from bf16 ones
         saved = {
             f"buffer {index}, {dtype[0]}": [world["numel_unpadded"]]
             for index, dtypes in state_dict.items()
@@ -226,17 +229,17 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         return does_not_fit(lines) if lines else None
 
     def _count_state(self) -> None:
-        """Count after the fact what the pre-2024 legacy loader has written by itself."""
+        """Count the state that the pre-2024 legacy loader has written itself."""
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 self._tally.add({"param": param, **moments_of(self.optimizer, param)})
 
 
 def _require_readable(metadata: Mapping[str, Any] | None) -> None:
-    """Raise for the checkpoint's sharding; all ranks have the same metadata, from common state.
+    """Raise if Megatron cannot read the checkpoint's sharding type.
 
-    Without a name in the metadata stock takes the one it cannot read (distrib_optimizer.py:1509,
-    0.19.2).
+    All ranks raise, because they have the same metadata from the common state. If the metadata name
+    no type, stock assumes the one that it cannot read (distrib_optimizer.py:1509, 0.19.2).
     """
     sharding_type = (metadata or {}).get("distrib_optim_sharding_type", FLATTENED)
     reason = unreadable_sharding(sharding_type)

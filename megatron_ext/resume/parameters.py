@@ -1,8 +1,8 @@
-"""This rank's parameters by their global name: where each shard lies in the unsharded parameter.
+"""Find this rank's shards in the unsharded parameters, by global name.
 
-Megatron itself says where, in the model's sharded state dict: for every parameter its global shape
-and this rank's offset, whatever tensor, pipeline, virtual pipeline or expert parallelism does. What
-the distributed optimizer cuts off that is in its range maps.
+The model's sharded state dict gives the global shape of every parameter and this rank's offset,
+under any tensor, pipeline, virtual pipeline or expert parallelism. The range maps of the
+distributed optimizer give its part of that shard.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from ..errors import HostError
 from ..plan.parameters import Parameter
 from . import vocabulary
 
-#: A local index in a module's name: a list's position, or TE's grouped weights (weight3).
+#: A local index in a parameter's name: a position in a list, or TE's grouped weights (weight3).
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
 
-#: Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+#: Id of a model parameter -> its global name, unsharded shape and the blocks of this rank's part.
 Located = Mapping[int, tuple[str, tuple[int, ...], tuple[Block, ...]]]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank's optimizer holds of one parameter.
+    """The part of one parameter that this rank's optimizer holds.
 
     Args:
         parameter: The unsharded parameter.
-        blocks: The tensor-parallel shard, in its order.
-        begin: First element of the flattened tensor-parallel shard that this rank's optimizer has.
-        end: One past the last.
+        blocks: The blocks of the tensor-parallel shard, in its order.
+        begin: First element that this rank's optimizer holds of the flattened tensor-parallel
+            shard.
+        end: One past the last element.
         inner: The torch optimizer with the state.
-        key: The tensor its state is filed under.
+        key: The tensor that is the key of its state.
     """
 
     parameter: Parameter
@@ -48,22 +49,22 @@ class Shard:
     key: torch.Tensor
 
     def runs(self) -> Iterator[Run]:
-        """Where its elements lie in the unsharded parameter."""
+        """Yield the runs of its elements in the unsharded parameter."""
         return runs(self.blocks, self.begin, self.end)
 
 
 def shards_of(
     optimizer: Any, model_chunks: Sequence[Any], where: Located | None = None
 ) -> list[Shard]:
-    """The shards of a Megatron optimizer on this rank.
+    """List the shards of a Megatron optimizer on this rank.
 
     Args:
         optimizer: A DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
         model_chunks: The model it was built for.
-        where: `located` of it, where that is known.
+        where: The result of `located` for this model, if it has been computed.
 
     Raises:
-        HostError: The model does not say where a parameter lies.
+        HostError: The model's sharded_state_dict does not place a parameter.
     """
     found = located(model_chunks) if where is None else where
     rows = vocabulary.rows_of(optimizer)
@@ -84,10 +85,13 @@ def shards_of(
 
 
 def names_of(optimizer: Any, model_chunks: Sequence[Any]) -> dict[int, str]:
-    """Id of a state's key -> a name for messages; local names if the model gives no global ones."""
+    """Map the id of each state key to a name for messages.
+
+    The names are local ones if the model gives no global ones.
+    """
     try:
         return {id(s.key): s.parameter.name for s in shards_of(optimizer, model_chunks)}
-    except Exception:  # a model's own code may fail in any way; a message must not
+    except Exception:  # the model's own code may raise anything; the message is still needed
         names = {id(p): n for chunk in model_chunks for n, p in chunk.named_parameters()}
         held = held_by(optimizer)
         return {id(h.key): names.get(id(h.model_param), "unnamed") for h in held}
@@ -99,10 +103,10 @@ class Held:
 
     Args:
         model_param: The model's parameter.
-        key: The tensor its state is filed under.
+        key: The tensor that is the key of its state.
         group: Position of its param_group.
-        begin: First element, of the flattened model parameter.
-        end: One past the last.
+        begin: First element of the flattened model parameter that is held.
+        end: One past the last element.
     """
 
     model_param: torch.Tensor
@@ -113,7 +117,7 @@ class Held:
 
 
 def held_by(optimizer: Any) -> list[Held]:
-    """What an optimizer holds on this rank, in an order that is the same at every call."""
+    """List what an optimizer holds on this rank, in the same order at every call."""
     if hasattr(optimizer, "model_param_gbuf_map"):
         return [_distributed(optimizer, p) for p in optimizer.model_param_gbuf_map]
     models = {}
@@ -138,13 +142,13 @@ def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
 
 
 def located(model_chunks: Sequence[Any]) -> Located:
-    """Id of a model parameter -> global name, unsharded shape, blocks of this rank's part.
+    """Map the id of each model parameter to its global name, unsharded shape and blocks.
 
     Args:
         model_chunks: The model on this rank.
 
     Raises:
-        HostError: The model does not say where a parameter lies.
+        HostError: The model's sharded_state_dict does not place a parameter.
     """
     out = {}
     for chunk in model_chunks:
@@ -153,14 +157,14 @@ def located(model_chunks: Sequence[Any]) -> Located:
             module = module.module
         local = {id(p): name for name, p in module.named_parameters()}
         for entry in _flat(module.sharded_state_dict()):
-            # A ShardedTensor, or a ShardedTensorFactory that builds several.
+            # An entry is a ShardedTensor, or a ShardedTensorFactory that builds several.
             if id(getattr(entry, "data", None)) in local:
                 out[id(entry.data)] = _locate(local[id(entry.data)], entry)
     return out
 
 
 def _locate(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[Block, ...]]:
-    # A factory builds the parts that are sharded by themselves, such as a gated fc1's two halves.
+    # A factory builds the parts that are sharded separately, such as the halves of a gated fc1.
     parts = list(_flat(entry.build() if hasattr(entry, "build_fn") else entry))
     extra = parts[0].prepend_axis_num
     global_name = _global_name(name, entry.key, parts[0].global_offset[:extra])
@@ -205,10 +209,10 @@ def _flat(entry: Any) -> Iterator[Any]:
 
 
 def _global_name(name: str, key: str, offsets: Sequence[int]) -> str:
-    """A module's name with its local indices made global.
+    """Replace the local indices in a parameter's name with global ones.
 
-    Of homogeneous layers the key has no index: the layer, and the expert, are axes of their own.
-    A parameter without any index is called as its key: a tied output layer is the embedding.
+    Keys of homogeneous layers have no index, because the layer and the expert are separate axes. A
+    parameter without an index gets its key as name: a tied output layer has the embedding's.
     """
     local = _INDEX.findall(name)
     if not local:

@@ -1,7 +1,7 @@
-"""Resolve a plan's moment rules against this rank's shards, and tell the other ranks.
+"""Resolve a plan's moment rules against this rank's shards, and exchange them with the ranks.
 
-Ranks that hold different parameters have to find the same statistics together, so they first tell
-each other which ones their parameters need.
+Ranks that hold different parameters compute the same statistics together. They first exchange which
+statistics their parameters need.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .parameters import Shard, located, shards_of
 from .steps import is_adam
 
 MAX_NAMED = 8
-#: As many names a rule are told to the other ranks.
+#: Number of names per rule that a rank sends to the others.
 _NAMED_BY_RANK = 4
 
 
 @dataclass(frozen=True)
 class MomentWork:
-    """What is to be done to one optimizer's moments on this rank.
+    """The moment rules of one optimizer on this rank, resolved.
 
     Args:
-        policy: What the user asked.
-        shards: This rank's.
-        plans: By parameter name.
+        policy: The policy in force.
+        shards: This rank's shards.
+        plans: The rules of each parameter, by its name.
         used: Positions of the rules that match a parameter of the chain on this rank.
-        used_groups: Positions of the group rules that fit one of its param_groups.
-        kept: The optimizer is not Adam: its state is left alone.
+        used_groups: Positions of the group rules that match a param_group of the chain.
+        kept: Whether the state is kept because the optimizer is not Adam.
         wanted: The statistics that some rank needs, the same list on every rank.
         shapes: The unsharded shapes of their parameters.
-        unread: For each moment the parameters on this rank that it was not read of.
-        warnings: Rules that match nothing on any rank.
-        examples: For each rule some parameters that it matches, on all ranks.
+        unread: For each moment, the parameters on this rank whose moment was not read.
+        warnings: A warning about rules that match nothing on any rank.
+        examples: For each rule, some parameters that it matches on any rank.
     """
 
     policy: ResumePolicy
@@ -67,23 +67,23 @@ def prepare(
     chain: Sequence[Any] = (),
     unread: Mapping[Key, frozenset[str]] | None = None,
 ) -> MomentWork | None:
-    """Resolve a plan's rules against this rank's shards; nothing is changed, not collective.
+    """Resolve a plan's rules against this rank's shards. Changes nothing; not collective.
 
     Args:
         optimizer: A Megatron optimizer.
         model_chunks: The model it was built for.
-        plan: Its plan.
+        plan: The optimizer's plan.
         saved_groups: The checkpoint's param_groups.
-        chain: All optimizers that the policy is for; a rule has to match in one of them.
-        unread: For each moment the parameters on this rank that it was not read of.
+        chain: All optimizers that the policy applies to. A rule has to match in one of them.
+        unread: For each moment, the parameters on this rank whose moment was not read.
 
     Returns:
-        None where the policy has no rules and keeps all moments.
+        None if the policy has no rules and keeps all moments.
 
     Raises:
-        PlanError: A rule cannot be carried out.
-        CheckpointError: A moment was not read that is not overwritten.
-        HostError: The model does not say where its parameters lie.
+        PlanError: A rule cannot be applied.
+        CheckpointError: A moment was not read, and the plan does not overwrite it.
+        HostError: The model's sharded_state_dict does not place a parameter.
     """
     policy, unread = plan.policy, unread or {}
     if not policy.overwrites_moments:
@@ -121,9 +121,9 @@ def prepare(
 
 
 def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan]) -> None:
-    """Raise unless all that was not read is overwritten.
+    """Raise unless the plan overwrites every moment that was not read.
 
-    With an empty `plans` nothing is overwritten.
+    Empty `plans` overwrite nothing.
     """
     for key, names in unread.items():
         for name in names if not plans else names & plans.keys():
@@ -138,12 +138,13 @@ def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, Para
 
 
 def exchange_with_ranks(work: MomentWork) -> MomentWork:
-    """Tell the other ranks which rules matched and which statistics are needed; collective.
+    """Exchange with all ranks which rules matched and which statistics are needed; collective.
 
-    One gather of plain values, and only where a rule or the preset's quantile asks for it.
+    This is one gather of plain values. It is skipped if the policy has no rules and the preset
+    needs no statistic.
 
     Raises:
-        PlanError: A rule matches nothing on any rank (strict policies); on every rank.
+        PlanError: The policy is strict, and a rule matches nothing on any rank; on every rank.
     """
     policy, effect = work.policy, work.policy.preset.effect
     selects = effect.exp_avg.statistics or effect.exp_avg_sq.statistics
@@ -152,8 +153,8 @@ def exchange_with_ranks(work: MomentWork) -> MomentWork:
     needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
     examples = sorted(work.plans)
     ends = [*examples[:1], *examples[-1:]]
-    mine = (needed, work.used, work.used_groups, ends, _met(work))
-    of_ranks, used, used_groups, names, met = zip(*ranks.gather(mine), strict=True)
+    mine = (needed, work.used, work.used_groups, ends, _matched(work))
+    of_ranks, used, used_groups, names, matched = zip(*ranks.gather(mine), strict=True)
     idle = unmatched(
         policy,
         frozenset().union(*used),
@@ -169,13 +170,13 @@ def exchange_with_ranks(work: MomentWork) -> MomentWork:
         warnings=(idle,) if idle else (),
         examples=tuple(
             tuple(sorted({name for some in of_rule for name in some})[:MAX_NAMED])
-            for of_rule in zip(*met, strict=True)
+            for of_rule in zip(*matched, strict=True)
         ),
     )
 
 
-def _met(work: MomentWork) -> list[list[str]]:
-    """For each rule the first parameters on this rank that it matches."""
+def _matched(work: MomentWork) -> list[list[str]]:
+    """List, for each rule, the first parameters on this rank that it matches."""
     return [
         [
             name
@@ -187,7 +188,7 @@ def _met(work: MomentWork) -> list[list[str]]:
 
 
 def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> None:
-    """Raise if a rule is for a parameter that another optimizer than Adam updates."""
+    """Raise if a rule matches a parameter that an optimizer other than Adam updates."""
     for shard in shards:
         name, group = shard.parameter.name, inner.param_groups[shard.parameter.group]
         for rule in policy.rules:
@@ -202,6 +203,6 @@ def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> 
 def _shards_by_optimizer(
     optimizers: Sequence[Any], model_chunks: Sequence[Any]
 ) -> dict[int, tuple[Shard, ...]]:
-    """Id of an optimizer -> what it holds on this rank; one look at the model for all."""
+    """Map the id of each optimizer to its shards on this rank, locating the parameters once."""
     where = located(model_chunks) if optimizers else {}
     return {id(one): tuple(shards_of(one, model_chunks, where)) for one in optimizers}

@@ -1,4 +1,4 @@
-"""The load of `SelectiveAdam` for optimizers that are not distributed."""
+"""The selective load of `SelectiveAdam` for optimizers that are not distributed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .steps import is_adam
 
 
 class _SelectiveReplicated(Selective):
-    """The same merge for the optimizers that are not distributed over the data-parallel ranks."""
+    """Base class for optimizers that are not distributed over the data-parallel ranks."""
 
     _ids_are_live = False
 
@@ -32,19 +32,19 @@ class _SelectiveReplicated(Selective):
     def _filter_and_reorder_param_groups(
         current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        # The merged groups already are the live ones in their order.
+        # The merged groups are already in the order of the live ones.
         return state_dict_groups
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> Any:
-        """The stock sharded state dict, whose groups need not be as many as the saved ones."""
+        """Return the stock sharded state dict. Its number of groups may differ from the saved."""
         state_dict = super().sharded_state_dict(  # type: ignore[misc]
             model_sharded_state_dict, is_loading, **kwargs
         )
         if is_loading:
-            # dist_checkpointing merges lists only if they are equally long; the ids of the live
-            # parameters are known to us anyway.
+            # dist_checkpointing merges only lists of equal length, and the live optimizer has the
+            # ids of its parameters anyway.
             self._ids_are_live = True
             _, section = optimizer_section(state_dict)
             section.pop("param_groups")  # type: ignore[attr-defined]
@@ -56,7 +56,8 @@ class _SelectiveReplicated(Selective):
         """Merge selectively, then load with the stock loader.
 
         Args:
-            state_dict: As saved by the stock class, from torch_dist or legacy torch; not modified.
+            state_dict: The saved state dict of the stock class, from torch_dist or legacy torch.
+                It is not modified.
         """
         plan = self._agreed_plan(state_dict)
         live_ids = [g["params"] for g in self.optimizer.state_dict()["param_groups"]]

@@ -1,4 +1,4 @@
-"""Parameters of this rank with another number of rows than the checkpoint."""
+"""Find this rank's parameters whose number of rows differs from the checkpoint's."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def resized_of(
     plan: ResumePlan,
     saved_groups: Sequence[Mapping[str, Any]],
 ) -> tuple[ResizedParameter, ...]:
-    """The resized parameters of which this rank's optimizer holds a part; not collective.
+    """List the resized parameters that this rank's optimizer holds a part of; not collective.
 
     Args:
         optimizer: A Megatron optimizer.
         model_chunks: The model it was built for.
-        plan: Its plan.
+        plan: The optimizer's plan.
         saved_groups: The checkpoint's param_groups.
 
     Raises:
-        PlanError: A rule cannot be carried out.
-        HostError: The model does not say where its parameters lie.
+        PlanError: A rule cannot be applied.
+        HostError: The model's sharded_state_dict does not place a parameter.
     """
     rows = rows_of(optimizer)
     if optimizer.optimizer is None or not rows:

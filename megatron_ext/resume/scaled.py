@@ -1,4 +1,4 @@
-"""Moments as fp32 values, those included that TransformerEngine stores with a scale."""
+"""Give moments as values, including those that TransformerEngine stores with a scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .shard_rules import FillColumns, MomentShard
 
 
 def values(inner: Any, param: torch.Tensor, key: str) -> torch.Tensor:
-    """One moment as flat fp32, bf16 or fp16 values; of a scaled one a copy in fp32."""
+    """Return one moment as flat fp32, bf16 or fp16 values; a scaled moment as an fp32 copy."""
     if is_scaled(inner, key):
         unscaled: torch.Tensor = inner.get_unscaled_state(param, key)
         return unscaled.view(-1)
@@ -30,9 +30,9 @@ class OpenMoment:
     """One moment of a shard.
 
     Args:
-        tensor: The values to work on: the state itself, or a copy of a scaled one.
-        close: Brings the result back to where it belongs.
-        only_scale: Whether `close` alone does all there is to do.
+        tensor: Returns the values to change: the state itself, or a copy of a scaled moment.
+        close: Writes the result back to the state.
+        only_scale: Whether `close` alone makes the whole change.
     """
 
     tensor: Callable[[], torch.Tensor]
@@ -41,7 +41,11 @@ class OpenMoment:
 
 
 def open_moment(shard: MomentShard, which: int) -> OpenMoment:
-    """One moment of a shard as fp32 values, and how they are written back."""
+    """Open one moment of a shard: its values, and the function that writes them back.
+
+    Raises:
+        PlanError: The optimizer has no state for it.
+    """
     key = MOMENT_KEYS[which]
     state = shard.inner.state.get(shard.param, {})
     if key not in state:
@@ -50,7 +54,7 @@ def open_moment(shard: MomentShard, which: int) -> OpenMoment:
         return OpenMoment(lambda: state[key])
     rules = rules_of(shard, which)
     factor = _whole_scale(shard, rules, state[key].numel())
-    # One copy in fp32, made when it is first asked for.
+    # The fp32 copy is made once, when it is first needed.
     unscaled = functools.cache(lambda: shard.inner.get_unscaled_state(shard.param, key))
     if factor is not None:
         rescale = functools.partial(_rescale, shard.inner, shard.param, key, factor)
@@ -67,14 +71,14 @@ def is_scaled(inner: Any, key: str) -> bool:
 
 
 def rules_of(shard: MomentShard, which: int) -> list[ElementRule | FillColumns]:
-    """What is done to one moment of a shard: 0 for exp_avg, 1 for exp_avg_sq."""
+    """List the rules for one moment of a shard: 0 is exp_avg, 1 is exp_avg_sq."""
     return [r.exp_avg_sq if which else r.exp_avg for r in shard.rules]
 
 
 def _whole_scale(
     shard: MomentShard, rules: Sequence[ElementRule | FillColumns], numel: int
 ) -> float | None:
-    """The factor, if the one thing that is done is to multiply all elements by one above 0."""
+    """Return the factor if the only rule multiplies all elements by a positive factor."""
     if len(rules) != 1 or (shard.rules[0].begin, shard.rules[0].end) != (0, numel):
         return None
     rule = rules[0]
@@ -86,8 +90,8 @@ def _whole_scale(
 def _rescale(inner: Any, param: torch.Tensor, key: str, factor: float) -> None:
     """Multiply a scaled moment through its scale.
 
-    fp16: value = stored * _scales. fp8 (Float8Tensor): value = stored * _scale_inv, and the
-    quantizer has its reciprocal.
+    An fp16 value is stored * _scales. An fp8 value (Float8Tensor) is stored * _scale_inv, and the
+    quantizer has the reciprocal.
     """
     inner._scales[param][key].mul_(factor)
     stored = inner.state[param][key]

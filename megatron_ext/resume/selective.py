@@ -1,4 +1,4 @@
-"""What `SelectiveAdam` and its non-distributed siblings share: plan, finish and report a load."""
+"""The base class of `SelectiveAdam` and its non-distributed siblings: plan and finish a load."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from .steps import is_adam, place_step
 
 
 class Selective:
-    """What the three optimizers share: the resume they belong to, planning and finishing."""
+    """Base class of the three optimizers. It plans a load, finishes it and hands in the report."""
 
     optimizer: Any
     config: Any
     grad_scaler: Any
     resume: Resume
     _moment_work: prepare_rules.MomentWork | None = None
-    #: On all ranks, of the resume that is going on.
+    #: The resized parameters of the current load, on all ranks.
     _resized: tuple[resized.ResizedParameter, ...] = ()
-    #: True while Megatron loads the optimizer's own state dict into it to allocate memory
-    #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`): that is not a resume.
+    #: True while Megatron loads the optimizer's own state dict to allocate memory
+    #: (`DistributedOptimizer.sharded_state_dict(is_loading=True)`), which is not a resume.
     _allocating = False
 
-    #: The checkpoint's loss scale, where it is a dynamic one (fp16).
+    #: The checkpoint's loss scale, if it is dynamic (fp16).
     _saved_scale: float | None = None
-    #: The model chunks it was built for, for the names of its parameters.
+    #: The model chunks the optimizer was built for, which give the names of its parameters.
     resume_chunks: Sequence[Any] = ()
-    #: Euclidean norms of exp_avg and exp_avg_sq on this rank when the resume was complete.
+    #: Euclidean norms of exp_avg and exp_avg_sq on this rank at the end of the load.
     norms_after_load: tuple[float, float] | None = None
-    #: What the arguments say; a preset may change the config's.
+    #: The arguments' clip_grad, because a preset may change the config's.
     _argument_clip_grad: float | None = None
 
     def join(self, resume: Resume) -> None:
-        """Take part in a resume together with the other optimizers of a chain."""
+        """Join a resume that the optimizers of a chain share."""
         self.resume = resume
         resume.join(self)
 
@@ -60,7 +60,8 @@ class Selective:
             yield
         finally:
             self._allocating = False
-            # The stock loader pairs groups by a tuple that two groups may share.
+            # The stock loader pairs groups by a tuple that two groups may share, so that it may
+            # have overwritten one with the other.
             merge.write_groups(groups, self.optimizer.param_groups)
 
     def _live_hyperparameters(self) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ class Selective:
         return [merge.hyperparameters(g) for g in self.optimizer.param_groups]
 
     def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
-        """Plan on this rank; raise on every rank unless all ranks made the same plan."""
+        """Make the plan; raise on every rank unless all ranks made the same one."""
         load = self.resume.enter("plan", self)
         plan, work, error = None, None, None
         found: tuple[resized.ResizedParameter, ...] = ()
@@ -109,7 +110,7 @@ class Selective:
         )
 
     def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
-        """Check that the moments arrived, change them as planned, and hand the report in."""
+        """Check that the moments were loaded, apply the rules, and hand in the report."""
         work = self._moment_work
         done, bad = apply_rules.apply_in_one_pass(work), None
         if done is None:
@@ -141,7 +142,7 @@ class Selective:
         self.resume.done(self, report)
 
     def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:
-        """Let the stock loader find the loss scale that was planned."""
+        """Put the planned loss scale where the stock loader finds it."""
         scaler = getattr(self, "grad_scaler", None)
         own = {} if scaler is None else scaler.state_dict()
         saved = merged.get("grad_scaler") or {}
@@ -155,24 +156,24 @@ class Selective:
         merge.write_groups(values, self.optimizer.param_groups)
         place_step(self.optimizer, plan.step)
         if plan.clip_grad is not None:
-            # A chain's members may share the config.
+            # The members of a chain may share the config.
             self.config = copy.copy(self.config)
             self.config.clip_grad = plan.clip_grad.value
 
 
 def kind_of(optimizer: Any) -> str:
-    """The classes of a Megatron optimizer and of the torch optimizer inside."""
+    """Name the classes of a Megatron optimizer and of the torch optimizer inside."""
     return f"{type(optimizer).__name__} over {type(optimizer.optimizer).__name__}"
 
 
 def moments_of(inner: Any, param: torch.Tensor) -> dict[str, Any]:
-    """The moments of a parameter, where it has state."""
+    """Return the moments of a parameter; empty if it has no state."""
     state = inner.state.get(param, {})
     return {k: state[k] for k in MOMENT_KEYS if k in state}
 
 
 def allocate_torch_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Give torch AdamW the state its first step would give it: zero moments and step 0."""
+    """Allocate the state of torch AdamW as its first step would: zero moments and step 0."""
     for group in inner.param_groups:
         for param in group["params"]:
             if not inner.state[param]:

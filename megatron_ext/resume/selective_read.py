@@ -1,11 +1,10 @@
-"""Moments that a policy overwrites without looking at them are not read from the checkpoint.
+"""Skip reading moments that a policy overwrites regardless of their old values.
 
-`mark_unread` marks them in a sharded state dict that is about to be filled. Around
-``dist_checkpointing.load`` (`megatron_ext.hooks.sharded`) `leave_out` takes the marked entries out
-of what is requested, and `LeftOut.put_back` gives the stock loader zeros in their place, so that
-nothing downstream meets uninitialised memory. A moment that is reset is 8 of the 14 bytes a
-parameter that stock reads for bf16 weights with fp32 master weights: exp_avg and exp_avg_sq are 4
-each.
+`mark_unread` marks them in a sharded state dict before the load fills it. Around
+``dist_checkpointing.load`` (`megatron_ext.hooks.sharded`) `leave_out` removes the marked entries
+from the request. `LeftOut.put_back` then gives the stock loader zeros in their place, so that no
+later code reads uninitialised memory. For bf16 weights with fp32 master weights stock reads 14
+bytes per parameter, and exp_avg and exp_avg_sq are 4 of them each.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from .parameters import held_by, located
 from .steps import is_adam, is_hybrid
 from .vocabulary import walk
 
-#: Attribute of a marked entry; an entry that Megatron copies for other ranks does not carry it.
-_TAG = "megatron_ext_overwritten"
+#: Attribute of a marked entry. The copies that Megatron makes for other ranks do not have it.
+_MARK = "megatron_ext_overwritten"
 
 _KEYS: tuple[Key, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Tag:
-    """What is known of a marked entry.
+class _Unread:
+    """The mark of an entry that is not read.
 
     Args:
         name: Global name of its parameter; empty for padding between parameters.
-        key: Which moment.
-        shared: Whether the stock loader copies from what it is given, so that a tensor of one
-            element will do; else it keeps it.
+        key: The moment.
+        shared: Whether the stock loader copies the tensor that it is given, so that an expanded
+            tensor of one element is enough. Otherwise it keeps the tensor itself.
     """
 
     name: str
@@ -47,46 +46,46 @@ class Tag:
 
 @dataclass
 class LeftOut:
-    """Entries that were taken out of a sharded state dict.
+    """Entries that were removed from a sharded state dict.
 
     Args:
-        entries: Where each was, and the entry.
+        entries: The path of each entry, and the entry.
     """
 
     entries: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list)
 
     @property
     def names(self) -> dict[Key, frozenset[str]]:
-        """For each moment the global names of the parameters it was not read of, on this rank."""
-        tags = [getattr(entry, _TAG) for _, entry in self.entries]
-        return {key: frozenset(t.name for t in tags if t.key == key and t.name) for key in _KEYS}
+        """The global names of this rank's parameters whose moment was not read, by moment."""
+        marks = [getattr(entry, _MARK) for _, entry in self.entries]
+        return {key: frozenset(m.name for m in marks if m.key == key and m.name) for key in _KEYS}
 
     def put_back(self, state_dict: Any) -> None:
-        """Give the stock loader zeros where the entries were.
+        """Put zeros where the entries were, for the stock loader.
 
         Args:
-            state_dict: What ``dist_checkpointing.load`` returned; filled in place.
+            state_dict: The result of ``dist_checkpointing.load``. It is modified in place.
         """
         for path, entry in self.entries:
             found = state_dict
             for step in path[:-1]:
-                # A dict whose entries were all taken out is gone.
+                # The load drops a dict whose entries were all removed.
                 found = found.setdefault(step, {}) if isinstance(found, dict) else found[step]
             data = entry.data
             zero = torch.zeros((), dtype=data.dtype, device=data.device)
-            shared = getattr(entry, _TAG).shared
+            shared = getattr(entry, _MARK).shared
             found[path[-1]] = zero.expand(data.shape) if shared else torch.zeros_like(data)
 
 
 def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Sequence[Any]) -> None:
-    """Mark the moments that an optimizer's policy overwrites whatever they are.
+    """Mark the moments that an optimizer's policy overwrites regardless of their old values.
 
-    Not collective. Only whole tensors of a parameter are marked; of sharding types that store them
-    in one object (``dp_zero_gather_scatter``) none.
+    Not collective. Only whole tensors of a parameter are marked. Sharding types that store all
+    moments in one object (``dp_zero_gather_scatter``) have no entry to mark.
 
     Args:
-        optimizer: One of this package's.
-        state_dict: Its sharded state dict for a load; entries are marked in place.
+        optimizer: An optimizer of this package.
+        state_dict: Its sharded state dict for a load. The entries are marked in place.
         model_chunks: The model it was built for.
     """
     inner, policy = optimizer.optimizer, optimizer.resume.policy
@@ -103,23 +102,23 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
             chosen = overwritten(policy, Parameter(name, shape, 0), groups.get(id(model_param)))
         for key in chosen:
             if isinstance(getattr(entries.get(key), "data", None), torch.Tensor):
-                setattr(entries[key], _TAG, Tag(name, key, shared))
+                setattr(entries[key], _MARK, _Unread(name, key, shared))
 
 
 def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
-    """Take the marked entries out of a sharded state dict.
+    """Remove the marked entries from a sharded state dict.
 
     Args:
-        state_dict: Changed in place.
-        whole: Only tensors of the checkpoint of which all is marked. On a single rank Megatron
-            cannot ask for a part of a tensor such as one layer of many: what is not asked for it
-            takes for another rank's (core/dist_checkpointing/strategies/torch.py, placement of
-            shards in sharded_tensor_to_torch_sharded_tensor, 0.19.2).
+        state_dict: The sharded state dict. It is modified in place.
+        whole: Whether to remove only tensors whose parts are all marked. A single rank cannot
+            request a part of a stored tensor, such as one layer of many: Megatron assumes that
+            another rank requests the rest (core/dist_checkpointing/strategies/torch.py, placement
+            of shards in sharded_tensor_to_torch_sharded_tensor, 0.19.2).
     """
     entries = list(walk(state_dict))
-    found = [(path, e) for path, e in entries if hasattr(e, _TAG)]
+    found = [(path, e) for path, e in entries if hasattr(e, _MARK)]
     if whole:
-        asked = {e.key for _, e in entries if hasattr(e, "key") and not hasattr(e, _TAG)}
+        asked = {e.key for _, e in entries if hasattr(e, "key") and not hasattr(e, _MARK)}
         found = [(path, e) for path, e in found if e.key not in asked]
     for path, _ in found:
         container = state_dict
@@ -130,7 +129,7 @@ def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
 
 
 def _groups(optimizer: Any) -> dict[int, Mapping[str, Any]]:
-    """Id of a model parameter that this rank holds -> its param_group."""
+    """Map the id of each model parameter that this rank holds to its param_group."""
     groups = optimizer.optimizer.param_groups
     return {id(h.model_param): groups[h.group] for h in held_by(optimizer)}
 
@@ -138,9 +137,10 @@ def _groups(optimizer: Any) -> dict[int, Mapping[str, Any]]:
 def _parameters(
     optimizer: Any, state_dict: Mapping[str, Any]
 ) -> Iterator[tuple[Any, dict[str, Any], bool]]:
-    """Model parameter, its entries, and whether the loader copies from them.
+    """Yield each model parameter, its entries, and whether the loader copies from them.
 
-    None stands for padding in a bucket, with the moments that all its parameters are marked of.
+    A parameter of None is bucket padding; it gets the moments marked for every parameter of that
+    bucket.
     """
     if "param_state" in state_dict:
         walk = _WALKS.get(state_dict.get("param_state_sharding_type", ""))
@@ -157,25 +157,25 @@ def _parameters(
 
 
 def _of_buckets(optimizer: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """dp_reshardable: by buckets, with padding in between (distrib_optimizer.py:1828, 0.19.2)."""
+    """Yield dp_reshardable's entries: buckets with padding (distrib_optimizer.py:1828, 0.19.2)."""
     for number, of_buffer in enumerate(optimizer.gbuf_ranges):
         for dtype, buckets in of_buffer.items():
             for bucket, ranges in enumerate(buckets):
                 stored = state[number][dtype][bucket]
                 real = [e for e in stored if not e["padding"].obj]
                 yield from zip(ranges["param_map"], real, strict=True)
-                marked: list[str] = [k for k in _KEYS if all(hasattr(e.get(k), _TAG) for e in real)]
-                yield from ((None, {k: e[k] for k in marked}) for e in stored if e["padding"].obj)
+                keys: list[str] = [k for k in _KEYS if all(hasattr(e.get(k), _MARK) for e in real)]
+                yield from ((None, {k: e[k] for k in keys}) for e in stored if e["padding"].obj)
 
 
 def _of_model(optimizer: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """fully_reshardable: all parameters of each buffer, whole (distrib_optimizer.py:1690)."""
+    """Yield fully_reshardable's entries: whole parameters by buffer (distrib_optimizer.py:1690)."""
     params = [p for buffer in optimizer.buffers for p in buffer.param_index_map]
     yield from ((p, state[number]) for number, p in enumerate(params))
 
 
 def _of_shards(optimizer: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """fully_sharded_model_space: this rank's shards (distrib_optimizer.py:1978)."""
+    """Yield fully_sharded_model_space's entries by shard (distrib_optimizer.py:1978)."""
     params = [
         p
         for of_buffer in optimizer.gbuf_ranges

@@ -1,6 +1,6 @@
-"""One resume of one run, the load that is going on, and what was asked for and done in the process.
+"""The state of the process, of a resume and of the current load.
 
-`current` is the only object of the package that changes: what is known of a load lives in its
+`current` is the only mutable module-level object of the package. The state of a load is in its
 `Load`, which is dropped when the load ends.
 """
 
@@ -34,23 +34,22 @@ from .vocabulary import RowChanges
 
 @dataclass
 class Load:
-    """What is known of one load of a checkpoint, from its beginning to its end.
+    """The state of one load of a checkpoint, from its beginning to its end.
 
     Args:
         resume: The resume whose optimizers are loaded.
-        scoped: Whether somebody else ends it (`Resume.loading`); else it ends with the last
-            optimizer.
-        batch_sizes: Global batch size of the checkpoint's run and of this one, where both are
-            known.
-        phase: Whether a phase begins or goes on, once that is decided.
-        saved_mark: The saved mark that `phase` was decided from.
-        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
-            loads.
+        scoped: Whether `Resume.loading` ends the load. Otherwise it ends with the last optimizer.
+        batch_sizes: Global batch sizes of the checkpoint's run and of this one, in samples; None
+            if one is unknown.
+        phase: The phase that begins or continues; None until it is decided.
+        saved_mark: The saved mark from which `phase` was decided.
+        counters: The checkpoint's counters and those after the load; None without Megatron's
+            training loop.
         awaits_tensors: Whether the next ``dist_checkpointing.load`` fills the optimizers.
-        unread: For each moment the parameters on this rank that it was not read of, because the
+        unread: For each moment, the parameters on this rank whose moment was not read because the
             policy overwrites it (`megatron_ext.resume.selective_read`).
-        rows: The model parameters with another number of rows than the checkpoint.
-        reports: The reports of the optimizers that are loaded, by position in the chain.
+        rows: The model parameters whose number of rows differs from the checkpoint's.
+        reports: The reports of the loaded optimizers, by position in the chain.
     """
 
     resume: Resume
@@ -66,7 +65,12 @@ class Load:
     _entered: set[tuple[str, int]] = field(default_factory=set)
 
     def enter(self, step: str, member: int) -> bool:
-        """Whether an optimizer takes a step of this load for the first time."""
+        """Record that an optimizer takes a step of this load; return whether it is the first time.
+
+        Args:
+            step: ``allocate`` or ``plan``.
+            member: Position of the optimizer in the chain.
+        """
         first = (step, member) not in self._entered
         self._entered.add((step, member))
         return first
@@ -74,18 +78,18 @@ class Load:
 
 @dataclass
 class Session:
-    """What was asked for and done in this process.
+    """The state of this process.
 
     Args:
         launched: The launcher's request.
-        scoped: The request of the library call that is going on.
-        read: The last arguments that a request was read from, and the request.
-        preflight: What was found before the script ran, or before the model was built.
-        agreed: Whether all ranks have agreed on it.
-        built: How many optimizers were built by request.
-        load: The load that began last, until it ends.
-        resumed: The resume of the running training, where Megatron loaded its optimizer.
-        watch: What the guard knows of the steps since the load; None where it has nothing to do.
+        scoped: The request of the current library call.
+        read: The last arguments from which a request was read, and the request.
+        preflight: The result of the preflight before the script or before the model was built.
+        agreed: Whether all ranks have agreed on the preflight's result.
+        built: Number of optimizers that were built by request.
+        load: The current load, until it ends.
+        resumed: The resume of the running training; None if its optimizer was not loaded.
+        watch: The guard's record of the steps since the load; None if the guard is off or done.
     """
 
     launched: Request | None = None
@@ -99,23 +103,23 @@ class Session:
     watch: Watch | None = None
 
 
-#: The one object with the state of the process.
+#: The state of the process.
 current = Session()
 
 
 @dataclass
 class Resume:
-    """Shared by all optimizers of a chain, so that the run gets one report.
+    """A resume that all optimizers of a chain share, so that the run gets one report.
 
     Args:
-        policy: What the user asked.
+        policy: The user's policy.
         write_report: Writes a report on rank 0 and returns a line for the log
-            (`megatron_ext.report.files.writer`), or None.
+            (`megatron_ext.report.files.writer`); None to write none.
         megatron: Version of megatron-core, for the report.
-        where: Which directory the checkpoint lies in.
-        members: The optimizers of the chain.
-        report: Of the last load, once it is complete.
-        load: The load that is going on.
+        where: The role of the checkpoint's directory.
+        members: The optimizers of the chain, in its order.
+        report: The report of the last load, once it is complete.
+        load: The current load.
     """
 
     policy: ResumePolicy = field(default_factory=ResumePolicy)
@@ -128,7 +132,7 @@ class Resume:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[Load]:
-        """One load, from its beginning to its end, whatever happens within."""
+        """Begin a load for the calls inside, and end it even if one of them raises."""
         self.load = load = self._begin(scoped=True)
         try:
             yield load
@@ -136,13 +140,16 @@ class Resume:
             self.end_load()
 
     def end_load(self) -> None:
-        """Drop what was known of the load."""
+        """Drop the state of the load."""
         if current.load is not None and current.load.resume is self:
             current.load = None
         self.load = None
 
     def enter(self, step: str, optimizer: Any) -> Load:
-        """The load that an optimizer takes part in; a step taken twice is a new load's.
+        """Return the load of an optimizer's step.
+
+        If the optimizer takes the step a second time, and the load is not scoped, a new load
+        begins.
 
         Args:
             step: ``allocate`` or ``plan``.
@@ -156,16 +163,16 @@ class Resume:
         return load
 
     def announce(self, phase: Phase, mark: str | None, before: Counters, after: Counters) -> None:
-        """Take what was decided for the whole run before the optimizers are loaded."""
+        """Record the phase and the counters, which are decided before the optimizers are loaded."""
         load = self.load or self._begin()
         load.phase, load.saved_mark, load.counters = phase, mark, (before, after)
 
     def phase_of(self, saved: SavedOptimizer) -> Phase:
-        """Whether a phase begins or goes on, the same for all optimizers of a chain.
+        """Decide whether a phase begins or continues, once for all optimizers of a chain.
 
         Raises:
             CheckpointError: The optimizers of the chain were saved in different phases.
-            PlanError: The checkpoint is another phase's (`megatron_ext.policy.phase.decide`).
+            PlanError: The checkpoint belongs to another phase (`megatron_ext.policy.phase.decide`).
         """
         load = self.load or self._begin()
         if load.phase is None:
@@ -183,14 +190,14 @@ class Resume:
 
     @property
     def phase(self) -> Phase | None:
-        """Whether a phase begins or goes on, in this load or the last complete one."""
+        """The phase of the current load, or of the last complete one."""
         if self.load is not None:
             return self.load.phase
         return None if self.report is None else self.report.phase
 
     @property
     def counters(self) -> tuple[Counters, Counters] | None:
-        """The checkpoint's counters and those the run goes on with, likewise."""
+        """The counters of the checkpoint and after the load, of the current or last load."""
         if self.load is not None:
             return self.load.counters
         return None if self.report is None else self.report.counters
@@ -201,11 +208,11 @@ class Resume:
 
     @property
     def complete(self) -> bool:
-        """Whether every optimizer of the chain has got its state back."""
+        """Whether every optimizer of the chain has been loaded."""
         return self.report is not None
 
     def done(self, optimizer: Any, report: OptimizerReport) -> None:
-        """Take one optimizer's report; after the last one, log and write the run's."""
+        """Take one optimizer's report. After the last one, log and write the run's report."""
         load = self.load or self._begin()
         index = next(i for i, member in enumerate(self.members) if member is optimizer)
         load.reports[index] = report
@@ -223,7 +230,7 @@ class Resume:
         say(self._write())
 
     def scheduler_loaded(self, section: SchedulerDocument) -> None:
-        """Add what the scheduler will use from the first resumed step on, and write once more."""
+        """Add the scheduler's values from the first resumed step on, and write the report again."""
         if self.report is not None:
             self.report.scheduler = section
             say(self.report.scheduler_lines())
@@ -235,7 +242,7 @@ class Resume:
         return self.load
 
     def _write(self) -> list[str]:
-        """Write the report where that is asked for; returns lines for the log."""
+        """Write the report on rank 0 if it is requested; returns lines for the log."""
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if self.report is None or self.write_report is None or not on_rank_0:
             return []

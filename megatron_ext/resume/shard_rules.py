@@ -1,4 +1,4 @@
-"""What is done to the moments of one shard, range by range. Plain data."""
+"""The rules for the moments of one shard, by range. Plain data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..rules.elementwise import KEEP
 
 @dataclass(frozen=True, eq=False)
 class FillColumns:
-    """Set every element to its column's value; not a rule of the fused op.
+    """Set every element to the value of its column. The fused op has no such rule.
 
-    The elements are filled before the others are changed, so that the statistics before count the
-    new values.
+    The fill is applied before the fused op, so that the op's statistics "before" count the filled
+    values.
 
     Args:
-        values: ``[width]``, one for each index into the dimensions after the first.
+        values: ``[width]``, one value for each index into the dimensions after the first.
     """
 
     values: torch.Tensor
@@ -28,14 +28,14 @@ class FillColumns:
 
 @dataclass(frozen=True)
 class RangeRule:
-    """What is done to a range of a rank's flattened shard of one parameter.
+    """The rules for a range of a rank's flattened shard of one parameter.
 
     Args:
         begin: First element.
-        end: One past the last.
-        exp_avg: What is done to exp_avg.
-        exp_avg_sq: What is done to exp_avg_sq.
-        index: Where the elements lie in the unsharded parameter (`base.placement.runs`).
+        end: One past the last element.
+        exp_avg: The rule for exp_avg.
+        exp_avg_sq: The rule for exp_avg_sq.
+        index: Position of the elements in the unsharded parameter (`base.placement.runs`).
     """
 
     begin: int
@@ -47,13 +47,13 @@ class RangeRule:
 
 @dataclass(frozen=True)
 class MomentShard:
-    """Adam's moments of one parameter on this rank, and what is to be done to them.
+    """Adam's moments of one parameter on this rank, and their rules.
 
     Args:
-        name: The parameter's name, the same on every layout: random rules depend on it.
+        name: The parameter's name, the same on every layout. Random rules depend on it.
         inner: The torch optimizer that holds the state (torch AdamW, TE or apex FusedAdam).
         param: The key of its state.
-        rules: Ranges that do not overlap; what none covers is kept.
+        rules: The rules, on ranges that do not overlap. Elements outside of them are kept.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Numbers about the moments of unsharded parameters, found by all ranks together.
+"""Compute statistics of the moments of unsharded parameters, over all ranks.
 
-Means are summed exactly, in integers, and quantiles are selected, so that the result is the same
+Means are exact integer sums, and quantiles are selected elements, so that the result has the same
 bits on every layout. A parameter that several ranks hold in full counts once.
 """
 
@@ -16,13 +16,14 @@ from ..base.placement import Run, within
 from ..rules.base import Statistic
 from .parameters import Shard
 
-#: fp32 exponents that share one integer sum: 2^31 a value leaves room for 2^32 of them.
+#: Number of fp32 exponents that share one int64 sum. A value stays below 2^31, so that the sum
+#: holds 2^32 of them.
 _WINDOW = 8
 _WINDOWS = 256 // _WINDOW
-#: x = mantissa * 2^(exponent - 150) for the 24-bit mantissa of an fp32 number.
+#: An fp32 number is mantissa * 2^(exponent - 150), with its 24-bit mantissa as an integer.
 _EXPONENT_BIAS = 150
 _ELEMENTS_AT_A_TIME = 1 << 22
-#: Quantiles found in one go: a histogram of 16 KiB each.
+#: Number of quantiles computed in one call. Each has a histogram of 16 KiB.
 _QUANTILES_AT_A_TIME = 2048
 
 Value = float | torch.Tensor
@@ -37,20 +38,20 @@ def find(
     reduce: Reduce,
     device: torch.device,
 ) -> dict[Statistic, Value]:
-    """Find statistics; collective.
+    """Compute statistics; collective.
 
-    One reduction for all means, three for each 2,048 medians and quantiles.
+    All means take one reduction, and each 2,048 medians and quantiles take three.
 
     Args:
-        wanted: The same on every rank, in the same order.
-        shards: This rank's.
-        moment: One moment of a shard, flattened: fp32, bf16 or fp16.
+        wanted: The statistics, the same on every rank in the same order.
+        shards: This rank's shards.
+        moment: Returns one moment of a shard, flattened: fp32, bf16 or fp16.
         shapes: Unsharded shape of each parameter in `wanted`.
-        reduce: Adds an int64 tensor up over all ranks, in place.
-        device: Of the moments.
+        reduce: Sums an int64 tensor over all ranks, in place.
+        device: The device of the moments.
 
     Returns:
-        A number each; float64 ``[columns]`` on the CPU for ``column-mean``.
+        A number for each statistic; for ``column-mean`` float64 ``[columns]`` on the CPU.
     """
     by_name: dict[str, list[Shard]] = {}
     for shard in shards:
@@ -67,7 +68,12 @@ def find(
 
 
 def pieces(shard: Shard, rows: Sequence[tuple[int, int]]) -> Iterator[Run]:
-    """The elements of a shard that lie in some rows of the unsharded parameter."""
+    """Yield the elements of a shard that lie in some rows of the unsharded parameter.
+
+    Args:
+        shard: The shard.
+        rows: First row and one past the last of each range.
+    """
     width = shard.parameter.row_elements
     for run in shard.runs():
         for first, last in rows:
@@ -76,14 +82,17 @@ def pieces(shard: Shard, rows: Sequence[tuple[int, int]]) -> Iterator[Run]:
 
 
 def columns(run: Run, begin: int, end: int, width: int, device: torch.device) -> torch.Tensor:
-    """For elements ``begin`` to ``end`` of a run their index into the dimensions after the first.
+    """Compute the index of a run's elements into the dimensions after the first.
 
     Args:
-        run: Of a shard.
-        begin: First element, counted from the run's.
-        end: One past the last.
-        width: Elements of a row of the unsharded parameter.
-        device: Of the result, int64.
+        run: A run of a shard.
+        begin: First element, counted from the start of the run.
+        end: One past the last element.
+        width: Number of elements of a row of the unsharded parameter.
+        device: The device of the result.
+
+    Returns:
+        int64 ``[end - begin]``.
     """
     index = run.index
     at = torch.arange(index.start + begin, index.start + end, dtype=torch.int64, device=device)
@@ -102,7 +111,7 @@ def _means(
     device: torch.device,
 ) -> dict[Statistic, Value]:
     width = [_width(s, shapes) for s in wanted]
-    # For each column the sums of all windows, then the number of elements.
+    # Each row has the sums of all windows, then the number of elements, of one column.
     sums = torch.zeros(sum(width), _WINDOWS + 1, dtype=torch.int64, device=device)
     at = 0
     for statistic, n in zip(wanted, width, strict=True):
@@ -166,7 +175,7 @@ def _quantiles(
     reduce: Reduce,
     device: torch.device,
 ) -> dict[Statistic, Value]:
-    # One that is empty, so that a rank without these parameters still says its device.
+    # The empty tensor gives the device on a rank without these parameters.
     tensors, ranges = [torch.empty(0, device=device)], []
     for group, statistic in enumerate(wanted):
         for shard in by_name.get(statistic.parameter, ()):
@@ -178,7 +187,7 @@ def _quantiles(
 
     def reduce_once(counts: torch.Tensor) -> None:
         reduce(counts)
-        if not copies:  # the first histogram has every element in it
+        if not copies:  # the first histogram counts every element
             copies.append((counts.sum(1) // elements.to(counts.device)).clamp(min=1)[:, None])
         counts //= copies[0]
 

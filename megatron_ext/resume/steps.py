@@ -1,4 +1,4 @@
-"""Where an inner optimizer keeps Adam's ``step``."""
+"""Read and write Adam's ``step`` where an inner optimizer keeps it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ..errors import CheckpointError
 
 
 def is_torch_adam(inner: Any) -> bool:
-    """Whether the inner optimizer keeps ``step`` in each parameter's state, as torch does."""
+    """Whether the inner optimizer is torch's, which keeps ``step`` in each parameter's state."""
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
 def is_adam(inner: Any) -> bool:
-    """Whether the inner optimizer is one of Adam's: its groups have betas, Muon's have none."""
+    """Whether the inner optimizer is an Adam: its groups have betas, and Muon's have none."""
     return all("betas" in group for group in inner.param_groups)
 
 
 def is_hybrid(inner: Any) -> bool:
-    """Whether it is HybridDeviceOptimizer (CPU offload), whose state is in several optimizers."""
+    """Whether it is HybridDeviceOptimizer (CPU offload), which has several inner optimizers."""
     return type(inner).__name__ == "HybridDeviceOptimizer"
 
 
 def step_of(inner: Any) -> int | None:
-    """The step of a live optimizer; None before the first.
+    """Return the step of a live optimizer; None before the first step.
 
     Raises:
-        CheckpointError: Its groups or parameters disagree.
+        CheckpointError: Its groups or parameters have different steps.
     """
     found = {int(g["step"]) for g in inner.param_groups if g.get("step") is not None}
     found |= {int(s["step"]) for s in inner.state.values() if "step" in s}
@@ -40,11 +40,11 @@ def step_of(inner: Any) -> int | None:
 
 
 def place_step(inner: Any, step: int | None) -> None:
-    """Put ``step`` where the inner optimizer reads it.
+    """Write ``step`` where the inner optimizer reads it.
 
-    torch's Adam reads one tensor per parameter. Stock hands all parameters the same tensor, which
-    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam
-    reads an int in each group.
+    torch's Adam reads one tensor per parameter. Stock gives all parameters the same tensor, which
+    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam reads
+    an int in each group.
     """
     if not is_torch_adam(inner):
         for group in inner.param_groups:

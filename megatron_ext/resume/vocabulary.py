@@ -1,12 +1,12 @@
-"""A vocabulary of another size than the checkpoint's: the rows that it has and those it has not.
+"""Keep the initial values of vocabulary rows that the checkpoint does not have.
 
-Megatron pads the vocabulary to a multiple of the tensor-parallel size, and lets the embedding and
-the output layer differ in rows from what is stored (``allow_shape_mismatch``,
+Megatron pads the vocabulary to a multiple of the tensor-parallel size. The embedding and the output
+layer may have another number of rows than the stored ones (``allow_shape_mismatch``,
 core/tensor_parallel/layers.py:396 and core/models/common/language_module/language_module.py:456,
-0.19.2). Before a load it sets such tensors to zero, in the live model too
-(core/dist_checkpointing/strategies/torch.py:289), so that rows the checkpoint does not have end up
-as zeros, in the weights and in the fp32 master weights. Here they keep what they were initialised
-with: it is copied before the load and put back into what the load returns.
+0.19.2). Before a load Megatron sets such tensors to zero, in the live model too
+(core/dist_checkpointing/strategies/torch.py:289). Rows that the checkpoint does not have would thus
+become zero in the weights and in the fp32 master weights. This module copies their initial values
+before the load and writes them into its result.
 """
 
 from __future__ import annotations
@@ -21,41 +21,44 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import CheckpointError
 from ..plan.resized import RowChange
 
-#: Stored by buckets of a model with one certain number of rows.
+#: Key prefix of state that is stored by bucket, which fits only one number of rows.
 _BY_BUCKET = "optimizer.distributed."
-#: Where a non-distributed optimizer's sharded state dict has the live fp32 master weights
-#: (core/optimizer/optimizer.py:1162, 0.19.2). Those of a distributed one are put back shard by
-#: shard (`SelectiveAdam`): its entries are buffers without values.
+#: Key of the live fp32 master weights in a non-distributed optimizer's sharded state dict
+#: (core/optimizer/optimizer.py:1162, 0.19.2). The entries of a distributed one are buffers without
+#: values, so that `SelectiveAdam` restores its rows shard by shard.
 _MASTERS = "fp32_from_fp16_params"
 
 
 class RowChanges:
-    """The model parameters of one load that have another number of rows than the checkpoint."""
+    """The model parameters of one load whose number of rows differs from the checkpoint's."""
 
     def __init__(self) -> None:
         self._of: MutableMapping[torch.Tensor, RowChange] = WeakIdKeyDictionary()
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether any parameter has changed."""
         return len(self._of) > 0
 
     def __setitem__(self, model_param: torch.Tensor, change: RowChange) -> None:
-        """Note a change."""
+        """Record a change."""
         self._of[model_param] = change
 
     def of(self, model_param: torch.Tensor) -> RowChange | None:
-        """The change of a model parameter; None if its rows are the checkpoint's."""
+        """Return the change of a model parameter; None if its number of rows is unchanged."""
         return self._of.get(model_param)
 
     def clear(self) -> None:
-        """No optimizer will take what was found."""
+        """Remove all changes, because no optimizer will use them."""
         self._of.clear()
 
     def first_new_element(self, model_param: torch.Tensor) -> int | None:
-        """First element of the flattened shard that the checkpoint does not have; None: it has all.
+        """Find the first element of a shard that the checkpoint does not have.
 
         Args:
             model_param: This rank's tensor-parallel shard.
+
+        Returns:
+            Its position in the flattened shard; None if the checkpoint has all elements.
         """
         change = self.of(model_param)
         if change is None or change.first_new >= model_param.shape[0]:
@@ -65,26 +68,26 @@ class RowChanges:
 
 @dataclass
 class Resized:
-    """The entries of a sharded state dict that have another number of rows than the checkpoint.
+    """The entries of a sharded state dict whose number of rows differs from the checkpoint's.
 
     Args:
-        changes: What has changed, one for each model parameter on this rank.
-        kept: Where in the state dict new rows are, the first of them, and their values.
+        changes: The change of each such model parameter on this rank.
+        kept: For each entry with new rows: its path, the first new row, and the rows' values.
     """
 
     changes: list[RowChange] = field(default_factory=list)
     kept: list[tuple[tuple[Any, ...], int, torch.Tensor]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What has changed, as log lines."""
+        """Format the changes as log lines."""
         return [f" > {change}" for change in self.changes]
 
     @torch.no_grad()
     def put_back(self, state_dict: Any) -> None:
-        """Give the new rows the values that they had before the load.
+        """Write the values of the new rows from before the load back.
 
         Args:
-            state_dict: What ``dist_checkpointing.load`` returned; its tensors are changed in
+            state_dict: The result of ``dist_checkpointing.load``. Its tensors are modified in
                 place.
         """
         for path, first, rows in self.kept:
@@ -101,19 +104,19 @@ def find_resized(
     stored: Callable[[], Mapping[str, tuple[int, ...] | None]],
     rows: RowChanges,
 ) -> Resized:
-    """Compare a sharded state dict with the checkpoint it is about to be filled from.
+    """Compare a sharded state dict with the checkpoint that will fill it.
 
-    Not collective. The checkpoint's metadata is read only where an entry may change its rows.
+    Not collective. The checkpoint's metadata is read only if the rows of an entry may differ.
 
     Args:
-        state_dict: The sharded state dict; not modified.
-        sharded_tensor: Megatron's ShardedTensor.
-        optimizer_prefix: In every checkpoint key of the optimizer's entries.
-        stored: Reads the checkpoint key and global shape of everything that is stored.
-        rows: Gets the changes of model parameters.
+        state_dict: The sharded state dict. It is not modified.
+        sharded_tensor: Megatron's ShardedTensor class.
+        optimizer_prefix: The part that every checkpoint key of the optimizer's entries contains.
+        stored: Reads the checkpoint keys and the global shape of each.
+        rows: The changes of model parameters are added to it.
 
     Returns:
-        What has another number of rows, with copies of the new ones.
+        The entries whose number of rows differs, with copies of the new rows.
     """
     entries = [
         (path, entry)
@@ -141,16 +144,16 @@ def find_resized(
 
 
 def rows_of(optimizer: Any) -> RowChanges | None:
-    """The changed rows of the load that a Megatron optimizer takes part in; None without one."""
+    """Return the changed rows of an optimizer's current load; None without a load."""
     load = getattr(getattr(optimizer, "resume", None), "load", None)
     return None if load is None else load.rows
 
 
 def unsupported(resized: Resized, optimizer_keys: Mapping[str, Any]) -> CheckpointError | None:
-    """The error for an optimizer state that is stored for one number of rows only, or None.
+    """Make the error for an optimizer state that fits only the saved number of rows, or None.
 
     Args:
-        resized: What has changed.
+        resized: The changed entries.
         optimizer_keys: Checkpoint keys of the optimizer's entries.
     """
     if not resized.changes or not by_bucket(optimizer_keys):
@@ -165,11 +168,11 @@ def by_bucket(optimizer_keys: Mapping[str, Any]) -> bool:
 
 
 def refusal(change: RowChange, form: str) -> CheckpointError:
-    """The error for a format that cannot give a resized vocabulary its moments.
+    """Make the error for a format whose moments cannot fit a resized vocabulary.
 
     Args:
-        change: One parameter.
-        form: How the optimizer state is stored.
+        change: The change of one parameter.
+        form: The format of the optimizer state.
     """
     return CheckpointError(
         f"the vocabulary has another size than in the checkpoint ({change.key}: {change.saved} "
@@ -183,9 +186,10 @@ def refusal(change: RowChange, form: str) -> CheckpointError:
 
 
 def _compare(entry: Any, saved: tuple[int, ...] | None) -> RowChange | None:
-    """The change of a ShardedTensor's rows; None where its shape is the same, or another model's.
+    """Return the change of a ShardedTensor's rows.
 
-    The latter is left to the load, which knows what does not fit.
+    None if the shape is the same, or differs in another dimension. The load itself refuses the
+    latter.
     """
     axis, now = entry.prepend_axis_num, tuple(entry.global_shape)
     if saved is None or saved == now or len(saved) != len(now):
@@ -198,7 +202,7 @@ def _compare(entry: Any, saved: tuple[int, ...] | None) -> RowChange | None:
 
 
 def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every entry of a sharded state dict, with the steps that lead to it."""
+    """Yield every entry of a sharded state dict with its path."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from walk(inner, (*path, key))
