@@ -1,1 +1,1 @@
-"""Where Megatron calls this package, and the one object with the state of the process."""
+"""The wrappers of Megatron's functions, through which Megatron calls this package."""

@@ -1,4 +1,4 @@
-"""Where the parameters lie in the buckets of Megatron's distributed optimizers."""
+"""Find the positions of parameters in the buckets of Megatron's distributed optimizers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..resume.parameters import located
 
 
 def bucket_layout(members: Sequence[Any]) -> BucketLayout | None:
-    """The buckets of all ranks; collective over the default process group.
+    """Gather the buckets of all ranks; collective over the default process group.
 
     Args:
         members: The optimizers of the chain, in its order.
 
     Returns:
-        The same on every rank; None where no optimizer is distributed.
+        The buckets, the same on every rank; None if no optimizer is distributed.
 
     Raises:
-        MegatronExtError: A model does not say where its parameters lie; on every rank.
+        MegatronExtError: A model's sharded_state_dict does not place a parameter; on every rank.
     """
     mine: list[Bucket] = []
     error: MegatronExtError | None = None
@@ -42,7 +42,7 @@ def bucket_layout(members: Sequence[Any]) -> BucketLayout | None:
 
 
 def _buckets(optimizer: Any, prefix: str) -> Iterator[Bucket]:
-    """Those of this rank's model-parallel group, on the first of its data-parallel ranks.
+    """Yield an optimizer's buckets on data-parallel rank 0, and nothing on the other ranks.
 
     The keys are those of sharded_param_state_dp_reshardable (core/optimizer/distrib_optimizer.py:
     1828, 0.19.2).

@@ -1,4 +1,4 @@
-"""Around the functions that build Megatron's optimizers. Each wrapper gets the original."""
+"""Wrap the functions that build Megatron's optimizers. Each wrapper gets the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .session import active_request
 
 
 def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `_get_megatron_optimizer_based_on_param_groups`."""
+    """Wrap `_get_megatron_optimizer_based_on_param_groups`."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -47,7 +47,7 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `_get_megatron_emerging_optimizer`: Muon and others, which chain an Adam."""
+    """Wrap `_get_megatron_emerging_optimizer`, which chains an Adam with Muon and others."""
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chain(original: Callable[..., None]) -> Callable[..., None]:
-    """Around `ChainedOptimizer.__init__`: one resume, one report for the chain."""
+    """Wrap `ChainedOptimizer.__init__`, so that a chain has one resume and one report."""
 
     @functools.wraps(original)
     def init(self: Any, chained_optimizers: list[Any]) -> None:
@@ -87,7 +87,7 @@ def chain(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def resume_of(request: Request) -> Resume:
-    """A resume to be shared by the optimizers of a chain."""
+    """Make a resume that the optimizers of a chain share."""
     write = None if request.report_dir is None else files.writer(request.report_dir)
     return Resume(request.policy, write, megatron_version(), where=request.where)
 
@@ -157,8 +157,8 @@ def _not_adam(request: Request, optimizer: str) -> HostError:
 
 @contextlib.contextmanager
 def _substituted(cls: type) -> Iterator[None]:
-    """Let the construction site find our classes, and nobody else."""
-    # They import Megatron, which the contract has been checked against by now.
+    """Replace the optimizer classes where Megatron builds optimizers, and only there."""
+    # These modules import Megatron, so that they are imported after the contract has been checked.
     from ..resume import replicated
     from ..resume.optimizer import SelectiveAdam
 
@@ -178,7 +178,11 @@ def _substituted(cls: type) -> Iterator[None]:
 
 
 def _agreed_request() -> Request | None:
-    """What is asked for, if it can be done, and the same on every rank; collective if it is."""
+    """Return the request, or None without one; collective if there is a request or an error.
+
+    Raises:
+        MegatronExtError: The request cannot be fulfilled, or the ranks differ.
+    """
     args, request, error = global_args(), None, None
     try:
         if getattr(args, "optimizer_class", None) is not None:

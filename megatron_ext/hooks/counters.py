@@ -1,7 +1,7 @@
-"""The counters of a phase at a load: decided before Megatron looks at them.
+"""Set the counters of a phase at a load, before Megatron reads them.
 
-Stock Megatron has one counter in three places and puts them right from each other. Nothing here
-changes a run whose counters agree with each other.
+Stock Megatron keeps one counter in three places and corrects them from each other. This module does
+not change a run whose counters agree.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ..resume.session import Resume, current
 
 
 def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
-    """Decide about the phase and set the counters in what was read, before Megatron looks at it.
+    """Decide the phase and set the counters in a state dict, before Megatron reads them.
 
-    Called with what ``_load_base_checkpoint`` returns (training/checkpointing.py:1633, 0.19.2): the
-    iteration, the saved arguments with the consumed samples, and the optimizer's groups. Collective
-    over the default process group: one `agree`.
+    The state dict is the result of ``_load_base_checkpoint`` (training/checkpointing.py:1633,
+    0.19.2). It has the iteration, the saved arguments with the consumed samples, and the
+    optimizer's groups. The function is collective over the default process group: one `agree`.
 
     Args:
-        resume: Of the optimizers that are to be loaded.
-        load_dir: The directory.
-        state_dict: What was read; its consumed samples are changed in place. None if nothing was
-            found.
+        resume: The resume of the optimizers that will be loaded.
+        load_dir: The checkpoint's directory.
+        state_dict: The state dict. Its consumed samples are modified in place. None if there is no
+            checkpoint.
 
     Raises:
-        MegatronExtError: The checkpoint cannot be what the policy was asked for; on every rank.
+        MegatronExtError: The policy does not fit the checkpoint; on every rank.
     """
     decided, error = None, None
     try:
@@ -60,11 +60,11 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
     """Set the last iteration of a sample-based run whose batch size has changed.
 
     Args:
-        resume: Of the optimizers that were loaded.
-        args: Megatron's, with the counters of the checkpoint.
+        resume: The resume of the loaded optimizers.
+        args: Megatron's arguments, with the counters of the checkpoint.
 
     Returns:
-        The iteration the run goes on at; None where no checkpoint was loaded.
+        The iteration at which the run continues; None if no checkpoint was loaded.
     """
     if resume.counters is None or resume.phase is None:
         return None
@@ -79,11 +79,11 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
 
 
 def length_of_run(resume: Resume, args: Any) -> LengthDocument:
-    """Where the run ends and what an iteration takes, for the report; before `after_the_load`.
+    """Return the last iteration and the batch sizes for the report; called before `after_the_load`.
 
     Args:
-        resume: Of the optimizers that were loaded.
-        args: Megatron's, or None where its training loop does not run.
+        resume: The resume of the loaded optimizers.
+        args: Megatron's arguments, or None without its training loop.
     """
     sizes = (None, None) if resume.load is None else resume.load.batch_sizes or (None, None)
     constant = args is not None and ramp_of(args) is None
@@ -97,7 +97,7 @@ def length_of_run(resume: Resume, args: Any) -> LengthDocument:
 
 
 def _last_iteration(resume: Resume, args: Any) -> int | None:
-    """The iteration at which the run ends, as stock would have it with the right counters."""
+    """Compute the iteration at which stock would end the run with correct counters."""
     samples = getattr(args, "train_samples", None)
     if not samples or resume.counters is None or ramp_of(args) is not None:
         return getattr(args, "train_iters", None)
@@ -123,7 +123,7 @@ def _decide(
         return None
     section = _first_optimizer(state_dict.get("optimizer"))
     if section is None:
-        return None  # load_checkpoint of `host` says what is missing
+        return None  # `hooks.loading.load_checkpoint` raises the error
     saved = read_optimizer(section)
     arguments = state_dict.get("args")
     iteration = int(state_dict.get("iteration") or 0)
@@ -145,7 +145,7 @@ def _decide(
 
 
 def _decided_before(policy: ResumePolicy, mark: str | None, source: str) -> Phase | None:
-    """What the preflight has decided, if it has seen this checkpoint and this policy."""
+    """Return the preflight's phase if it was decided for this checkpoint and this policy."""
     found = None if current.preflight is None else current.preflight.found
     if found is None or found.phase is None or found.mark != mark:
         return None
@@ -154,7 +154,7 @@ def _decided_before(policy: ResumePolicy, mark: str | None, source: str) -> Phas
 
 
 def _first_optimizer(section: Any) -> Mapping[str, Any] | None:
-    """The state of a chain's first optimizer, as torch_dist and legacy torch nest it."""
+    """Find the state of a chain's first optimizer in the nesting of torch_dist or legacy torch."""
     if isinstance(section, list):
         section = section[0] if section else None
     if isinstance(section, Mapping) and section and all(isinstance(k, int) for k in section):

@@ -1,6 +1,6 @@
-"""Around the functions that ask for data: the data position of a phase is its own counter.
+"""Wrap the functions that request data, so that a phase has its own data position.
 
-Nothing here changes a run whose data position follows from its iteration.
+This module does not change a run whose data position follows from its iteration.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..resume.session import Resume, current
 
 
 def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``build_train_valid_test_data_loaders`` (training/training.py:4510, 0.19.2).
+    """Wrap ``build_train_valid_test_data_loaders`` (training/training.py:4510, 0.19.2).
 
-    Stock takes a data position of 0 at a later iteration for a checkpoint of old times and computes
-    it from the iteration (line 4523); with ``--train-samples`` it asserts. So the iteration is 0
-    for it, and right again for the script's own dataset provider.
+    If the data position is 0 at a later iteration, stock assumes an old checkpoint and computes the
+    position from the iteration (line 4523); with ``--train-samples`` it asserts. The wrapper
+    therefore sets the iteration to 0 for stock and restores it for the script's dataset provider.
     """
 
     @functools.wraps(original)
@@ -42,10 +42,10 @@ def loaders(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``get_train_valid_test_num_samples`` (training/training.py:4466, 0.19.2).
+    """Wrap ``get_train_valid_test_num_samples`` (training/training.py:4466, 0.19.2).
 
-    Stock asks for the samples of all iterations at the current batch size, which are too few for a
-    run that has consumed more than its iterations say.
+    Stock requests the samples of all iterations at the current batch size. These are too few for a
+    run that has consumed more samples than its iterations at that batch size.
     """
 
     @functools.wraps(original)
@@ -66,7 +66,7 @@ def sample_counts(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_data_position(resume: Resume) -> bool:
-    """Whether the data position of this phase does not follow from its iteration."""
+    """Whether the phase has a data position that does not follow from its iteration."""
     mark = None if resume.phase is None else resume.phase.mark
     return resume.counters is not None and mark is not None and mark.offset != 0
 

@@ -1,4 +1,4 @@
-"""Let ``--selective-from`` decide what ``--load`` is, as soon as the arguments are parsed."""
+"""Set ``--load`` from ``--selective-from`` when the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ..policy.flags import GROUP, flag_of, given_without_class, without_class
 
 
 def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let ``--selective-from`` decide what ``--load`` is, as soon as the arguments are parsed.
+    """Set ``--load`` from ``--selective-from`` when the arguments are parsed.
 
     Args:
-        parser: Changed: its ``parse_known_args`` (which ``parse_args`` calls too) then gives a
-            namespace whose ``load`` is the directory to load from, and ``selective_where``.
+        parser: The parser. Its ``parse_known_args``, which ``parse_args`` calls too, is replaced.
+            The namespace then has the directory to load from as ``load``, and its role as
+            ``selective_where``.
     """
     parse = parser.parse_known_args
     if hasattr(parse, "chooses_directories"):
-        return parser  # the launcher has been here, and then a script with `add_arguments`
-    # A fork's own flags of the same name are not ours to refuse.
+        return parser  # the launcher and a script with `add_arguments` both call this function
+    # Flags of the same name that a fork of Megatron defines are not refused.
     groups = (g for g in parser._action_groups if g.title == GROUP)
     own = {flag_of(action.dest) for group in groups for action in group._group_actions}
 
@@ -36,10 +37,10 @@ def choose_directories(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             try:
                 chosen = directories.choose(*given.values())
             except MegatronExtError:
-                return namespace, rest  # the preflight says so, beside whatever else is wrong
+                return namespace, rest  # the preflight reports it together with other problems
             namespace.load, namespace.selective_where = str(chosen.load), chosen.where
             if chosen.where == "own":
-                # It has said where the phase starts; a restart goes on from the newest.
+                # The step says where the phase starts. A restart loads the newest checkpoint.
                 namespace.selective_start_step = getattr(namespace, "ckpt_step", None)
                 namespace.ckpt_step = None
         return namespace, rest

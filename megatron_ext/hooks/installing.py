@@ -1,4 +1,4 @@
-"""Put the wrappers into the imported Megatron, in memory; nothing on disk is touched."""
+"""Install the wrappers in the imported Megatron, in memory only."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .sharded import load_sharded
 
 
 def install(*, arguments: bool = False) -> None:
-    """Rebind the names of `CONTRACT` that are marked; safe to call again.
+    """Rebind the names that `CONTRACT` marks as rebound; safe to call again.
 
     Args:
-        arguments: Also add this package's flags to Megatron's own parser (the launcher; scripts
-            that pass `add_arguments` as ``extra_args_provider`` do not need it).
+        arguments: Whether to add this package's flags to Megatron's own parser. The launcher does;
+            scripts that pass `add_arguments` as ``extra_args_provider`` do not need it.
 
     Raises:
-        HostError: See `check_contract`.
+        HostError: As for `check_contract`.
     """
     check_contract()
     core = importlib.import_module(CORE)
@@ -61,7 +61,7 @@ def install(*, arguments: bool = False) -> None:
 
 
 def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `add_megatron_arguments`."""
+    """Wrap `add_megatron_arguments`."""
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Around the functions of megatron.training that load a checkpoint. Each gets the original."""
+"""Wrap the functions of megatron.training that load a checkpoint. Each gets the original."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sharded import no_optimizer_state
 
 
 def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `megatron.training.checkpointing.load_checkpoint`."""
+    """Wrap `megatron.training.checkpointing.load_checkpoint`."""
 
     @functools.wraps(original)
     def load_checkpoint(
@@ -60,7 +60,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                 "with --no-save-optim has none: pass --no-load-optim to start with a new "
                 "optimizer"
             )
-        # Of a legacy checkpoint stock reads the iteration once more from the tracker's file
+        # For a legacy checkpoint stock reads the iteration again from the tracker file
         # (training/checkpointing.py:2587, 0.19.2).
         iteration = None if dropped else counters.after_the_load(resume, megatron_args)
         return result if iteration is None else (iteration, *result[1:])
@@ -69,7 +69,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `_load_base_checkpoint`, which reads the checkpoint, after a look at its head."""
+    """Wrap `_load_base_checkpoint`, which returns the checkpoint's counters and arguments."""
 
     @functools.wraps(original)
     def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `check_checkpoint_args`: the saved arguments, before the optimizer is loaded."""
+    """Wrap `check_checkpoint_args`, which gets the saved arguments before the optimizer loads."""
 
     @functools.wraps(original)
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def _loaded_iteration() -> int:
 
 
 def _raise_no_optimizer_state(where: Any, cause: KeyError) -> None:
-    """Tell the ranks that are about to plan, then raise."""
+    """Stop the ranks that are about to plan, then raise."""
     error = no_optimizer_state(where)
     try:
         ranks.stop_together("resume", error)
@@ -114,7 +114,7 @@ def _raise_no_optimizer_state(where: Any, cause: KeyError) -> None:
 def _require_legacy_files(args: Any, load_arg: str) -> None:
     """Raise on every rank if a legacy torch checkpoint lacks one rank's file.
 
-    Stock leaves that rank with exit code 0 and the others waiting
+    Stock ends that rank with exit code 0 and leaves the others waiting
     (training/checkpointing.py:1751-1754, 0.19.2).
     """
     checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
@@ -144,13 +144,13 @@ def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[
 
 
 def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | None:
-    """The iteration of a legacy torch checkpoint; None where there is none in the directory."""
+    """Return the iteration of a legacy torch checkpoint; None if the directory has none."""
     if load_dir is None:
         return None
     tracker = checkpointing.get_checkpoint_tracker_filename(load_dir)
     if not os.path.isfile(tracker):
         return None
-    # `read_metadata` reduces over the ranks; the file itself is enough here.
+    # Megatron's `read_metadata` reduces over the ranks, which is not needed here.
     text = Path(tracker).read_text().strip()
     iteration = getattr(args, "ckpt_step", None) or (int(text) if text.isdigit() else None)
     if iteration is None:
@@ -161,10 +161,10 @@ def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | Non
 
 
 def _refuse_resized_legacy(saved: Any, args: Any) -> None:
-    """Raise if the vocabulary of a legacy torch checkpoint is of another size; on every rank alike.
+    """Raise if a legacy torch checkpoint has another vocabulary size.
 
     Raises:
-        CheckpointError: Its optimizer file has the buffers of the old size.
+        CheckpointError: The optimizer file has buffers of the old size; on every rank.
     """
     before, now = (getattr(a, "padded_vocab_size", None) for a in (saved, args))
     if before is None or now is None or before == now or dropping_flag(args):

@@ -1,7 +1,8 @@
-"""Run the preflight once a process, and let all ranks stop together.
+"""Run the preflight once per process, and stop all ranks together.
 
-The arguments are the same on every rank. The checkpoint is opened on rank 0 only: its index grows
-with the whole job. What rank 0 finds before there is a process group it keeps until there is one.
+The arguments are the same on every rank. Only rank 0 opens the checkpoint, because the size of its
+index grows with the whole job. If rank 0 finds a problem before there is a process group, it keeps
+the error until there is one.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from .session import request_of
 
 
 def before_the_script(args: Any) -> None:
-    """The launcher's preflight, on every rank, before there is a process group.
+    """Run the launcher's preflight on every rank, before there is a process group.
 
     Args:
         args: Megatron's arguments as parsed.
 
     Raises:
-        MegatronExtError: Something is wrong with the arguments; or with the checkpoint of a run of
-            one rank.
+        MegatronExtError: The arguments have a problem, or, in a run of one rank, the checkpoint.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in _OF_TORCHRUN)
     found = examine(args, read_request=request_of, open_checkpoint=rank == 0)
@@ -48,10 +48,10 @@ _OF_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def error_of(args: Any) -> MegatronExtError | None:
-    """What this rank has found; None where nothing is wrong, or all ranks have agreed already.
+    """Return this rank's preflight error; None without one, or if all ranks have agreed already.
 
     Args:
-        args: Megatron's, for a script that was started without the launcher.
+        args: Megatron's arguments, for a script that was started without the launcher.
     """
     if current.agreed:
         return None
@@ -62,7 +62,10 @@ def error_of(args: Any) -> MegatronExtError | None:
 
 
 def setup(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``setup_model_and_optimizer`` (training/training.py:2017, 0.19.2): before a model."""
+    """Wrap ``setup_model_and_optimizer`` (training/training.py:2017, 0.19.2).
+
+    All ranks agree on the preflight's result before the model is built.
+    """
 
     @functools.wraps(original)
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:

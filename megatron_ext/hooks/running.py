@@ -1,7 +1,7 @@
-"""Around the training loop after a resume: the guard, writers, and the end of a dry run.
+"""Wrap the training loop for the guard, the writers and the end of a dry run.
 
-Nothing is added to a step but a look at the param_groups in Python before the first one, and to the
-first logging step one pass over the moments; then the wrappers only pass on.
+Cost: one Python check of the param_groups before the first step and one pass over the moments at
+the first logging step. After that the wrappers only forward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .session import active_request
 
 
 def train(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``train`` (training/training.py:3342, 0.19.2): a dry run ends here, on every rank."""
+    """Wrap ``train`` (training/training.py:3342, 0.19.2). A dry run ends here, on every rank."""
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``train_step`` (training/training.py:2336, 0.19.2)."""
+    """Wrap ``train_step`` (training/training.py:2336, 0.19.2)."""
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,8 @@ def train_step(original: Callable[..., Any]) -> Callable[..., Any]:
             watch.started = True
             _check_hyperparameters()
         result = original(*args, **kwargs)
-        # loss_dict, skipped_iter, should_checkpoint, should_exit, exit_code, grad_norm, ...
+        # The result is (loss_dict, skipped_iter, should_checkpoint, should_exit, exit_code,
+        # grad_norm, ...).
         if not result[1]:
             watch.gradients.append(result[5])
         return result
@@ -70,7 +71,7 @@ def train_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``training_log`` (training/training.py:2568, 0.19.2), called after every step."""
+    """Wrap ``training_log`` (training/training.py:2568, 0.19.2), called after every step."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -87,7 +88,7 @@ def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write_layout(request: Request) -> None:
-    """Write which parameter lies where in the buckets, where a report is asked for; collective."""
+    """Write the positions of parameters in buckets if a report is requested; collective."""
     if request.report_dir is None or current.resumed is None:
         return
     try:
@@ -103,10 +104,10 @@ def _write_layout(request: Request) -> None:
 
 
 def _check_hyperparameters() -> None:
-    """Compare the groups with the plan.
+    """Compare the hyperparameters of the groups with the plan.
 
     Raises:
-        GuardError: On every rank alike, for all have the same groups.
+        GuardError: They differ; on every rank, because all ranks have the same groups.
     """
     resume = current.resumed
     if resume is None or resume.report is None or resume.report.scheduler is None:
@@ -127,10 +128,10 @@ def _check_hyperparameters() -> None:
 
 
 def _check_moments(watch: guard.Watch) -> None:
-    """Compare the norms of this rank's moments with what the steps can have made of them.
+    """Compare the norms of this rank's moments with the bounds that Adam's updates allow.
 
     Raises:
-        GuardError: On the ranks that hold such moments.
+        GuardError: A norm is out of its bounds; on the ranks that hold such moments.
     """
     resume = current.resumed
     members = [] if resume is None else resume.members
@@ -138,7 +139,8 @@ def _check_moments(watch: guard.Watch) -> None:
         before, inner = member.norms_after_load, member.optimizer
         clip = member.config.clip_grad
         decoupled = getattr(member.config, "decoupled_weight_decay", True)
-        # Without clipping Megatron does not compute the norm; L2 decay is a part of the gradient.
+        # Without clipping Megatron does not compute the gradient norm, and the norm does not
+        # include L2 decay, which Adam adds to the gradient.
         if before is None or not clip or clip <= 0 or not decoupled:
             continue
         if inner is None or not is_adam(inner) or is_hybrid(inner):

@@ -1,4 +1,4 @@
-"""Around the load of the learning rate and weight decay scheduler."""
+"""Wrap the load of the learning rate and weight decay scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .counters import length_of_run
 
 
 def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
-    """Around `OptimizerParamScheduler.load_state_dict`: the same decision as the groups'."""
+    """Wrap `OptimizerParamScheduler.load_state_dict`, so that it follows the optimizer's policy."""
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Mapping[str, Any]) -> None:
@@ -61,14 +61,14 @@ def scheduler_section(
     members: list[Any],
     length: LengthDocument,
 ) -> SchedulerDocument:
-    """The scheduler's part of the report.
+    """Build the scheduler's part of the report.
 
     Args:
-        scheduler: Megatron's, after its load.
-        state_dict: What it has loaded.
+        scheduler: Megatron's scheduler, after its load.
+        state_dict: The state that it has loaded.
         arguments: Its values before the load.
         members: The optimizers of the chain.
-        length: Of `hooks.counters.length_of_run`.
+        length: The result of `hooks.counters.length_of_run`.
     """
     from_checkpoint = saved_values(members[0].resume.policy)
     values: dict[str, ScheduledValueDocument] = {

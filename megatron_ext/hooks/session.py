@@ -1,4 +1,4 @@
-"""What is asked of this process: the request in force, read once from the arguments."""
+"""Find the request in force, which is read once from the arguments."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..resume.session import current
 
 
 def launch_request(request: Request | None) -> None:
-    """Set the request of the whole process (the launcher's)."""
+    """Set the launcher's request, which holds for the whole process."""
     current.launched = request
 
 
 @contextlib.contextmanager
 def requested(request: Request) -> Iterator[None]:
-    """Make a request active for the calls inside (a library call's)."""
+    """Make a library call's request active for the calls inside."""
     before, current.scoped = current.scoped, request
     try:
         yield
@@ -30,13 +30,13 @@ def requested(request: Request) -> Iterator[None]:
 
 
 def request_of(args: Any) -> Request:
-    """The request in parsed arguments; flags become a policy once, however often they are parsed.
+    """Return the request in parsed arguments. Equal arguments become a policy only once.
 
     Args:
-        args: Megatron's namespace, or one that only has this package's flags.
+        args: Megatron's namespace, or one that has only this package's flags.
 
     Raises:
-        PolicyError: The flags contradict themselves.
+        PolicyError: The flags contradict each other.
     """
     asked = repr(values_of(args))
     if current.read is None or current.read[0] != asked:
@@ -45,7 +45,7 @@ def request_of(args: Any) -> Request:
 
 
 def active_request() -> Request | None:
-    """The request in force: a library call's, else Megatron's arguments, else the launcher's."""
+    """Return the request of a library call, else of Megatron's arguments, else the launcher's."""
     if current.scoped is not None:
         return current.scoped
     args = global_args()
@@ -55,10 +55,10 @@ def active_request() -> Request | None:
 
 
 def require_built() -> None:
-    """Raise if a class was asked for and nothing was built with it.
+    """Raise if a class was requested and no optimizer was built with it.
 
     Raises:
-        HostError: The script built no optimizer through Megatron, or not with this class.
+        HostError: The script built no optimizer through Megatron, or none with this class.
     """
     request = active_request()
     if request is not None and not current.built:

@@ -1,4 +1,4 @@
-"""Around `dist_checkpointing.load`: what does not fit, and rows the checkpoint does not have."""
+"""Wrap `dist_checkpointing.load`: misfit errors, unread moments, and rows that are not saved."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..resume import direct_read, selective_read, vocabulary
 from ..resume.session import Resume, current
 from ..resume.vocabulary import RowChanges
 
-#: In every checkpoint key of an optimizer's entries (`chained_<i>.` may stand before it).
+#: Every checkpoint key of an optimizer's entries contains it (`chained_<i>.` may precede it).
 _OPTIMIZER_PREFIX = "optimizer."
 
 
 def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around `dist_checkpointing.load`: say what does not fit, in the user's words."""
+    """Wrap `dist_checkpointing.load`, so that its errors list the entries that do not fit."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -42,19 +42,19 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     call = bound.arguments
-    # Loading takes the sharded entries out of the dict: look before.
+    # The load removes the sharded entries from the dict, so that they are listed before it.
     requested = _optimizer_entries(call["sharded_state_dict"])
     # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
     dcp = importlib.import_module("torch.distributed.checkpoint.api")
     rows = RowChanges() if current.load is None else current.load.rows
     resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested, rows)
     if not requested:
-        say(resized.lines())  # no optimizer is loaded that would report them
+        say(resized.lines())  # no optimizer is loaded whose report would have them
         rows.clear()
     left_out = _leave_out(call)
     try:
         result = original(*bound.args, **bound.kwargs)
-        # With some values of `strict` also which keys did not fit.
+        # With some values of `strict` the result is a tuple that has the keys that did not fit.
         loaded = result[0] if isinstance(result, tuple) else result
         left_out.put_back(loaded)
         resized.put_back(loaded)
@@ -72,11 +72,11 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
 
 @contextlib.contextmanager
 def _metadata_read_once() -> Iterator[None]:
-    """Within, torch's reader unpickles each ``.metadata`` once.
+    """Make torch's reader unpickle each ``.metadata`` file once.
 
-    Stock does so twice a load on every rank (strategies/torch.py:976 and :1028, 0.19.2), and what
-    it holds grows with the tensors and ranks of the whole job. To share what was read is what
-    Megatron's own CachedMetadataFileSystemReader does.
+    Stock unpickles it twice per load on every rank (strategies/torch.py:976 and :1028, 0.19.2), and
+    its size grows with the tensors and ranks of the whole job. Megatron's own
+    CachedMetadataFileSystemReader shares the metadata in the same way.
     """
     reader = importlib.import_module("torch.distributed.checkpoint.filesystem").FileSystemReader
     original, known = reader.read_metadata, {}
@@ -99,20 +99,20 @@ def _metadata_read_once() -> Iterator[None]:
 
 
 def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
-    """Take out of a load what the policy overwrites, if a phase begins with it.
+    """Remove the moments that the policy overwrites from a load, if a phase begins with it.
 
-    A rank whose parameters no rule matches takes part: whether the phase begins is read on rank 0
-    and told to all. What stock checks about the request, that each tensor is asked for completely
-    and once, is checked before anything is taken out, with the same collective.
+    Rank 0 reads whether the phase begins and broadcasts it, so that ranks without a matching rule
+    take part too. Stock checks that each tensor is requested completely and once. That check runs
+    before the removal, with the same collective.
 
     Args:
-        call: The arguments of ``dist_checkpointing.load``; changed in place.
+        call: The arguments of ``dist_checkpointing.load``. They are modified in place.
     """
     load = current.load
     if load is None or not load.awaits_tensors:
         return selective_read.LeftOut()
     load.awaits_tensors, load.unread, resume = False, {}, load.resume
-    # The ranks of a part of the job cannot agree over the default group.
+    # If only some ranks load, they cannot agree over the default group.
     partly = call.get("process_group") is not None
     if not resume.policy.overwrites_moments or partly or _strict(call):
         return selective_read.LeftOut()
@@ -131,7 +131,7 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
 
 
 def _strict(call: Mapping[str, Any]) -> bool:
-    """Whether stock would take what is left out for keys that are missing in the request."""
+    """Whether stock would report the removed entries as missing from the request."""
     validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
     handling = validation.StrictHandling
     strict = validation.parse_strict_flag(call.get("strict", handling.ASSUME_OK_UNEXPECTED))
@@ -139,10 +139,10 @@ def _strict(call: Mapping[str, Any]) -> bool:
 
 
 def _phase_begins(resume: Resume, directory: Any) -> bool:
-    """Whether the checkpoint is of an earlier phase than the one that is asked for.
+    """Whether the requested phase begins with this checkpoint; collective.
 
-    Collective: rank 0 looks at the saved param_groups. Where it cannot, or where the checkpoint is
-    no beginning at all, everything is read, and what comes after the load says what is wrong.
+    Rank 0 reads the saved param_groups. If it cannot read them, or the phase cannot begin there,
+    everything is read, and a later check raises the error.
     """
 
     def begins() -> bool:
@@ -160,7 +160,7 @@ def _phase_begins(resume: Resume, directory: Any) -> bool:
 
 
 def _built(state_dict: Any, mapping: Any) -> list[Any]:
-    """All that a sharded state dict asks for, with what its factories build."""
+    """List the entries of a sharded state dict, with its factories built."""
     out: list[Any] = []
     utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
     for entry in utils.nested_values(state_dict):
@@ -174,10 +174,10 @@ def _built(state_dict: Any, mapping: Any) -> list[Any]:
 def _resized(
     state_dict: Any, directory: Any, requested: Mapping[str, Any], rows: RowChanges
 ) -> vocabulary.Resized:
-    """What of a resume has another number of rows than the checkpoint.
+    """Find the entries of a resume whose number of rows differs from the checkpoint's.
 
     Raises:
-        CheckpointError: The optimizer state is stored for the old number only; on every rank.
+        CheckpointError: The stored optimizer state fits only the old number; on every rank.
     """
     if not requested and current.load is None:
         return vocabulary.Resized()
@@ -186,7 +186,7 @@ def _resized(
     def stored() -> Mapping[str, tuple[int, ...] | None]:
         try:
             return _stored_entries(directory)
-        except Exception:  # no torch_dist checkpoint, or damaged: the load itself says so
+        except Exception:  # not torch_dist, or damaged: the load itself raises an error
             return {}
 
     resized = vocabulary.find_resized(
@@ -203,19 +203,22 @@ def _resized(
 
 
 def _has_stages_without_vocabulary() -> bool:
-    """Whether a pipeline stage has neither embedding nor output layer to tell the size by."""
+    """Whether a pipeline stage has neither the embedding nor the output layer."""
     parallel_state = importlib.import_module("megatron.core.parallel_state")
     return int(parallel_state.get_pipeline_model_parallel_world_size()) > 2
 
 
 def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
-    """Checkpoint keys of the optimizer's entries in a sharded state dict -> global shape."""
+    """Map the checkpoint key of each optimizer entry in a sharded state dict to its global shape.
+
+    The shape is None if it is not known, or if it may differ from the stored one.
+    """
     mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
     utils = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
     entries: dict[str, Any] = {}
     for entry in utils.nested_values(state_dict):
         if isinstance(entry, mapping.ShardedTensorFactory):
-            # A gated fc1 is stored as two halves along a new or split axis; only the key is sure.
+            # The halves of a gated fc1 are stored along a new or a split axis: the shape varies.
             entries[entry.key] = None
         elif isinstance(entry, mapping.ShardedTensor):
             entries[entry.key] = None if entry.allow_shape_mismatch else entry.global_shape
@@ -225,17 +228,17 @@ def _optimizer_entries(state_dict: Any) -> dict[str, Any]:
 
 
 def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
-    """Keys of a torch_dist checkpoint and their global shapes, from its ``.metadata`` file alone.
+    """Read the keys of a torch_dist checkpoint and their global shapes from its ``.metadata`` file.
 
     Megatron's own `load_tensors_metadata` fails with torch 2.15, whose tensor properties have a
-    field that `torch.empty` does not take (core/dist_checkpointing/strategies/torch.py:1022,
+    field that `torch.empty` does not accept (core/dist_checkpointing/strategies/torch.py:1022,
     0.19.2).
 
     Args:
         directory: The iteration's directory.
 
     Returns:
-        Checkpoint key -> global shape in elements, or None for an object that is no tensor.
+        Checkpoint key -> global shape in elements, or None for an object that is not a tensor.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -246,7 +249,7 @@ def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
 
 
 def no_optimizer_state(where: Any) -> CheckpointError:
-    """The error for a checkpoint without the moments that were to be kept."""
+    """Make the error for a checkpoint without the moments that the policy keeps."""
     return CheckpointError(
         f"the checkpoint in {where} holds no optimizer state (a release checkpoint, or written "
         "with --no-save-optim), but the moments were to be kept. Pass --no-load-optim to start "

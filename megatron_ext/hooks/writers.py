@@ -1,8 +1,8 @@
-"""The report of a resume in Megatron's TensorBoard and W&B writers, where they are on.
+"""Write the report of a resume to Megatron's TensorBoard and W&B writers, if they are on.
 
-Only the last rank has them (``_set_tensorboard_writer``, training/global_vars.py:210, 0.19.2). It
-has the whole report too: what is summed over the ranks is summed on all of them, so that nothing
-is sent.
+Only the last rank has the writers (``_set_tensorboard_writer``, training/global_vars.py:210,
+0.19.2). It has the whole report too, because sums over the ranks are computed on all of them. No
+communication is needed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..resume.session import Resume
 
 
 def write_to_writers(resume: Resume, iteration: int) -> None:
-    """Write the scalars and the plan as text; a writer that fails is told in the log, no more.
+    """Write the scalars, and the plan as text. If a writer fails, only the log says so.
 
     Args:
-        resume: Complete.
-        iteration: At which the run goes on.
+        resume: The complete resume.
+        iteration: The iteration at which the run continues.
     """
     variables = importlib.import_module(f"{TRAINING}.global_vars")
     ways: tuple[tuple[str, Any, Callable[..., None]], ...] = (
@@ -38,7 +38,7 @@ def write_to_writers(resume: Resume, iteration: int) -> None:
         try:
             numbers = scalars(resume.report.to_json())
             write(writer, numbers, _lines(resume), iteration)
-        except Exception as e:  # of the writer: a full disk, a lost connection
+        except Exception as e:  # the writer may raise anything: a full disk, a lost connection
             _say_here(f"megatron_ext: not all written to {name}: {type(e).__name__}: {e}")
         else:
             _say_here(f"megatron_ext: {len(numbers)} scalars and the plan written to {name}")
@@ -56,17 +56,17 @@ def _to_tensorboard(
 ) -> None:
     for name, value in numbers.items():
         writer.add_scalar(name, value, iteration)
-    # TensorBoard takes text for Markdown: indented lines are shown as they are.
+    # TensorBoard renders text as Markdown, which shows indented lines verbatim.
     writer.add_text(f"{PREFIX}/plan", "\n".join(f"    {line}" for line in lines), iteration)
     writer.flush()
 
 
 def _to_wandb(writer: Any, numbers: dict[str, float], lines: list[str], iteration: int) -> None:
-    # Megatron's W&B writer is the module itself.
+    # Megatron's W&B writer is the wandb module itself.
     text = writer.Html(f"<pre>{html.escape(chr(10).join(lines))}</pre>")
     writer.log({**numbers, f"{PREFIX}/plan": text}, iteration)
 
 
 def _say_here(line: str) -> None:
-    """Print on this rank, which is the last one."""
+    """Print a line on this rank, which is the last one."""
     print(printable(line), flush=True)
