@@ -1,1 +1,1 @@
-"""What this package asks of Megatron: names, arguments, classes and the schedule."""
+"""This package's calls into Megatron: names, arguments, classes and the schedule."""

@@ -1,4 +1,4 @@
-"""Megatron's parser and parsed arguments, and its flags that drop or exclude the optimizer."""
+"""Read Megatron's arguments, and find flags that drop the optimizer or do not go with a resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .contract import TRAINING
 
 
 def parse_arguments(argv: list[str]) -> Any:
-    """Megatron's own parsing of a command line, before its validation; flags it lacks are ignored.
+    """Parse a command line as Megatron does, without its validation. Unknown flags are ignored.
 
     Args:
         argv: The script's name and its arguments.
 
     Raises:
-        SystemExit: argparse refuses them, as it would in the script.
+        SystemExit: argparse refuses the arguments, as it would in the script.
     """
     module = importlib.import_module(f"{TRAINING}.arguments")
     before, sys.argv = sys.argv, argv
@@ -30,11 +30,11 @@ def parse_arguments(argv: list[str]) -> Any:
 
 
 def megatron_parser(prog: str, usage: str) -> argparse.ArgumentParser:
-    """Megatron's own parser, without what this package adds to it in a run.
+    """Build Megatron's own parser, without the flags that this package adds in a run.
 
     Args:
-        prog: For its messages.
-        usage: In place of its own, which names every flag.
+        prog: The program's name in messages.
+        usage: The usage text. It replaces the default one, which names every flag.
     """
     add = importlib.import_module(f"{TRAINING}.arguments").add_megatron_arguments
     add = getattr(add, "__megatron_ext_original__", add)
@@ -45,19 +45,19 @@ def megatron_parser(prog: str, usage: str) -> argparse.ArgumentParser:
 
 
 def global_args() -> Any:
-    """Megatron's parsed arguments, or None (also where megatron.training is not used)."""
+    """Return Megatron's parsed arguments; None before they are parsed or without its training."""
     variables = sys.modules.get(f"{TRAINING}.global_vars")
     return getattr(variables, "_GLOBAL_ARGS", None)
 
 
 def dropping_flag(args: Any) -> str | None:
-    """The flag with which stock drops the optimizer's state, if one is given.
+    """Return the flag with which stock drops the optimizer's state; None if none is given.
 
     Args:
-        args: Megatron's.
+        args: Megatron's arguments.
     """
     for name in ("no_load_optim", "finetune", "skip_train"):
-        # With an RL step --skip-train builds and loads an optimizer all the same.
+        # With an RL step, --skip-train still builds and loads an optimizer.
         rl = name == "skip_train" and getattr(args, "perform_rl_step", False)
         if getattr(args, name, False) and not rl:
             return f"--{name.replace('_', '-')}"
@@ -65,7 +65,7 @@ def dropping_flag(args: Any) -> str | None:
 
 
 def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
-    """The error for a policy without the optimizer it needs."""
+    """Make the error for a policy that needs the optimizer state that a flag drops."""
     goes_on = policy.schedule_position == "continue"
     operations = [*policy.operations, *(["schedule continue"] if goes_on else [])]
     asked = ", ".join(operations) or "hyperparameters from the checkpoint"
@@ -84,7 +84,7 @@ def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
 
 
 def refused_flags(args: Any) -> list[str]:
-    """What of Megatron's own flags cannot go with ``--optimizer-class``, with the reason."""
+    """List Megatron's own flags that cannot go with ``--optimizer-class``, with the reasons."""
     optimizer = getattr(args, "optimizer", "adam")
     reasons = {
         f"--optimizer {optimizer}": optimizer in ("sgd", "lion")

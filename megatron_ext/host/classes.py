@@ -1,4 +1,4 @@
-"""The optimizer class that ``--optimizer-class`` names."""
+"""Import the optimizer class that ``--optimizer-class`` names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .contract import CORE
 
 
 def resolve_class(path: str) -> type:
-    """Import the class ``--optimizer-class`` names.
+    """Import the class that ``--optimizer-class`` names.
 
     Args:
-        path: ``package.module.Class``.
+        path: The dotted path ``package.module.Class``.
 
     Raises:
-        HostError: It cannot be imported or is no `DistributedOptimizer` subclass.
+        HostError: The class cannot be imported, or is not a subclass of `DistributedOptimizer`.
     """
     base = importlib.import_module(f"{CORE}.distrib_optimizer").DistributedOptimizer
     module, _, name = path.rpartition(".")
@@ -27,7 +27,7 @@ def resolve_class(path: str) -> type:
         )
     try:
         cls = getattr(importlib.import_module(module), name)
-    except Exception as e:  # a user's module may fail to import in any way
+    except Exception as e:  # a user's module may raise anything when it is imported
         raise HostError(
             f"--optimizer-class {path}: cannot be imported: {type(e).__name__}: {e}. Is {module} "
             "installed in this environment, on every node?"

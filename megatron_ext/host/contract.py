@@ -1,4 +1,4 @@
-"""The names of Megatron that this package leans on, and the versions it is tested with."""
+"""The names of Megatron that this package uses, and the versions it is tested with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from ..errors import HostError
 
-#: Versions the tests run against; outside of [first, last minor] a warning is given once.
+#: The versions that the tests run with. Outside of [first, last minor] a warning is given once.
 TESTED = ("0.16.1", "0.18.2", "0.19.2")
 
 CORE = "megatron.core.optimizer"
@@ -27,16 +27,16 @@ TRAINING = "megatron.training"
 
 @dataclass(frozen=True)
 class HostName:
-    """One name of Megatron that this package leans on.
+    """One name of Megatron that this package uses.
 
     Args:
-        module: Where it lives.
-        attribute: Its name there; dotted for a class attribute.
-        parameters: Parameters that have to be in its signature.
-        rebound: Whether `install` puts something in its place.
+        module: The module that has the name.
+        attribute: The name in the module; dotted for a class attribute.
+        parameters: Parameters that its signature must have.
+        rebound: Whether `install` replaces it.
         instance: Whether it is an attribute of instances, which methods of the class assign.
-        since: First megatron-core version that has it.
-        reference: File and line in megatron-core 0.19.2, and why it is needed.
+        since: First megatron-core version that has the name.
+        reference: File and line in megatron-core 0.19.2, and why the name is needed.
     """
 
     module: str
@@ -587,9 +587,10 @@ CONTRACT = (
 
 
 def megatron_version() -> str:
-    """Version of the megatron-core that is imported (`megatron.core.package_info`).
+    """Return the version of the imported megatron-core (`megatron.core.package_info`).
 
-    Without the local part: upstream appends the commit of whatever repository the run starts in.
+    The local part is dropped, because upstream appends the commit of the repository in the current
+    directory.
     """
     core = importlib.import_module("megatron.core")
     version = getattr(core, "__version__", None) or importlib.metadata.version("megatron-core")
@@ -600,7 +601,7 @@ def check_contract() -> None:
     """Compare `CONTRACT` with the installed Megatron.
 
     Raises:
-        HostError: A name is gone or has lost a parameter; names both versions.
+        HostError: A name or one of its parameters is missing. The message has both versions.
     """
     found = Version(megatron_version())
     if problems := contract_problems():
@@ -614,19 +615,19 @@ def check_contract() -> None:
 
 
 def contract_problems() -> list[str]:
-    """What of `CONTRACT` the installed Megatron does not keep; imports what is named there."""
+    """List the names of `CONTRACT` that the installed Megatron lacks. Imports their modules."""
     found = Version(megatron_version())
     return [p for name in CONTRACT if (p := _problem(name, found))]
 
 
 def in_tested_range(version: str | Version) -> bool:
-    """Whether a megatron-core lies between the first and the last tested one."""
+    """Whether a megatron-core version lies between the first and the last tested one."""
     found = Version(str(version))
     return Version(TESTED[0]) <= found and found.release[:2] <= Version(TESTED[-1]).release[:2]
 
 
 def inner_adam() -> str:
-    """The class that Megatron takes for Adam: FusedAdam, or torch's AdamW in its place."""
+    """Name the class that Megatron uses for Adam: a FusedAdam, or torch's AdamW as a fallback."""
     adam = importlib.import_module(CORE).Adam
     return f"{adam.__module__}.{adam.__qualname__}"
 
@@ -668,10 +669,10 @@ def _problem(name: HostName, found: Version) -> str | None:
 
 
 def _assigned(cls: type) -> set[str]:
-    """The attributes that methods of a class and of its bases assign to instances, and fields."""
+    """Collect the attributes that a class, its bases and their methods assign."""
     found: set[str] = set()
     for base in cls.__mro__[:-1]:
-        with contextlib.suppress(OSError, TypeError):  # without a source: torch's own in C
+        with contextlib.suppress(OSError, TypeError):  # torch's classes in C have no source
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
             stored = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Name))
             found |= {
@@ -684,7 +685,7 @@ def _assigned(cls: type) -> set[str]:
 
 @functools.cache
 def _warn_if_untested(found: Version) -> None:
-    """Warn once a process."""
+    """Warn once per process if the version is outside the tested range."""
     last = Version(TESTED[-1])
     if not in_tested_range(found):
         warnings.warn(

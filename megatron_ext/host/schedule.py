@@ -1,4 +1,4 @@
-"""Megatron's learning rate and weight decay schedule, run without an optimizer."""
+"""Run Megatron's learning rate and weight decay schedule without an optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import PlanError
 from ..policy.policy import ResumePolicy
 
-#: What a checkpoint has of the scheduler, beside its position.
+#: The scheduler's values in a checkpoint, besides its position.
 SCHEDULER_VALUES = (
     "max_lr",
     "min_lr",
@@ -23,12 +23,12 @@ SCHEDULER_VALUES = (
     "wd_incr_steps",
     "wd_incr_style",
 )
-#: Not part of a checkpoint's scheduler state: as the arguments say, whatever is kept.
+#: Values that a checkpoint does not have. They always come from the arguments.
 NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
 
 
 def saved_values(policy: ResumePolicy) -> frozenset[str]:
-    """The scheduler's values that come from the checkpoint."""
+    """Return the names of the scheduler's values that come from the checkpoint."""
     if policy.schedule == "checkpoint":
         return frozenset(SCHEDULER_VALUES)
     return frozenset(policy.kept_scheduler_attributes)
@@ -36,23 +36,23 @@ def saved_values(policy: ResumePolicy) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class ScheduleValues:
-    """What `OptimizerParamScheduler` is built with (core/optimizer_param_scheduler.py:110, 0.19.2).
+    """Arguments of `OptimizerParamScheduler` (core/optimizer_param_scheduler.py:110, 0.19.2).
 
     Positions and lengths are in samples, the unit in which Megatron's scheduler counts.
 
     Args:
-        max_lr: Largest learning rate, of groups without one of their own.
-        min_lr: Smallest.
-        lr_decay_steps: Where the decay ends.
-        lr_warmup_steps: Where the warm-up ends.
+        max_lr: Largest learning rate, for groups without their own.
+        min_lr: Smallest learning rate, for groups without their own.
+        lr_decay_steps: Position at which the decay ends.
+        lr_warmup_steps: Position at which the warm-up ends.
         lr_decay_style: ``cosine``, ``linear``, ``WSD`` and so on.
-        init_lr: At the start of the warm-up; not part of a checkpoint's scheduler state.
+        init_lr: Learning rate at the start of the warm-up. A checkpoint does not have it.
         start_wd: Weight decay at the start.
-        end_wd: At the end.
-        wd_incr_steps: Where `end_wd` is reached.
+        end_wd: Weight decay at the end.
+        wd_incr_steps: Position at which the weight decay is `end_wd`.
         wd_incr_style: ``constant``, ``linear`` or ``cosine``.
-        wsd_decay_steps: Length of the decay of WSD, at its end.
-        lr_wsd_decay_style: Its form.
+        wsd_decay_steps: Length of the final decay of WSD.
+        lr_wsd_decay_style: Form of the final decay of WSD.
     """
 
     max_lr: float
@@ -72,13 +72,13 @@ class ScheduleValues:
 def scheduled(
     values: ScheduleValues, groups: Sequence[Mapping[str, Any]], positions: Sequence[int]
 ) -> list[list[tuple[float, float]]]:
-    """Let Megatron's own scheduler say what param_groups are given.
+    """Compute the learning rate and weight decay of param_groups with Megatron's own scheduler.
 
     Args:
-        values: What the scheduler is built with.
-        groups: param_groups; their own bounds (max_lr, min_lr, start_wd, end_wd, wd_mult) count
-            before the scheduler's, as in a run. Not modified.
-        positions: In samples, ascending, from 0.
+        values: The scheduler's arguments.
+        groups: The param_groups. As in a run, their own bounds (max_lr, min_lr, start_wd, end_wd,
+            wd_mult) take precedence over the scheduler's. They are not modified.
+        positions: Positions in samples, ascending, at least 0.
 
     Returns:
         For each position the learning rate and the weight decay of every group.
@@ -100,7 +100,7 @@ def scheduled(
         for position in positions:
             scheduler.step(position - scheduler.num_steps)
             out.append([(float(g["lr"]), float(g["weight_decay"])) for g in live])
-    except Exception as e:  # it asserts, or raises a plain Exception, for what it does not accept
+    except Exception as e:  # it asserts or raises a plain Exception for values it does not accept
         raise PlanError(
             f"Megatron's scheduler does not accept these values: {type(e).__name__}: "
             f"{e or 'an assertion without a message'} ({values}). Expected min_lr <= max_lr, a "
@@ -111,13 +111,14 @@ def scheduled(
 
 
 def values_of(args: Any) -> ScheduleValues:
-    """What Megatron builds its scheduler with (`get_optimizer_param_scheduler`).
+    """Compute the scheduler's arguments as Megatron's `get_optimizer_param_scheduler` does.
 
-    As training/training.py:1906 does after `validate_args` (training/arguments.py:1353, 0.19.2).
+    The source is training/training.py:1906, after `validate_args` (training/arguments.py:1353,
+    0.19.2).
 
     Args:
-        args: Megatron's arguments; ``lr``, ``global_batch_size`` and one of ``train_iters``
-            and ``train_samples`` are set.
+        args: Megatron's arguments. ``lr``, ``global_batch_size`` and one of ``train_iters`` and
+            ``train_samples`` are set.
 
     Raises:
         PlanError: One of these is not set.
@@ -158,12 +159,12 @@ def values_of(args: Any) -> ScheduleValues:
 def with_saved(
     values: ScheduleValues, state: Mapping[str, Any], names: Iterable[str] = SCHEDULER_VALUES
 ) -> ScheduleValues:
-    """Values with some of a checkpoint's scheduler state in their place.
+    """Replace some values by those of a checkpoint's scheduler state.
 
     Args:
-        values: The arguments'.
-        state: `OptimizerParamScheduler.state_dict`; the names that it does not have stay.
-        names: Which values are taken from it.
+        values: The values of the arguments.
+        state: `OptimizerParamScheduler.state_dict`. Values that it does not have are not replaced.
+        names: The names of the values to replace.
     """
     return replace(values, **{name: state[name] for name in names if name in state})
 
@@ -171,11 +172,11 @@ def with_saved(
 def resumed(
     policy: ResumePolicy, values: ScheduleValues, state: Mapping[str, Any]
 ) -> ScheduleValues:
-    """What the scheduler has after a load by this package, as `scheduling.load_scheduler` does.
+    """Compute the scheduler's values after a load, as `hooks.scheduling.load_scheduler` sets them.
 
     Args:
-        policy: What is asked.
-        values: The arguments'.
+        policy: The user's policy.
+        values: The values of the arguments.
         state: The checkpoint's scheduler state.
     """
     return with_saved(values, state, saved_values(policy))
