@@ -1,6 +1,6 @@
-"""Learning rate and weight decay of a phase, iteration by iteration. Pure.
+"""Compute the learning rate and weight decay of a phase over its iterations. Pure.
 
-The numbers are those of Megatron's own scheduler, which is run over the phase without an optimizer.
+Megatron's own scheduler computes the numbers, without an optimizer.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, Literal
 
 from ..host.schedule import ScheduleValues, scheduled
 
-#: Most points of a curve, however long the run.
+#: Largest number of points of a curve, for runs of any length.
 LIMIT = 400
 
 
 @dataclass(frozen=True)
 class Span:
-    """The iterations that a curve is drawn for.
+    """The range of iterations of a curve.
 
     Args:
-        first: Iterations done where it begins.
-        last: Iterations done where it ends.
+        first: Number of finished iterations at its beginning.
+        last: Number of finished iterations at its end.
         first_sample: The scheduler's position at `first`, in samples.
-        last_sample: At `last`.
+        last_sample: The scheduler's position at `last`, in samples.
     """
 
     first: int
@@ -32,12 +32,12 @@ class Span:
     last_sample: int
 
     def sample(self, iteration: int) -> int:
-        """The scheduler's position after some iterations, in samples; all batches are alike."""
+        """Compute the scheduler's position after some iterations, for batches of equal size."""
         done = (iteration - self.first) * (self.last_sample - self.first_sample)
         return self.first_sample + (done // (self.last - self.first) if done else 0)
 
     def iteration(self, sample: float) -> int:
-        """The first iteration at which the scheduler is at a position or past it."""
+        """Find the first iteration at which the scheduler has reached a position in samples."""
         size = self.last_sample - self.first_sample
         if size <= 0:
             return self.first
@@ -46,19 +46,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one param_group is given in one phase.
+    """The learning rate and weight decay of one param_group in one phase.
 
-    Point i is what the step after ``iterations[i]`` finished iterations uses.
+    Point i has the values of the step after ``iterations[i]`` finished iterations.
 
     Args:
-        label: What the phase is called, for people.
-        phase: 1: the checkpoint's run. 2: the resumed one.
+        label: Name of the phase in the legend.
+        phase: 1 for the checkpoint's run, 2 for the resumed one.
         group: Position of the param_group in its optimizer.
-        iterations: Finished iterations.
-        samples: The scheduler's position, in samples.
+        iterations: Number of finished iterations at each point.
+        samples: The scheduler's position at each point, in samples.
         lr: Learning rate at each point.
         weight_decay: Weight decay at each point.
-        optimizer: Number of the optimizer in its chain.
+        optimizer: Position of the optimizer in its chain.
     """
 
     label: str
@@ -78,14 +78,14 @@ def phase_curves(
     optimizers: Sequence[Sequence[Mapping[str, Any]]],
     span: Span,
 ) -> tuple[Curve, ...]:
-    """The curves of all param_groups of a phase.
+    """Compute the curves of all param_groups of a phase.
 
     Args:
-        label: What the phase is called, for people.
+        label: Name of the phase in the legend.
         phase: 1 or 2.
-        values: What its scheduler is built with.
-        optimizers: For each optimizer of the chain its param_groups.
-        span: The iterations to look at.
+        values: The arguments of its scheduler.
+        optimizers: The param_groups of each optimizer of the chain.
+        span: The iterations of the curves.
 
     Returns:
         One curve for each param_group, in order.
@@ -113,10 +113,10 @@ def phase_curves(
 
 
 def points(values: ScheduleValues, span: Span) -> list[int]:
-    """Iterations that show a schedule's form: evenly spread, and both sides of each corner.
+    """Choose iterations that show a schedule's form: evenly spread, and around each corner.
 
     Args:
-        values: What the scheduler is built with.
+        values: The arguments of the scheduler.
         span: The iterations to choose from.
     """
     length = span.last - span.first
@@ -129,7 +129,7 @@ def points(values: ScheduleValues, span: Span) -> list[int]:
 
 
 def _corners(values: ScheduleValues) -> Iterable[float]:
-    """Where the schedule changes its form, in samples."""
+    """Yield the positions at which the schedule changes its form, in samples."""
     yield values.lr_warmup_steps
     yield values.lr_decay_steps
     yield values.wd_incr_steps

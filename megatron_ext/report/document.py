@@ -1,4 +1,4 @@
-"""The report as a JSON document."""
+"""Build the JSON document of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .schema_parts import (
 
 
 def policy_json(optimizers: Sequence[OptimizerReport]) -> PolicyDocument | None:
-    """What the user asked, as in a policy file; None without an optimizer."""
+    """Return the user's policy as in a policy file; None without an optimizer."""
     if not optimizers:
         return None
     plan = optimizers[0].plan
@@ -39,7 +39,7 @@ def policy_json(optimizers: Sequence[OptimizerReport]) -> PolicyDocument | None:
 
 
 def phase_json(phase: Phase | None) -> PhaseDocument | None:
-    """A phase as the reports have it."""
+    """Build the document of a phase."""
     if phase is None:
         return None
     mark = phase.mark
@@ -55,7 +55,7 @@ def phase_json(phase: Phase | None) -> PhaseDocument | None:
 
 
 def counters_json(counters: tuple[Counters, Counters] | None) -> RunCountersDocument | None:
-    """The checkpoint's counters and those the run goes on with."""
+    """Build the document of the counters in the checkpoint and after the load."""
     if counters is None:
         return None
 
@@ -73,7 +73,7 @@ def counters_json(counters: tuple[Counters, Counters] | None) -> RunCountersDocu
 
 
 def step_json(plan: ResumePlan) -> StepDocument:
-    """Adam's step as the reports have it."""
+    """Build the document of Adam's step."""
     return {
         "value": plan.step,
         "checkpoint": plan.saved_step,
@@ -82,7 +82,7 @@ def step_json(plan: ResumePlan) -> StepDocument:
 
 
 def optimizer_json(report: OptimizerReport) -> OptimizerDocument:
-    """What was done to one optimizer."""
+    """Build the document of one optimizer."""
     return {
         "kind": report.kind,
         "plan_digest": report.plan.digest(),
@@ -121,7 +121,7 @@ def _reported_group(group: GroupPlan, parameters: int) -> ReportedGroupDocument:
 
 
 def group_json(group: GroupPlan) -> GroupDocument:
-    """The decisions for one param_group, as the reports have them."""
+    """Build the document of the decisions for one param_group."""
     return {
         "index": group.index,
         "saved_index": group.saved_index,
@@ -132,7 +132,7 @@ def group_json(group: GroupPlan) -> GroupDocument:
 
 
 def decision_json(d: Decision) -> DecisionDocument:
-    """Where one key comes from, as the reports have it."""
+    """Build the document of the decision for one key."""
     return {
         "checkpoint": _value(d.checkpoint),
         "argument": _value(d.argument),
@@ -144,7 +144,7 @@ def decision_json(d: Decision) -> DecisionDocument:
 
 
 def _value(value: Any) -> Any:
-    """A hyperparameter as the schema has it: no object."""
+    """Convert a hyperparameter to JSON. A mapping becomes text, as the schema has no objects."""
     return str(value) if isinstance(value, Mapping) else as_json(value)
 
 

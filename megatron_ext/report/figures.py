@@ -1,6 +1,6 @@
-"""Figures, made by matplotlib without a display and without its global state.
+"""Draw figures with matplotlib, without a display and without its global state.
 
-matplotlib is imported where a figure is made: everything else works without it.
+matplotlib is imported only where a figure is drawn. Everything else works without it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ if TYPE_CHECKING:
 
     from .curves import Curve
 
-#: Okabe and Ito's palette, told apart with any colour vision; dark enough on white.
+#: Okabe and Ito's palette, which is distinct for any colour vision and dark enough on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-#: Phase 1 is dashed and thin, phase 2 solid and thick: told apart without colours.
+#: Phase 1 is dashed and thin, and phase 2 solid and thick, so that they are distinct without
+#: colours.
 _LINES: tuple[dict[str, Any], dict[str, Any]] = (
     {"linestyle": (0, (4, 2)), "linewidth": 1.4, "alpha": 0.85},
     {"linestyle": "-", "linewidth": 2.4},
 )
-#: Groups beyond it are drawn, and left out of the legend.
+#: Largest number of lines in the legend. Further lines are drawn without an entry.
 _LEGEND = 12
 _FORMATS = (".png", ".svg")
 
 
 def curves_figure(curves: Sequence[Curve]) -> Figure:
-    """Learning rate above weight decay, over iterations; the old phase dashed, the new one solid.
+    """Draw learning rate and weight decay over iterations, the old phase dashed.
 
     Args:
-        curves: Of one phase or two. Groups with the same values are drawn as one line. Where the
-            new phase counts its iterations from another number, it is drawn where the old one ends.
+        curves: The curves of one phase or two. Groups with the same values are drawn as one line.
+            The new phase is drawn from the end of the old one, even if it counts its iterations
+            from another number.
 
     Returns:
         A figure for `save` or `svg`, 900 pixels wide at the resolution of `save`.
@@ -69,7 +71,7 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
 
 
 def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
-    """One quantity of all curves, each line with what it stands for above the axes."""
+    """Draw one quantity of all curves, with the legend above the axes."""
     from matplotlib.ticker import FuncFormatter
 
     colours: dict[tuple[int, int], str] = {}
@@ -92,14 +94,14 @@ def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as its file's suffix says.
+    """Write a figure in the format of the file's suffix.
 
     Args:
-        figure: What `curves_figure` gave.
-        path: Ends in ``.png`` or ``.svg``.
+        figure: The result of `curves_figure`.
+        path: A file that ends in ``.png`` or ``.svg``.
 
     Raises:
-        PolicyError: Another suffix.
+        PolicyError: The file has another suffix.
         OSError: The file cannot be written.
     """
     require_format(path)
@@ -110,13 +112,13 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def require_format(path: str | Path) -> None:
-    """Raise if a figure cannot be written into such a file.
+    """Raise unless a file's suffix names a format of figures.
 
     Args:
-        path: The file, as ``--plot`` names it.
+        path: The file that ``--plot`` names.
 
     Raises:
-        PolicyError: It ends in neither ``.png`` nor ``.svg``.
+        PolicyError: The file ends in neither ``.png`` nor ``.svg``.
     """
     suffix = Path(path).suffix
     if suffix.lower() not in _FORMATS:
@@ -127,33 +129,33 @@ def require_format(path: str | Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as one SVG element: no scripts, no links to files, the same text every time.
+    """Render a figure as one SVG element, without scripts and links, always with the same text.
 
     Args:
-        figure: What `curves_figure` gave.
+        figure: The result of `curves_figure`.
     """
     import matplotlib
 
     file = io.StringIO()
-    # Text as outlines needs no font where it is read; the salt names the elements by their content.
+    # Outlines need no font where the page is read. With the salt, ids depend only on the content.
     with matplotlib.rc_context({"svg.hashsalt": "megatron_ext", "svg.fonttype": "path"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    return text[text.index("<svg") :]  # the doctype before it names a file of the W3C
+    return text[text.index("<svg") :]  # the doctype before it links to a file of the W3C
 
 
 def plain_text(text: str) -> str:
-    r"""Text that matplotlib shows as it is: no formula between two ``$``, no control characters.
+    r"""Escape text that matplotlib would show as a formula (``$``), and control characters.
 
     Args:
-        text: Of a checkpoint, perhaps.
+        text: Text that may come from a checkpoint.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown.replace("$", r"\$")
 
 
 def _distinct(curves: Sequence[Curve], values: str) -> list[tuple[str, Curve]]:
-    """Each line once, with what it stands for."""
+    """List the distinct lines with their names."""
     same: dict[tuple[Any, ...], list[Curve]] = {}
     for curve in curves:
         points = curve.iterations, getattr(curve, values)

@@ -1,4 +1,4 @@
-"""The files of a resume report that a run writes: JSON and text.
+"""Write the files of a resume report: JSON and text.
 
 ``python -m megatron_ext report`` makes the HTML page from the JSON, so that a run needs neither
 matplotlib nor Jinja2.
@@ -16,18 +16,18 @@ from ..base.text import printable
 from .resume_report import ResumeReport
 
 NAME = "resume-report"
-#: Where the report of a transition stays when restarts replace the other one.
+#: Name of the report of a transition, which a restart does not replace.
 TRANSITION_NAME = "transition-report-{iteration}"
 
 
 def writer(directory: Path) -> Callable[[ResumeReport], str]:
-    """What a `megatron_ext.resume.session.Resume` is given to write its report.
+    """Make the function with which a `megatron_ext.resume.session.Resume` writes its report.
 
     Args:
         directory: As for `write`.
 
     Returns:
-        A function that writes a report as `write` does and returns a line for the log, which names
+        A function that writes a report with `write` and returns a line for the log. The line names
         the files and the command that makes the page.
     """
 
@@ -41,22 +41,22 @@ def writer(directory: Path) -> Callable[[ResumeReport], str]:
 
 
 def write(report: ResumeReport, directory: Path) -> Sequence[Path]:
-    """Write a report into a directory; each file of an earlier one is replaced as a whole.
+    """Write a report to a directory. Each file of an earlier report is replaced atomically.
 
-    The report of a transition is written a second time, under the iteration at which the phase
-    began, so that a restart does not replace it. A page that was made from a file which is replaced
-    is removed first, so that it cannot be taken for the new report's.
+    The report of a transition is also written under the iteration at which the phase began, so that
+    a restart does not replace it. A page of a replaced file is removed first, so that it cannot be
+    mistaken for the new report's.
 
     Args:
-        report: What was done.
-        directory: Created if it does not exist.
+        report: The report.
+        directory: The directory. It is created if it does not exist.
 
     Returns:
         The files, the JSON first.
 
     Raises:
         OSError: A file cannot be written.
-        ValueError: The report has what JSON does not.
+        ValueError: The report has a number that JSON lacks.
     """
     content = json.dumps(report.to_json(), indent=2, allow_nan=False)
     lines = [*report.lines(), *report.scheduler_lines()]

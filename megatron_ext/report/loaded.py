@@ -1,4 +1,4 @@
-"""Count the tensors that a load brings back, so that one that kept nothing cannot pass."""
+"""Count the tensors that a load restores, so that a load without moments raises."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class LoadedState:
     """Counts of loaded tensors and elements, by state key.
 
     Args:
-        tensors: State key -> number of shards written on this rank (after `summed`: on all).
-        elements: State key -> number of elements in them.
-        nonfinite: Elements of the moments that are NaN or infinite.
-        keys: What has to arrive; of an optimizer that is not Adam all but ``param`` is ``state``.
+        tensors: State key -> number of shards written on this rank, or on all ranks after `summed`.
+        elements: State key -> number of elements in these shards.
+        nonfinite: Number of NaN and infinite elements of the moments.
+        keys: The keys to count. An optimizer other than Adam has ``param`` and ``state``, which is
+            everything else.
     """
 
     tensors: dict[str, int] = field(default_factory=dict)
@@ -30,7 +31,7 @@ class LoadedState:
     keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
 
     def add(self, tensors: Mapping[str, Any]) -> None:
-        """Count the tensors of one parameter shard (``param`` and the moments; not ``step``)."""
+        """Count the tensors of one parameter shard: ``param`` and the moments, but not ``step``."""
         for key, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor) and key != "step":
                 key = key if key in self.keys or "state" not in self.keys else "state"
@@ -38,7 +39,7 @@ class LoadedState:
                 self.elements[key] = self.elements.get(key, 0) + tensor.numel()
 
     def summed(self) -> LoadedState:
-        """The counts summed over all ranks; collective over the default process group.
+        """Sum the counts over all ranks; collective over the default process group.
 
         Replicas (tensor-parallel duplicates, ranks of a non-distributed optimizer) count on each
         rank that holds them.
@@ -54,10 +55,10 @@ class LoadedState:
         )
 
     def require_moments(self) -> None:
-        """Raise where moments were to be kept and none arrived.
+        """Raise if a moment was not loaded on any rank.
 
         Raises:
-            CheckpointError: A moment has no element on any rank.
+            CheckpointError: A moment has no loaded element on any rank.
         """
         missing = [k for k in self.keys[1:] if not self.elements.get(k)]
         if missing:

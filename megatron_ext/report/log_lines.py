@@ -1,4 +1,4 @@
-"""The report as lines for the log."""
+"""Format the report as log lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE_NAMES = {
 
 
 def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int) -> list[str]:
-    """What was done to one optimizer of the chain."""
+    """Format the report of one optimizer of the chain."""
     plan, loaded = report.plan, report.loaded
     title = f"resume of optimizer {number} of {count} ({report.kind})"
     lines = [f"megatron_ext: {title}"]
@@ -29,7 +29,7 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
-    lines += [f" > {one}" for one in report.resized if one.new]  # a warning says the others
+    lines += [f" > {one}" for one in report.resized if one.new]  # the others have a warning
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
     lines.append(f" > step: {plan.step} ({where})")
@@ -39,9 +39,9 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
             f" > param_group {group.index} ({parameters} parameters on rank {rank}; "
             f"saved group {where}: {group.note})"
         )
-        told = [d for d in group.decisions if d.key != "lr"]
-        lines += [_decision_line(d) for d in told if d.changed or d.reason != "default"]
-        same = [d.key for d in told if not d.changed and d.reason == "default"]
+        shown = [d for d in group.decisions if d.key != "lr"]
+        lines += [_decision_line(d) for d in shown if d.changed or d.reason != "default"]
+        same = [d.key for d in shown if not d.changed and d.reason == "default"]
         if same:
             lines.append(f" >   unchanged: {', '.join(same)}")
         if group.dropped:
@@ -52,7 +52,7 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
 
 
 def phase_lines(phase: Phase | None) -> list[str]:
-    """Whether a phase begins or goes on."""
+    """Format whether a phase begins or continues, and why."""
     if phase is None or phase.state == "none":
         return []
     title = {"applied": "TRANSITION APPLIED", "continued": "CONTINUED"}[phase.state]
@@ -69,7 +69,7 @@ _COUNTER_NAMES = {
 
 
 def counter_lines(counters: tuple[Counters, Counters] | None, phase: Phase | None) -> list[str]:
-    """Where the counters go on, and why."""
+    """Format the values at which the counters continue, and why."""
     if counters is None:
         return []
     before, after = (asdict(c) for c in counters)
@@ -120,7 +120,7 @@ def _unread_text(moments: MomentReport, key: str) -> str:
 
 
 def warnings_of(report: OptimizerReport) -> tuple[str, ...]:
-    """Everything a user should look at."""
+    """Collect the warnings of an optimizer: notes, the plan's warnings and idle rules."""
     of_moments = report.moments.warnings if report.moments is not None else ()
     return (*report.notes, *report.plan.warnings, *of_moments)
 

@@ -1,4 +1,4 @@
-"""What a resume did, as plain data."""
+"""The results of a resume, as plain data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .loaded import LoadedState
 
 @dataclass(frozen=True)
 class OptimizerReport:
-    """What was done to one Megatron optimizer.
+    """The results of a resume for one Megatron optimizer.
 
     Args:
-        kind: Class name of the Megatron optimizer and of the torch optimizer inside.
+        kind: Class names of the Megatron optimizer and of the torch optimizer inside.
         plan: The decisions.
-        loaded: Tensors and elements brought back, summed over all ranks.
-        parameters: For each param_group the number of parameters on rank 0.
-        moments: What was done to the moments; None where they are kept as they are.
-        notes: What else there is to say.
-        loss_scale: The checkpoint's and the one that goes on; None without a dynamic one.
-        resized: Parameters with another number of rows than in the checkpoint, on all ranks.
+        loaded: Counts of loaded tensors and elements, summed over all ranks.
+        parameters: Number of parameters of each param_group on this rank.
+        moments: Changes of the moments; None if the policy changes none.
+        notes: Further warnings.
+        loss_scale: The loss scale in the checkpoint and after the load; None without a dynamic one.
+        resized: Parameters whose number of rows differs from the checkpoint's, on all ranks.
     """
 
     kind: str
@@ -39,14 +39,14 @@ class OptimizerReport:
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What one rule did, on all ranks.
+    """The effect of one rule, on all ranks.
 
     Args:
-        rule: What it matches, as the policy has it; the preset for the elements that no rule names.
-        exp_avg: What was done to exp_avg.
-        exp_avg_sq: What was done to exp_avg_sq.
-        elements: Number of elements; one that several ranks hold counts on each.
-        examples: Some of the parameters that it matches, by name; none for the preset.
+        rule: Its match as in the policy; the preset for elements that no rule matches.
+        exp_avg: The moment rule for exp_avg.
+        exp_avg_sq: The moment rule for exp_avg_sq.
+        elements: Number of elements. An element that several ranks hold counts on each.
+        examples: Names of some parameters that it matches; empty for the preset.
     """
 
     rule: str
@@ -58,17 +58,17 @@ class RuleReport:
 
 @dataclass(frozen=True)
 class MomentReport:
-    """What was done to the moments of one Megatron optimizer, on all ranks.
+    """The changes of the moments of one Megatron optimizer, on all ranks.
 
     Args:
-        rules: One each, and one for the preset.
-        rms: For each moment its root mean square before and after.
-        changed: For each moment the number of elements with another value than before.
-        nonfinite: For each moment the number of NaN and infinite elements after.
-        unread: For each moment the number of elements that were not read, because they are
-            overwritten; the root mean square before and the number of changes are of the others.
-        norms_on_this_rank: Euclidean norms of exp_avg and exp_avg_sq after.
-        warnings: Rules that match nothing.
+        rules: One report for each rule, and one for the preset.
+        rms: Root mean square of each moment before and after.
+        changed: Number of elements of each moment whose value differs from before.
+        nonfinite: Number of NaN and infinite elements of each moment after.
+        unread: Number of elements of each moment that were not read, because they are overwritten.
+            The root mean square before and the number of changes do not include them.
+        norms_on_this_rank: Euclidean norms of exp_avg and exp_avg_sq after, on this rank.
+        warnings: A warning about rules that match nothing.
     """
 
     rules: tuple[RuleReport, ...]

@@ -1,4 +1,4 @@
-"""The report as one HTML page, made from its JSON document."""
+"""Make the HTML page of a report from its JSON document."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _STATES = {
 
 
 def html_page(document: Document, plots: Plots | None = None) -> str:
-    """The report as HTML.
+    """Make the HTML page of a report.
 
     Args:
-        document: Of `ResumeReport.to_json`, or read from ``resume-report.json``.
-        plots: Of `megatron_ext.report.plots.draw`; their SVG elements are taken as they are.
+        document: The result of `ResumeReport.to_json`, or the content of ``resume-report.json``.
+        plots: The result of `megatron_ext.report.plots.draw`. Its SVG elements are not escaped.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: The document is no report.
+        KeyError, TypeError, AttributeError, ValueError: The document is not a report.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -81,7 +81,7 @@ def _title(document: Document) -> str:
 
 
 def _summary(document: Document) -> list[str]:
-    """What happened, in three lines: from where, at what, and whether to look closer."""
+    """Summarize the resume in three lines: its source, its continuation and its warnings."""
     return [_from_where(document), _goes_on(document), _to_look_at(document)]
 
 

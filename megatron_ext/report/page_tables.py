@@ -1,4 +1,4 @@
-"""The tables of the report's page, made from the JSON document."""
+"""Make the tables of the report's page from the JSON document."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Row:
     """One row of a table.
 
     Args:
-        cells: Any values.
-        changed: Whether it stands out.
+        cells: The values, of any type.
+        changed: Whether the row is highlighted.
     """
 
     cells: tuple[Any, ...]
@@ -33,11 +33,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; one without rows is not shown.
+    """A table. The page does not show a table without rows.
 
     Args:
-        columns: Their names.
-        rows: As many cells each.
+        columns: The names of the columns.
+        rows: The rows, with one cell for each column.
     """
 
     columns: tuple[str, ...]
@@ -45,7 +45,7 @@ class Table:
 
 
 def text_of(value: Any) -> str:
-    """A value of the document as a reader wants it: six digits, brackets around several."""
+    """Format a value of the document with six digits, and a list in brackets."""
     if value is None:
         return "none"
     if isinstance(value, float):
@@ -56,7 +56,7 @@ def text_of(value: Any) -> str:
 
 
 def counters_table(document: Document) -> Table:
-    """The counters in the checkpoint and now."""
+    """Make the table of the counters in the checkpoint and after the load."""
     rows = [
         Row((name, c["checkpoint"], c["value"]), c["checkpoint"] != c["value"])
         for key, name in _COUNTERS.items()
@@ -66,7 +66,7 @@ def counters_table(document: Document) -> Table:
 
 
 def first_step_table(document: Document) -> Table:
-    """Learning rate and weight decay of the first resumed step."""
+    """Make the table of the first resumed step's learning rate and weight decay."""
     rows = [
         Row(
             (
@@ -81,7 +81,7 @@ def first_step_table(document: Document) -> Table:
 
 
 def scheduler_table(document: Document) -> Table:
-    """The values of the scheduler and where they come from."""
+    """Make the table of the scheduler's values and their sources."""
     scheduler = document["scheduler"] or {"values": {}}
     values = [
         Row(
@@ -101,7 +101,7 @@ def scheduler_table(document: Document) -> Table:
 
 
 def optimizer_section(optimizer: Document) -> dict[str, Any]:
-    """All tables of one optimizer."""
+    """Make all tables of one optimizer."""
     moments = optimizer["moments"]
     return {
         "kind": optimizer["kind"],
@@ -192,14 +192,14 @@ def _resized(optimizer: Document) -> Table:
 
 
 def _group(group: Document) -> dict[str, Any]:
-    told: list[Row] = []
+    shown: list[Row] = []
     folded: list[Row] = []
     for key, d in group["keys"].items():
-        # The scheduler decides lr, which is in the table of the first step.
+        # The scheduler sets lr, which is in the table of the first step.
         used = "set by the scheduler" if key == "lr" else d["value"]
         plain = (key, d["checkpoint"], d["argument"], used, d["taken"], d["reason"])
         stands_out = key != "lr" and (d["changed"] or d["reason"] != "default")
-        (told if stands_out else folded).append(Row(plain, stands_out and d["changed"]))
+        (shown if stands_out else folded).append(Row(plain, stands_out and d["changed"]))
     saved = group["saved_index"]
     where = "none" if saved is None else str(saved)
     columns = ("key", "checkpoint", "argument", "used", "from", "why")
@@ -207,14 +207,14 @@ def _group(group: Document) -> dict[str, Any]:
         "index": group["index"],
         "about": f"saved group {where}: {group['note']}; {group['parameters_on_rank_0']} "
         "parameters on rank 0",
-        "told": Table(columns, tuple(told)),
+        "told": Table(columns, tuple(shown)),
         "folded": Table(columns, tuple(folded)),
         "dropped": ", ".join(group["dropped_keys"]),
     }
 
 
 def phase_table(document: Document) -> Table:
-    """The phase, and what was asked."""
+    """Make the table of the phase and of its operations."""
     phase = document["phase"] or {}
     named = {
         "loaded checkpoint": phase.get("checkpoint"),
@@ -228,7 +228,7 @@ def phase_table(document: Document) -> Table:
 
 
 def environment_table(document: Document) -> Table:
-    """Versions, ranks and time."""
+    """Make the table of versions, ranks and time."""
     environment = document.get("environment") or {}
     return _named(
         [

@@ -1,7 +1,7 @@
-"""The plots of the resume report's page: both phases' schedule, and the moments before and after.
+"""Draw the plots of the resume report's page: the schedule of both phases, and the moments.
 
-Made from the report's JSON document. A plot that cannot be made does not stop the others: the page
-says why it is missing.
+The report's JSON document has the numbers. If a plot cannot be drawn, the others still are, and the
+page has the reason.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Keys of a param_group that come before the scheduler's own values.
+#: Keys of a param_group that take precedence over the scheduler's own values.
 _OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult")
-#: Without them a checkpoint's scheduler is not known.
+#: Values without which a checkpoint's scheduler cannot be run.
 _NEEDED = ("max_lr", "min_lr", "lr_decay_steps", "lr_decay_style")
 _BEFORE, _AFTER = "#999999", "#0072B2"
 
 
 @dataclass(frozen=True)
 class Plots:
-    """What the page shows besides its tables.
+    """The plots of the page.
 
     Args:
-        schedule: SVG element of learning rate and weight decay; empty where there is none.
-        moments: SVG element of the moments before and after; empty where they were kept.
-        absent: Why a plot is missing, in sentences.
+        schedule: SVG element of learning rate and weight decay; empty if it cannot be drawn.
+        moments: SVG element of the moments before and after; empty if they were kept.
+        absent: The reasons why plots are missing, as sentences.
     """
 
     schedule: str = ""
@@ -44,10 +44,10 @@ class Plots:
 
 
 def draw(document: Mapping[str, Any]) -> Plots:
-    """Draw what the document has the numbers for; does not raise.
+    """Draw the plots that the document has the numbers for. Does not raise.
 
     Args:
-        document: Of `ResumeReport.to_json`.
+        document: The result of `ResumeReport.to_json`.
     """
     absent: list[str] = []
 
@@ -56,7 +56,7 @@ def draw(document: Mapping[str, Any]) -> Plots:
             return make()
         except PlanError as e:
             absent.append(f"no plot of {what}: {e}")
-        except Exception as e:  # of matplotlib, or of a document from elsewhere
+        except Exception as e:  # matplotlib or a foreign document may cause any exception
             absent.append(f"no plot of {what}: {type(e).__name__}: {e}")
         return ""
 
@@ -66,17 +66,17 @@ def draw(document: Mapping[str, Any]) -> Plots:
 
 
 def curves_of(document: Mapping[str, Any]) -> tuple[Curve, ...]:
-    """Learning rate and weight decay of every param_group, before the checkpoint and from it on.
+    """Compute the learning rate and weight decay of every param_group in both phases.
 
     Args:
-        document: Of `ResumeReport.to_json`.
+        document: The result of `ResumeReport.to_json`.
 
     Returns:
-        Curves of phase 1, where the checkpoint's scheduler says enough, and of phase 2. Their first
-        and last points are where the run begins, is resumed, and ends.
+        The curves of phase 1, if the checkpoint has its scheduler's values, and those of phase 2.
+        Phase 1 ends and phase 2 begins at the resume.
 
     Raises:
-        PlanError: What is missing for the new phase's curves.
+        PlanError: The document lacks numbers for the curves of phase 2.
     """
     scheduler, counters = document["scheduler"], document["counters"]
     if scheduler is None or counters is None:
@@ -96,7 +96,7 @@ def curves_of(document: Mapping[str, Any]) -> tuple[Curve, ...]:
 
 
 def _before(document: Mapping[str, Any], batch: int | None) -> tuple[Curve, ...]:
-    """What the checkpoint's scheduler did up to the checkpoint, as far as it says."""
+    """Compute the curves of the checkpoint's run; empty if its scheduler is not known."""
     scheduler, counters = document["scheduler"], document["counters"]
     done, position = (counters[key]["checkpoint"] for key in ("iteration", "num_steps"))
     if not done or not position or any(_saved(scheduler, name) is None for name in _NEEDED):
@@ -109,7 +109,7 @@ def _before(document: Mapping[str, Any], batch: int | None) -> tuple[Curve, ...]
         ]
         for o in document["optimizers"]
     ]
-    # Its scheduler may have been restarted, or not, when the iterations were counted from 0 again.
+    # When the iterations were reset to 0, the scheduler may or may not have been restarted.
     begin = max(0, position - done * batch) if batch else 0
     try:
         curves = phase_curves(
@@ -119,7 +119,7 @@ def _before(document: Mapping[str, Any], batch: int | None) -> tuple[Curve, ...]
             [[bounds for _, bounds in groups] for groups in places],
             Span(0, done, begin, position),
         )
-    except PlanError:  # of another version of Megatron
+    except PlanError:  # another version of Megatron may have saved other values
         return ()
     return tuple(replace(c, group=places[c.optimizer][c.group][0]) for c in curves)
 
@@ -129,7 +129,7 @@ def _saved(scheduler: Mapping[str, Any], name: str) -> Any:
 
 
 def _schedule_values(scheduler: Mapping[str, Any], side: str) -> Any:
-    """What the scheduler is built with; what a checkpoint does not save is taken as unchanged."""
+    """Build the scheduler's arguments. Values that are not saved are assumed to be unchanged."""
     known = {f.name for f in fields(ScheduleValues)}
     values = {name: v for name, v in scheduler["values"].items() if name in known}
     chosen = {name: v["value"] if v[side] is None else v[side] for name, v in values.items()}
@@ -180,7 +180,7 @@ def _moments_figure(states: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure:
 
 
 def _bars(axes: Axes, states: Sequence[Mapping[str, Any]]) -> None:
-    """A pair of horizontal bars for each optimizer, with the numbers."""
+    """Draw a pair of horizontal bars for each optimizer, with the numbers."""
     sides = (("rms_before", -0.19, _BEFORE, "before"), ("rms_after", 0.19, _AFTER, "after"))
     numbers = [[_number(state[name]) for state in states] for name, *_ in sides]
     finite = [x for side in numbers for x in side if x is not None and math.isfinite(x)]
@@ -194,20 +194,20 @@ def _bars(axes: Axes, states: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A number of the document; infinite ones are written as text there."""
+    """Convert a number of the document, which has infinite numbers as text."""
     return None if value is None else float(value)
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """An SVG document as an element of an HTML page.
+    """Convert an SVG document to an element of an HTML page.
 
     Args:
-        svg: As `megatron_ext.report.figures.svg` gives it.
-        prefix: Goes before every id: two figures of a page have the same ones.
-        label: What the figure shows, for who does not see it.
+        svg: The result of `megatron_ext.report.figures.svg`.
+        prefix: Prefix of every id, because two figures on a page have the same ids.
+        label: Description of the figure for screen readers.
 
     Returns:
-        The element without what only a file needs: namespaces, metadata, comments.
+        The element without namespaces, metadata and comments, which only a file needs.
     """
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(?::\w+)?="[^"]*"', "", text)

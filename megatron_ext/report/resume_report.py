@@ -1,4 +1,4 @@
-"""The report of one resume of one run: as lines, and as plain data."""
+"""The report of one resume of one run, as log lines and as plain data."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SCHEMA = "megatron_ext/resume-report/1"
 
 @dataclass
 class ResumeReport:
-    """What was done in one resume, over all optimizers of the run.
+    """The results of one resume, over all optimizers of the run.
 
     Args:
         megatron: Version of megatron-core.
         optimizers: One report per Megatron optimizer, in the order of the chain.
         scheduler: Values after the scheduler was loaded: the first resumed step's lr and weight
             decay per group, ``num_steps`` in samples, and the source of every attribute.
-        counters: The checkpoint's and those the run goes on with, where Megatron's training loop
-            loaded.
-        environment: Versions of Python and torch, number of ranks, and when; None where the
-            optimizer is a live one.
+        counters: The counters in the checkpoint and after the load; None without Megatron's
+            training loop.
+        environment: Versions of Python and torch, number of ranks and time; None for a live
+            optimizer.
     """
 
     megatron: str
@@ -38,14 +38,14 @@ class ResumeReport:
 
     @property
     def phase(self) -> Phase | None:
-        """Whether a phase begins or goes on."""
+        """The phase that begins or continues."""
         return self.optimizers[0].plan.phase if self.optimizers else None
 
     def lines(self, rank: int = 0) -> list[str]:
-        """The report as log lines.
+        """Format the report as log lines.
 
         Args:
-            rank: Whose report it is: parameters are counted on it.
+            rank: The rank on which the parameters were counted.
         """
         out = [*phase_lines(self.phase), *counter_lines(self.counters, self.phase)]
         for number, report in enumerate(self.optimizers):
@@ -53,7 +53,7 @@ class ResumeReport:
         return out
 
     def scheduler_lines(self) -> list[str]:
-        """The first resumed step as log lines."""
+        """Format the first resumed step as log lines."""
         if self.scheduler is None:
             return []
         first = self.scheduler["first_step"]
@@ -64,7 +64,7 @@ class ResumeReport:
         ]
 
     def to_json(self) -> ReportDocument:
-        """The report as plain data."""
+        """Build the JSON document of the report."""
         return {
             "schema": SCHEMA,
             "megatron_ext": __version__,

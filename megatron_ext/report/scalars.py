@@ -1,26 +1,26 @@
-"""The numbers of a resume report by name, for TensorBoard and W&B. Pure."""
+"""Name the numbers of a resume report for TensorBoard and W&B. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: Before every name.
+#: Prefix of every name.
 PREFIX = "megatron_ext"
-#: Keys of a param_group that are numbers, next to betas.
+#: Keys of a param_group that are numbers. betas is handled separately.
 _OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd", "eps")
 
 
 def scalars(document: Mapping[str, Any]) -> dict[str, float]:
-    """What a resume starts from, by name.
+    """Collect the numbers from which a resumed run starts, by name.
 
     Names are ``megatron_ext/warnings``, ``megatron_ext/counter/<name>``,
-    ``megatron_ext/optimizer_<n>/<name>`` and ``megatron_ext/optimizer_<n>/group_<i>/<name>``;
-    ``lr`` and ``weight_decay`` of a group are the first resumed step's, the RMS of a moment is over
+    ``megatron_ext/optimizer_<n>/<name>`` and ``megatron_ext/optimizer_<n>/group_<i>/<name>``.
+    ``lr`` and ``weight_decay`` of a group are the first resumed step's. The RMS of a moment is over
     all its elements on all ranks.
 
     Args:
-        document: Of `ResumeReport.to_json`.
+        document: The result of `ResumeReport.to_json`.
     """
     return {f"{PREFIX}/{name}": float(value) for name, value in _named(document)}
 

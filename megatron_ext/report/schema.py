@@ -1,4 +1,4 @@
-"""The JSON document of a resume's report, as types."""
+"""Types of the JSON document of a resume's report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .schema_parts import (
 
 
 class EnvironmentDocument(TypedDict):
-    """Where and when the resume was done.
+    """The environment and the time of the resume.
 
     Attributes:
         python: Version of Python.
         torch: Version of torch.
         ranks: Number of ranks of the job.
-        time: When the moments were in place: ISO 8601, in UTC.
+        time: Time at which all optimizers were loaded, in ISO 8601 and UTC.
     """
 
     python: str
@@ -34,13 +34,12 @@ class EnvironmentDocument(TypedDict):
 
 
 class LengthDocument(TypedDict):
-    """Where the run ends and what an iteration takes.
+    """The length of the run and its batch size.
 
     Attributes:
-        train_iters: Iteration at which the run ends; null where Megatron's training loop does not
-            run.
-        global_batch_size: Samples of an iteration: the checkpoint's run and this one; null where it
-            is not known or not constant.
+        train_iters: Iteration at which the run ends; null without Megatron's training loop.
+        global_batch_size: Samples per iteration in the checkpoint's run and in this one; null if
+            the number is unknown or not constant.
     """
 
     train_iters: Count | None
@@ -54,7 +53,7 @@ class SchedulerDocument(LengthDocument):
         num_steps: Its position, in samples (iterations times global batch size).
         values: Its attributes by name. Attributes that end in _steps are in samples, learning rates
             and weight decay are dimensionless, styles are names.
-        first_step: What the first resumed step uses, per optimizer and param_group.
+        first_step: Values of the first resumed step, per optimizer and param_group.
     """
 
     num_steps: Count
@@ -63,19 +62,19 @@ class SchedulerDocument(LengthDocument):
 
 
 class ReportDocument(Versioned):
-    """What one resume did to every optimizer of a run and to its scheduler.
+    """The results of one resume for every optimizer of a run and for its scheduler.
 
-    It is resume-report.json, written by rank 0.
+    Rank 0 writes it to resume-report.json.
 
     Attributes:
-        megatron_ext: Version of megatron_ext that did the resume.
-        megatron_core: Version of megatron-core that the run used.
-        environment: Where and when the resume was done; null of a live optimizer.
-        policy: What was asked for; null if no optimizer took part.
-        phase: Whether a phase begins here or goes on; null if no optimizer took part, or of a live
+        megatron_ext: Version of megatron_ext.
+        megatron_core: Version of megatron-core.
+        environment: The environment and the time of the resume; null for a live optimizer.
+        policy: The user's policy; null if no optimizer took part.
+        phase: The phase that begins or continues; null if no optimizer took part, or for a live
             optimizer.
-        counters: Where the run was and where it goes on; null where Megatron's training loop did
-            not load.
+        counters: The counters in the checkpoint and after the load; null without Megatron's
+            training loop.
         optimizers: One entry per Megatron optimizer, in the order of the chain.
         scheduler: The learning rate and weight decay scheduler after its state was loaded; null
             until then.

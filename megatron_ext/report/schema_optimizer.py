@@ -1,4 +1,4 @@
-"""What a resume's report says of one optimizer, as types."""
+"""Types of one optimizer's part of a resume's report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .schema_parts import DecisionDocument, GroupDocument, StepDocument, Value
 
 
 class AdamTensorsDocument(TypedDict):
-    """Of Adam.
+    """The state tensors of Adam.
 
     Attributes:
         param: The fp32 master weights.
@@ -25,11 +25,11 @@ class AdamTensorsDocument(TypedDict):
 
 
 class OtherTensorsDocument(TypedDict):
-    """Of an optimizer that is not Adam.
+    """The state tensors of an optimizer other than Adam.
 
     Attributes:
         param: The fp32 master weights.
-        state: All of its state.
+        state: All other state.
     """
 
     param: Count
@@ -37,7 +37,7 @@ class OtherTensorsDocument(TypedDict):
 
 
 class NothingLoadedDocument(TypedDict):
-    """Nothing was loaded: the state is that of the running optimizer."""
+    """The state tensors of a live optimizer, for which nothing was loaded."""
 
 
 _PerStateTensor = Annotated[
@@ -51,7 +51,7 @@ _PerStateTensor = Annotated[
 
 
 class LoadedDocument(TypedDict):
-    """Optimizer tensors brought back from the checkpoint, summed over all ranks.
+    """Counts of optimizer tensors that were loaded from the checkpoint, summed over all ranks.
 
     Attributes:
         tensors: Number of shards, by state tensor.
@@ -63,15 +63,17 @@ class LoadedDocument(TypedDict):
 
 
 class ResizedDocument(TypedDict):
-    """One parameter with another number of rows, unsharded; padding rows count.
+    """One unsharded parameter whose number of rows differs from the checkpoint's.
+
+    The numbers of rows include padding.
 
     Attributes:
         parameter: Global name.
-        checkpoint_rows: Rows that the checkpoint has.
-        rows: Rows that the model has.
-        new_rows: Rows from checkpoint_rows on: their weights stay as initialised; their moments are
-            0 before the policy's rules.
-        dropped_rows: Rows of the checkpoint from rows on, which are not loaded.
+        checkpoint_rows: Number of rows in the checkpoint.
+        rows: Number of rows in the model.
+        new_rows: Number of rows that only the model has. Their weights stay as initialised, and
+            their moments are 0 before the policy's rules.
+        dropped_rows: Number of rows that only the checkpoint has. They are not loaded.
     """
 
     parameter: str
@@ -95,12 +97,12 @@ class MomentStateDocument(TypedDict):
     """One moment, over all ranks.
 
     Attributes:
-        rms_before: Root mean square before, of the elements that were read; null if none was.
-        rms_after: And after.
-        changed: Elements with another value than before, of those that were read.
-        nonfinite: NaN and infinite elements after.
-        unread: Elements that were not read from the checkpoint, because all of their parameter are
-            overwritten.
+        rms_before: Root mean square before, over the elements that were read; null if none was.
+        rms_after: Root mean square after.
+        changed: Number of read elements whose value differs from before.
+        nonfinite: Number of NaN and infinite elements after.
+        unread: Number of elements that were not read from the checkpoint, because the whole moment
+            of their parameter is overwritten.
     """
 
     rms_before: Value
@@ -111,7 +113,7 @@ class MomentStateDocument(TypedDict):
 
 
 class BothMomentsDocument(TypedDict):
-    """Each moment as a whole.
+    """Statistics of each moment over all elements.
 
     Attributes:
         exp_avg: The first moments.
@@ -123,13 +125,13 @@ class BothMomentsDocument(TypedDict):
 
 
 class MomentsDocument(TypedDict):
-    """What was done to the moments, on all ranks.
+    """The changes of the moments, on all ranks.
 
     An element that several ranks hold counts on each.
 
     Attributes:
-        rules: The policy's rules in order, then its preset for the elements that no rule names.
-        state: Each moment as a whole.
+        rules: The policy's rules in order, then its preset for elements that no rule matches.
+        state: Statistics of each moment over all elements.
     """
 
     rules: list[RuleReport]
@@ -140,8 +142,8 @@ class LossScaleDocument(TypedDict):
     """The loss scale.
 
     Attributes:
-        checkpoint: In the checkpoint.
-        value: What the run goes on with.
+        checkpoint: The loss scale in the checkpoint.
+        value: The loss scale after the load.
     """
 
     checkpoint: float
@@ -149,23 +151,24 @@ class LossScaleDocument(TypedDict):
 
 
 class OptimizerDocument(TypedDict):
-    """What was done to one Megatron optimizer.
+    """The results of a resume for one Megatron optimizer.
 
     Attributes:
-        kind: Class name of the Megatron optimizer and of the torch optimizer inside, as "A over B".
+        kind: Class names of the Megatron optimizer and of the torch optimizer inside, as "A over
+            B".
         plan_digest: SHA-256 of all decisions in hexadecimal digits; the same on every rank.
         step: Adam's step, the exponent in the bias correction.
-        loaded: Optimizer tensors brought back from the checkpoint, summed over all ranks. Replicas
-            count on each rank that holds them.
-        resized: Parameters with another number of rows than in the checkpoint: a vocabulary of
-            another size.
-        unused_saved_groups: Positions of the checkpoint's param_groups that no current param_group
-            goes on from.
+        loaded: Counts of optimizer tensors that were loaded from the checkpoint, summed over all
+            ranks. Replicas count on each rank that holds them.
+        resized: Parameters whose number of rows differs from the checkpoint's, because the
+            vocabulary has another size.
+        unused_saved_groups: Positions of the checkpoint's param_groups that correspond to no
+            current one.
         groups: One entry per current param_group, in order.
-        moments: What was done to exp_avg and exp_avg_sq; null where all are kept.
-        loss_scale: fp16's loss scale; null without a dynamic one.
-        clip_grad: Gradient clipping, where a preset changes it; else null.
-        warnings: What a user should look at, with the number.
+        moments: Changes of exp_avg and exp_avg_sq; null if the policy changes none.
+        loss_scale: The loss scale of fp16; null without a dynamic one.
+        clip_grad: Gradient clipping if a preset changes it, else null.
+        warnings: Warnings, with the size of the effect.
     """
 
     kind: str

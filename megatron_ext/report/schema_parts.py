@@ -1,4 +1,4 @@
-"""What the documents of a resume's report and of a plan have in common, as types."""
+"""Types that the documents of a resume's report and of a plan share."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class StepDocument(TypedDict):
     """Adam's step, the exponent in the bias correction.
 
     Attributes:
-        value: Optimizer steps that the resume goes on from; null if none was taken yet.
+        value: The step after the resume; null if none was taken yet.
         checkpoint: The checkpoint's step; null if none was taken yet.
-        taken: checkpoint: as it was. policy: reset or set.
+        taken: checkpoint if the step is the saved one, policy if it was reset or set.
     """
 
     value: Count | None
@@ -39,13 +39,13 @@ class StepDocument(TypedDict):
 
 
 class ScheduledValueDocument(TypedDict):
-    """Where one attribute of the scheduler comes from.
+    """The source and value of one attribute of the scheduler.
 
     Attributes:
-        checkpoint: The saved value; null where the checkpoint has none.
-        argument: The value that the current arguments give.
+        checkpoint: The saved value; null if the checkpoint has none.
+        argument: The value of the current arguments.
         value: The value that is used.
-        taken: Which of the two it is.
+        taken: The source that is used.
     """
 
     checkpoint: Value
@@ -55,16 +55,15 @@ class ScheduledValueDocument(TypedDict):
 
 
 class DecisionDocument(TypedDict):
-    """Where one value of one param_group comes from.
+    """The source and value of one key of one param_group.
 
     Attributes:
-        checkpoint: The saved value; null where the checkpoint has none.
-        argument: The current value; null where the current group has none.
+        checkpoint: The saved value; null if the checkpoint has none.
+        argument: The current value; null if the current group has none.
         value: The value that is used.
-        taken: Which it is: that of the arguments, that of the checkpoint, or what a preset makes of
-            the argument.
+        taken: The source that is used; preset if a preset computes the value from the argument.
         changed: Whether the value differs from the saved one.
-        reason: Why it was taken: default, or the flag that asked for it and what came of it.
+        reason: The reason in one phrase, such as default or the flag that decided.
     """
 
     checkpoint: Value
@@ -80,11 +79,10 @@ class GroupDocument(TypedDict):
 
     Attributes:
         index: Position among the current optimizer's param_groups, from 0.
-        saved_index: Position of the checkpoint's param_group that it goes on from; null if there is
-            none.
-        note: How that param_group was found, or why there is none.
-        dropped_keys: Keys that only the checkpoint's param_group has and that are not used.
-        keys: One decision per key of the param_group (without params and step).
+        saved_index: Position of its counterpart in the checkpoint; null without one.
+        note: How the counterpart was found, or why there is none.
+        dropped_keys: Keys of the counterpart that the current param_group neither has nor gets.
+        keys: One decision per key of the param_group, without params and step.
     """
 
     index: Count
@@ -101,19 +99,18 @@ _From = TypedDict("_From", {"from": str | None})
 
 
 class PhaseDocument(_From):
-    """What a resume is, with regard to phases.
+    """The phase of a resume.
 
     Attributes:
-        state: applied: the phase begins here. continued: the checkpoint is the phase's own, and
-            nothing that must happen once was done again. none: no such thing was asked for.
-        why: In one sentence.
-        name: Name of the phase that the checkpoints to come carry; empty without one, null outside
-            of any phase.
-        from: The checkpoint that phase started from: name, iteration and digest.
-        checkpoint: The checkpoint that was loaded: name, iteration and digest; null where it has
-            none.
-        operations: What was asked for that must not be done twice.
-        digest: Digest of the operations of that phase.
+        state: applied if the phase begins here; continued if the checkpoint belongs to the phase,
+            so that no one-time operation was repeated; none if none was requested.
+        why: The reason in one sentence.
+        name: Name of the phase in later checkpoints; empty if it has no name, null outside of any
+            phase.
+        from: The checkpoint from which the phase started, as name, iteration and digest.
+        checkpoint: The loaded checkpoint, as name, iteration and digest; null if it has none.
+        operations: The one-time operations that were requested.
+        digest: Digest of the operations of the phase.
     """
 
     state: Literal["none", "applied", "continued"]
@@ -128,8 +125,8 @@ class CounterDocument(TypedDict):
     """One counter.
 
     Attributes:
-        checkpoint: In the checkpoint; null where it has none.
-        value: What the run goes on with.
+        checkpoint: The value in the checkpoint; null if it has none.
+        value: The value after the load.
     """
 
     checkpoint: int | None
@@ -142,7 +139,7 @@ class RunCountersDocument(TypedDict):
     Attributes:
         iteration: Training iterations done.
         consumed_train_samples: Data position, in samples.
-        skipped_train_samples: Of these, how many were skipped.
+        skipped_train_samples: Number of these samples that were skipped.
         consumed_valid_samples: Position in the validation data, in samples.
         num_steps: Position of the schedule, in samples.
     """
