@@ -1,7 +1,7 @@
-"""Moment rules: what can be done to exp_avg and exp_avg_sq, one module a rule.
+"""Moment rules for exp_avg and exp_avg_sq, with one module per rule.
 
-A policy names a `Rule` (`parse`, `write`); planning resolves it with what the checkpoint knows into
-an `ElementRule`, which the fused op applies. Everything else that knows rules asks the registry.
+A policy names a `Rule` (`parse`, `write`). Planning resolves it, with values from the checkpoint,
+to an `ElementRule`, which the fused op applies. All other code finds rules in the registry.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pkgutil
 from .elementwise import KEEP, RESET, Fill, Floor, Keep, Scale
 
 # isort: split
-# The rules above are the first in every list; these follow.
+# The rules imported above come first in every list, and those below follow.
 from . import registry
 from .base import ElementRule, Rule, Statistic
 from .batch_size import BatchRatio, BatchSize
@@ -49,9 +49,9 @@ __all__ = [
     "write",
 ]
 
-# Every module of the package is imported, so that a rule's own file is all it takes to add one.
+# Every module of the package is imported, so that adding a rule's file is enough to register it.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-#: How each rule is written, and what it does.
+#: The text of each form of a rule -> its description.
 GRAMMAR = registry.grammar()

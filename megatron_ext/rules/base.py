@@ -1,10 +1,10 @@
-r"""What a moment rule is: its forms, what it becomes for a checkpoint, and its arithmetic.
+r"""Base classes of moment rules: forms, resolution for a checkpoint, and arithmetic.
 
-No torch is needed to import a rule, because a policy is read without it: the references use the
-operators and methods of the tensors they are given, and torch is imported for type checkers only.
+Importing a rule does not import torch, because a policy is read without it. The references use only
+operators and methods of their tensors, and torch is imported only for type checkers.
 
-Notation: m = exp_avg, v = exp_avg_sq (the raw moving averages), t = step, b1 and b2 = betas,
-primes mark the new phase.
+Notation: m = exp_avg and v = exp_avg_sq (the raw moving averages), t = step, b1 and b2 = betas.
+Primes mark the new phase.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ RowStatistic = Literal["mean", "median", "column-mean"]
 StatisticKind = Literal[RowStatistic, "quantile"]
 Spans = tuple[tuple[int, int], ...]
 
-#: How the kernels go through the elements of a rule: they leave them alone; one value at a time;
-#: with the element's global index; with exp_avg beside exp_avg_sq, which such a rule is for.
+#: How the kernels apply a rule. ``kept`` changes no element. ``pointwise`` needs only the element's
+#: value, and ``positional`` its global index too. ``joint`` is for exp_avg_sq and reads exp_avg.
 Kind = Literal["kept", "pointwise", "positional", "joint"]
 
 
 @dataclass(frozen=True, order=True)
 class Statistic:
-    """A number about one moment of one unsharded parameter, before anything is changed.
+    """A statistic of one moment of one unsharded parameter, before any change.
 
     Args:
-        parameter: Its name.
-        key: Which moment.
-        kind: ``mean``, ``median`` or ``column-mean``; ``quantile``: of abs(x).
-        rows: First row and one past the last of each range that is looked at.
+        parameter: The parameter's name.
+        key: The moment.
+        kind: ``mean``, ``median``, ``column-mean``, or ``quantile``, which is of abs(x).
+        rows: First row and one past the last of each range that the statistic covers.
         fraction: p of the quantile.
-        factor: The statistic is multiplied by it: what those rows are multiplied by.
+        factor: The factor by which the rows are scaled. The statistic is multiplied by it.
     """
 
     parameter: str
@@ -48,17 +48,17 @@ class Statistic:
     fraction: float = 0.0
     factor: float = 1.0
 
-    # What a rule says of itself, said of one that is not known yet.
+    # These attributes of a rule hold for the rule that the statistic will become.
     reads_old: ClassVar[bool] = True
     multiplier: ClassVar[None] = None
 
 
 class Context(Protocol):
-    """What a rule may ask about the checkpoint and the plan, for one moment of one parameter."""
+    """Values of the checkpoint and the plan for a rule, for one moment of one parameter."""
 
     @property
     def key(self) -> Key:
-        """Which moment."""
+        """The moment."""
 
     @property
     def name(self) -> str:
@@ -66,37 +66,37 @@ class Context(Protocol):
 
     @property
     def saved_step(self) -> int | None:
-        """T of the moments, where the checkpoint has one."""
+        """Step t of the saved moments; None if the checkpoint has none."""
 
     @property
     def next_step(self) -> int | None:
-        """T after the resume."""
+        """Step t after the resume."""
 
     def step(self) -> int:
-        """T of the moments; raises PlanError where it is 0 or unknown."""
+        """Return step t of the saved moments. Raises PlanError if it is 0 or unknown."""
 
     def saved_betas(self) -> tuple[float, float]:
-        """b1 and b2 with which the moments were made; raises PlanError where unknown."""
+        """Return b1 and b2 of the saved moments. Raises PlanError if they are unknown."""
 
     def next_betas(self) -> tuple[float, float]:
-        """b1 and b2 after the resume; raises PlanError where there are none."""
+        """Return b1 and b2 after the resume. Raises PlanError if there are none."""
 
     def own_rows(self) -> Spans:
-        """The rows that the rule is for and the checkpoint has."""
+        """Return the rows that the rule covers and the checkpoint has."""
 
     def kept_rows(self, text: str) -> tuple[Spans, float]:
-        """The rows that are kept or scaled, and their factor; raises PlanError without any."""
+        """Return the rows that are kept or scaled, and their factor. Raises PlanError if none."""
 
     def error(self, text: str) -> PlanError:
-        """An error that names the rule and the parameter."""
+        """Make an error that names the rule and the parameter."""
 
 
 class Operands(Protocol):
-    """What the reference of a rule may ask of a segment."""
+    """Values of a segment for the reference of a rule."""
 
     @property
     def exp_avg(self) -> torch.Tensor:
-        """exp_avg of the same elements, fp32, for a joint rule."""
+        """The old exp_avg of the same elements, fp32, for a joint rule."""
 
     @property
     def coefficients(self) -> Sequence[float]:
@@ -104,23 +104,24 @@ class Operands(Protocol):
 
     @property
     def exact(self) -> Sequence[float]:
-        """The same in float64."""
+        """The rule's coefficients in float64."""
 
     @property
     def stream_key(self) -> int:
-        """As `ElementRule.stream_key` gave it."""
+        """The result of `ElementRule.stream_key`."""
 
     def index(self) -> torch.Tensor:
-        """The elements' int64 indices in the unsharded parameter, for a positional rule."""
+        """Compute the elements' int64 indices in the unsharded parameter, for a positional rule."""
 
 
 class Rule:
-    """A rule for moments; a frozen dataclass with `megatron_ext.rules.registry.register` above it.
+    """A moment rule: a frozen dataclass that `megatron_ext.rules.registry.register` decorates.
 
     Attributes:
-        forms: How a policy writes it; empty for an element rule that only other rules become.
-        keeps_bias: Whether it leaves the moment with the bias towards 0 that it has, so that Adam's
-            bias correction for the old step still fits.
+        forms: The forms in which a policy writes it. Empty for an element rule that only other
+            rules resolve to.
+        keeps_bias: Whether the moment keeps its bias towards 0, so that Adam's bias correction for
+            the old step is still valid.
         reads_old: Whether the result depends on the old values of the moments.
         statistics: The kinds of `Statistic` that `resolve` returns.
     """
@@ -131,30 +132,30 @@ class Rule:
     statistics: ClassVar[tuple[StatisticKind, ...]] = ()
 
     def resolve(self, context: Context) -> ElementRule | Statistic:
-        """What is done to one element, with what only the checkpoint knows.
+        """Resolve the rule to an element rule, with values from the checkpoint.
 
         Args:
-            context: One moment of one parameter.
+            context: The values for one moment of one parameter.
 
         Returns:
-            An element rule, or the statistic that `of_statistic` makes one from.
+            An element rule, or the statistic from which `of_statistic` makes one.
 
         Raises:
-            PlanError: The checkpoint does not have what the rule needs.
+            PlanError: The checkpoint lacks a value that the rule needs.
         """
         raise NotImplementedError
 
     @staticmethod
     def of_statistic(value: float) -> ElementRule:
-        """The element rule for a statistic of one of the kinds in `statistics`."""
+        """Make the element rule from the value of a statistic of a kind in `statistics`."""
         raise NotImplementedError
 
     @property
     def form(self) -> Form:
-        """How this one is written.
+        """The form in which this rule is written.
 
         Raises:
-            PolicyError: It cannot be written.
+            PolicyError: The rule has no such form.
         """
         values = tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         for form in self.forms:
@@ -164,23 +165,23 @@ class Rule:
 
     @property
     def makes_negative(self) -> bool:
-        """Whether it makes some numbers of at least 0 negative, which exp_avg_sq must not be."""
+        """Whether it can make a value of at least 0 negative, which exp_avg_sq must not be."""
         return False
 
     @property
     def refusal(self) -> str:
-        """Why no policy can ask for it as it is; empty if it can."""
+        """The reason why a policy cannot request the rule with these values; empty if it can."""
         return ""
 
 
 class ElementRule(Rule):
-    """A rule that the fused op applies, one element by itself.
+    """A rule that the fused op applies to each element.
 
     Attributes:
-        name: As in the list of ``csrc/element_rule.h``.
-        code: Its number there and in the segment table.
-        kind: How the kernels go through it.
-        coefficient_names: What each of `coefficients` is.
+        name: Its name in the list of ``csrc/element_rule.h``.
+        code: Its number in that list and in the segment table.
+        kind: How the kernels apply it.
+        coefficient_names: The name of each of `coefficients`.
     """
 
     name: ClassVar[str]
@@ -189,47 +190,47 @@ class ElementRule(Rule):
     coefficient_names: ClassVar[tuple[str, ...]]
 
     def resolve(self, context: Context) -> ElementRule | Statistic:
-        """Itself: nothing of the checkpoint is needed."""
+        """Return the rule itself, because it needs no value from the checkpoint."""
         return self
 
     def coefficients(self) -> tuple[float, ...]:
-        """The numbers that the kernels work with."""
+        """Return the coefficients that the kernels use."""
         raise NotImplementedError
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """The rule's arithmetic, written down once: what the kernels repeat bit for bit.
+        """Apply the rule in plain torch. The kernels give the same bits.
 
         Args:
-            x: The moment's old values, fp32; not changed.
-            operands: What else it needs.
+            x: The moment's old values, fp32. They are not modified.
+            operands: Other values of the segment.
 
         Returns:
-            The new values, fp32, every operation rounded by itself.
+            The new values, fp32. Every operation is rounded separately.
         """
         raise NotImplementedError
 
     @classmethod
     def coefficient_refusal(cls, exact: Sequence[float]) -> str:
-        """What is wrong with coefficients that a caller of the op has put into the table."""
+        """Describe invalid coefficients in a caller's segment table; empty if they are valid."""
         return ""
 
     def stream_key(self, parameter: int) -> int:
-        """Key of the rule's random stream for a parameter, signed 64 bits; 0: it has none."""
+        """Return the key of a parameter's random stream, signed 64 bits; 0 without a stream."""
         return 0
 
     @property
     def multiplier(self) -> float | None:
-        """The one number that every element is multiplied by; None if it is not that."""
+        """The factor, if the rule multiplies every element by one factor; else None."""
         return None
 
     @property
     def fills_zeros(self) -> bool:
-        """Whether it decides what an element of 0 becomes, as the moments of a new row are."""
+        """Whether the policy decides the value of an element that was 0, as in new rows."""
         return False
 
 
 def require(condition: bool, name: str, found: object, expected: str) -> None:
-    """Raise PolicyError where a rule is given a number that makes no sense."""
+    """Raise PolicyError if a value of a rule is invalid."""
     if not condition:
         raise PolicyError(f"{name} is {found!r}; it must be {expected}")

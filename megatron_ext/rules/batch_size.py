@@ -1,4 +1,4 @@
-r"""The rule for exp_avg_sq where the batch size changes; experimental."""
+r"""The experimental rule for exp_avg_sq after a change of the batch size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class BatchSize(ElementRule):
-    r"""exp_avg_sq after the batch size was multiplied by k; experimental. exp_avg is kept.
+    r"""Rescale exp_avg_sq for a batch k times as large; experimental. exp_avg must be kept.
 
     v estimates the squared gradient plus its variance, and only the variance shrinks with the
-    batch. The mean of m over its window tells the two apart:
+    batch. Since m averages the gradient over a window, the two can be separated:
 
     .. math::
 
@@ -31,13 +31,13 @@ class BatchSize(ElementRule):
 
         v' = (1 - b_2^t) \left(g^2 + (\hat v - g^2) / k\right)
 
-    Its bias grows with k: at a signal-to-noise ratio of 0 about -2% at k = 1/4, +8% at 4, +39% at
-    16.
+    The bias of the result grows with k. At a signal-to-noise ratio of 0 it is about -2% at k = 1/4,
+    +8% at 4 and +39% at 16.
 
     Args:
-        ratio: k = new batch size / old batch size, > 0.
-        betas: b1 and b2 with which the moments were made; b1 in (0, 1), b2 in [0, 1).
-        step: t of the moments, at least 1.
+        ratio: k = new batch size / old batch size, above 0.
+        betas: b1 in (0, 1) and b2 in [0, 1) of the saved moments.
+        step: t of the saved moments, at least 1.
     """
 
     ratio: float
@@ -61,7 +61,7 @@ class BatchSize(ElementRule):
         require(self.step >= 1, "BatchSize.step", self.step, "at least 1")
 
     def coefficients(self) -> tuple[float, ...]:
-        """What of the formula does not depend on the element."""
+        """Return the parts of the formula that do not depend on the element."""
         (b1, b2), step = self.betas, self.step
         c = (1 - b1) / (1 + b1)
         corrections = (1 / (1 - b1**step), 1 / (1 - b2**step))
@@ -69,7 +69,7 @@ class BatchSize(ElementRule):
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """The formula, with a NaN that stays."""
+        """Apply the formula. A NaN stays NaN."""
         c = operands.coefficients
         m_hat, v_hat = operands.exp_avg * c[0], x * c[1]
         g2 = (m_hat * m_hat - v_hat * c[2]) * c[3]
@@ -81,10 +81,10 @@ class BatchSize(ElementRule):
 @register
 @dataclass(frozen=True)
 class BatchRatio(Rule):
-    """The batch-size rule for exp_avg_sq (`BatchSize`); experimental.
+    """The experimental batch-size rule for exp_avg_sq, which resolves to `BatchSize`.
 
     Args:
-        ratio: k = new / old global batch size.
+        ratio: k = new global batch size / old global batch size, above 0.
     """
 
     ratio: float
@@ -106,7 +106,7 @@ class BatchRatio(Rule):
             raise PolicyError(f"batch-size: expected a ratio above 0, found {self.ratio!r}")
 
     def resolve(self, context: Context) -> ElementRule:
-        """`BatchSize` with the betas and the step that the moments were made with."""
+        """Return `BatchSize` with the betas and the step of the saved moments."""
         try:
             return BatchSize(self.ratio, context.saved_betas(), context.step())
         except PolicyError as e:

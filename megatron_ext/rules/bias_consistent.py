@@ -1,4 +1,4 @@
-"""The rule that keeps the bias-corrected moments where betas or step change."""
+"""The rule that keeps the bias-corrected moments if betas or step change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .registry import register
 @register
 @dataclass(frozen=True)
 class BiasConsistent(Rule):
-    r"""Keep the bias-corrected moment where betas or step change.
+    r"""Keep the bias-corrected moment if betas or step change.
 
     .. math:: x' = x (1 - b'^{t'}) / (1 - b^t)
 
-    Derived from Adam's definition, arXiv 1412.6980.
+    The formula follows from Adam's definition (arXiv 1412.6980).
     """
 
     forms = (
@@ -32,7 +32,7 @@ class BiasConsistent(Rule):
     reads_old = True
 
     def resolve(self, context: Context) -> ElementRule:
-        """A scale by the ratio of the bias corrections."""
+        """Return a scale by the ratio of the bias corrections."""
         t, after = context.saved_step, context.next_step
         if not t:
             return KEEP

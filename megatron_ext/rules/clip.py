@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Clip(ElementRule):
-    r"""Limit the magnitude: what a spike has left in the moments goes down to a bound. NaN stays.
+    r"""Limit the magnitude, for example after a spike of the gradient. A NaN stays NaN.
 
     .. math:: x' = \min(\max(x, -c), c)
 
     Args:
-        limit: c, finite and at least 0; in the units of the moment.
+        limit: c, finite and at least 0, in the units of the moment.
     """
 
     limit: float
@@ -47,11 +47,11 @@ class Clip(ElementRule):
         require(ok, "Clip.limit", self.limit, "a finite number of at least 0")
 
     def coefficients(self) -> tuple[float, ...]:
-        """The limit."""
+        """Return the limit."""
         return (self.limit,)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """A NaN is neither above nor below a limit: it stays."""
+        """Limit the values. A NaN stays, because it is neither above nor below the limit."""
         limit = operands.coefficients[0]
         return x.masked_fill(x > limit, limit).masked_fill(x < -limit, -limit)

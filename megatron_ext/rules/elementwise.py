@@ -1,4 +1,4 @@
-r"""Rules that look at one element by itself: keep, scale, fill (0 is a reset) and floor."""
+r"""Rules that depend only on the element's value: keep, scale, fill (0 is a reset) and floor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Keep(ElementRule):
-    """The element stays as it is."""
+    """Keep the element unchanged."""
 
     forms = (Form("keep", "as it is in the checkpoint", "x' = x", "D"),)
     keeps_bias = True
@@ -28,21 +28,21 @@ class Keep(ElementRule):
     coefficient_names = ()
 
     def coefficients(self) -> tuple[float, ...]:
-        """There are none."""
+        """Return no coefficients."""
         return ()
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """The old values themselves: they are not stored again, so a NaN keeps its bits."""
+        """Return `x` itself. The values are not stored again, so that a NaN keeps its bits."""
         return x
 
     @property
     def multiplier(self) -> float:
-        """One."""
+        """The factor 1."""
         return 1.0
 
 
-#: The one `Keep` there is need for.
+#: The shared instance of `Keep`.
 KEEP = Keep()
 
 
@@ -52,7 +52,7 @@ class Fill(ElementRule):
     """Set to a constant; 0 is a reset. The old value is not read.
 
     Args:
-        value: Finite; in the units of the moment.
+        value: The constant, finite, in the units of the moment.
     """
 
     value: float = 0.0
@@ -78,22 +78,22 @@ class Fill(ElementRule):
         require(math.isfinite(self.value), "Fill.value", self.value, "a finite number")
 
     def coefficients(self) -> tuple[float, ...]:
-        """The value."""
+        """Return the value."""
         return (self.value,)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """The value everywhere."""
+        """Fill with the value."""
         return x.new_full(x.shape, operands.coefficients[0])
 
     @property
     def makes_negative(self) -> bool:
-        """Where the value is negative."""
+        """Whether the value is negative."""
         return self.value < 0.0
 
     @property
     def fills_zeros(self) -> bool:
-        """Always, also with 0, which somebody has then asked for."""
+        """True, also for the value 0, because the policy then requests 0."""
         return True
 
 
@@ -126,12 +126,12 @@ class Scale(ElementRule):
         require(math.isfinite(self.factor), "Scale.factor", self.factor, "a finite number")
 
     def coefficients(self) -> tuple[float, ...]:
-        """The factor."""
+        """Return the factor."""
         return (self.factor,)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """One product."""
+        """Multiply by the factor."""
         return x * operands.coefficients[0]
 
     @property
@@ -141,19 +141,19 @@ class Scale(ElementRule):
 
     @property
     def makes_negative(self) -> bool:
-        """Where the factor is negative."""
+        """Whether the factor is negative."""
         return self.factor < 0.0
 
 
 @register
 @dataclass(frozen=True)
 class Floor(ElementRule):
-    r"""Raise to a least value, after scaling: guards the division by sqrt(v).
+    r"""Raise to a minimum after scaling, to bound the division by sqrt(v).
 
     .. math:: x' = \max(a x, f)
 
     Args:
-        minimum: f, finite.
+        minimum: f, finite, in the units of the moment.
         factor: a, finite.
     """
 
@@ -182,27 +182,27 @@ class Floor(ElementRule):
         require(math.isfinite(self.factor), "Floor.factor", self.factor, "a finite number")
 
     def coefficients(self) -> tuple[float, ...]:
-        """Factor and minimum."""
+        """Return the factor and the minimum."""
         return (self.factor, self.minimum)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """A NaN is not below the minimum: it stays."""
+        """Scale and raise the values. A NaN stays, because it is not below the minimum."""
         factor, minimum = operands.coefficients[:2]
         y = x * factor
         return y.masked_fill(y < minimum, minimum)
 
     @property
     def makes_negative(self) -> bool:
-        """Where the minimum is negative."""
+        """Whether the minimum is negative."""
         return self.minimum < 0.0
 
     @property
     def fills_zeros(self) -> bool:
-        """Where the minimum is above 0."""
+        """Whether the minimum is above 0."""
         return self.minimum > 0.0
 
     @property
     def refusal(self) -> str:
-        """A factor cannot be written."""
+        """The reason that a floor with a factor has no form; empty if the factor is 1."""
         return "" if self.factor == 1.0 else f"{self!r}: expected a floor without a factor"

@@ -1,4 +1,4 @@
-"""The rule that fills rows from a statistic of the rows that are kept."""
+"""The rule that fills rows with a statistic of the kept rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .registry import register
 @register
 @dataclass(frozen=True)
 class FillFrom(Rule):
-    """Set to a statistic of the same moment in the rows of the parameter that are kept.
+    """Set to a statistic of the same moment over the parameter's kept rows.
 
-    Rows that are scaled count as kept, with their new values. Where one rule fills all rows of a
-    parameter, the statistic is that of all its rows.
+    Scaled rows count as kept, with their new values. If one rule fills all rows of a parameter, the
+    statistic is over all its rows.
 
     Args:
-        statistic: ``mean`` and ``median`` are one number a parameter; ``column-mean`` is one for
-            each index into the dimensions after the first.
+        statistic: ``mean`` and ``median`` give one number per parameter. ``column-mean`` gives one
+            for each index into the dimensions after the first.
     """
 
     statistic: RowStatistic
@@ -64,11 +64,11 @@ class FillFrom(Rule):
             )
 
     def resolve(self, context: Context) -> Statistic:
-        """The statistic of the rows that are kept."""
+        """Return the statistic of the kept rows."""
         rows, factor = context.kept_rows(self.form.write(self))
         return Statistic(context.name, context.key, self.statistic, rows, factor=factor)
 
     @staticmethod
     def of_statistic(value: float) -> ElementRule:
-        """Fill with it."""
+        """Return a fill with the value."""
         return Fill(value)

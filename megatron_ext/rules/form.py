@@ -1,4 +1,4 @@
-"""How a moment rule is written: the same words in a flag, in YAML and in a report."""
+"""The text forms of moment rules, which are the same in flags, in YAML and in reports."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from ..errors import PolicyError
 Key = Literal["exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Key, ...] = get_args(Key)
 
-#: A number as it is written: finite, decimal.
+#: The text of a number: finite and decimal.
 DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"-?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Form:
-    r"""One way in which a rule is written, and what the help and the documents say about it.
+    r"""One text form of a rule, with its description for the help and the documents.
 
     Args:
-        text: Its words. A capital letter stands for a number (N for an integer), words in brackets
-            may be left out: ``prune-random P [seed N]``.
-        what: What it does, in one line.
-        formula: The same in TeX.
-        basis: Where the formula comes from: P (published) with arXiv ids, D (derived from Adam's
+        text: Its words. A capital letter stands for a number, and N for an integer. Words in
+            brackets are optional, as in ``prune-random P [seed N]``.
+        what: The description in one line.
+        formula: The formula in TeX.
+        basis: The basis of the formula: P (published) with arXiv ids, D (derived from Adam's
             definition) or X (experimental).
-        values: The rule's first fields, where the words stand for them: ``reset`` is a fill of 0.
-        moments: Which moments it has a meaning for.
-        because: What the error says where another moment is given it.
+        values: The values of the rule's first fields, if the words imply them. For example,
+            ``reset`` is a fill with 0.
+        moments: The moments that the form is for.
+        because: The explanation in the error for another moment.
     """
 
     text: str
@@ -43,16 +44,16 @@ class Form:
 
     @property
     def name(self) -> str:
-        """The first word."""
+        """The first word of the form."""
         return self.text.split()[0]
 
     @property
     def letters(self) -> tuple[str, ...]:
-        """The capital letters, which stand for the rule's fields after `values`."""
+        """The capital letters, which stand for the fields of the rule after `values`."""
         return tuple(w for w in (*self._required, *self._optional) if w.isupper())
 
     def matches(self, words: Sequence[str]) -> bool:
-        """Whether some words are this form, with anything in place of a number."""
+        """Whether words have this form. Any word matches a number."""
         shapes = (self._required, (*self._required, *self._optional))
         return any(
             len(words) == len(shape)
@@ -61,17 +62,17 @@ class Form:
         )
 
     def read(self, words: Sequence[str], text: str) -> tuple[Any, ...]:
-        """The fields of the rule that some words of this form mean.
+        """Read the values of the rule's fields from words of this form.
 
         Raises:
-            PolicyError: A word is no number; names `text`.
+            PolicyError: A word is not a number. The message has `text`.
         """
         shape = (*self._required, *self._optional)
         pairs = zip(shape, words, strict=False)
         return (*self.values, *(_number(s, w, text) for s, w in pairs if s.isupper()))
 
     def write(self, rule: Any) -> str:
-        """The words for a rule, whose first fields are `values`."""
+        """Write a rule whose first fields are `values`."""
         lettered = dict(zip(self.letters, fields(rule)[len(self.values) :], strict=False))
         numbers = {letter: getattr(rule, f.name) for letter, f in lettered.items()}
         words = self._required
@@ -80,14 +81,14 @@ class Form:
         return " ".join(repr(numbers[w]) if w in numbers else w for w in words)
 
     def unset(self, rule: type) -> list[str]:
-        """The fields of a rule that this form leaves without a value."""
+        """List the fields of a rule to which this form gives no value."""
         of_rule = fields(rule)
         given = len(self.values) + sum(w.isupper() for w in self._required)
         return [f.name for f in of_rule[given:] if f.default is MISSING]
 
     @property
     def pattern(self) -> str:
-        """A regular expression of what `read` takes, for a JSON schema."""
+        """A regular expression of the text that `read` accepts, for a JSON schema."""
 
         def of(words: Sequence[str]) -> list[str]:
             return [

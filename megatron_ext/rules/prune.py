@@ -1,4 +1,4 @@
-r"""Rules that set elements to 0: by magnitude, and at random."""
+r"""Rules that set elements to 0 by magnitude or at random."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _MIX_2 = 0x94D049BB133111EB
 @register
 @dataclass(frozen=True)
 class PruneMagnitude(ElementRule):
-    r"""Set to zero what is not above a threshold in magnitude; NaN stays.
+    r"""Set elements to zero whose magnitude is not above a threshold. A NaN stays NaN.
 
     .. math:: x' = x \text{ if } |x| > \theta \text{ else } 0
 
     Args:
-        threshold: :math:`\theta \ge 0`; `resume.moments.magnitude_thresholds` finds
-            the p-quantile.
+        threshold: :math:`\theta \ge 0`. `resume.moments.magnitude_thresholds` computes
+            quantiles for it.
 
     References:
         ReLoRA, arXiv 2307.05695.
@@ -50,19 +50,21 @@ class PruneMagnitude(ElementRule):
         require(self.threshold >= 0.0, "PruneMagnitude.threshold", self.threshold, "at least 0")
 
     def coefficients(self) -> tuple[float, ...]:
-        """The threshold."""
+        """Return the threshold."""
         return (self.threshold,)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """A NaN is not at or below the threshold: it stays."""
+        """Prune the values. A NaN stays, because it is not at or below the threshold."""
         return x.masked_fill(x.abs() <= operands.coefficients[0], 0.0)
 
 
 @register
 @dataclass(frozen=True)
 class Prune(Rule):
-    """Set to zero what is not above the p-quantile of abs(x) over the rule's rows of a parameter.
+    """Set elements to zero that are not above the p-quantile of abs(x).
+
+    The quantile is over the rows of one parameter that the rule covers.
 
     Args:
         fraction: p, from 0 to 1.
@@ -90,7 +92,7 @@ class Prune(Rule):
             raise PolicyError(f"prune: expected a fraction from 0 to 1, found {self.fraction!r}")
 
     def resolve(self, context: Context) -> ElementRule | Statistic:
-        """The quantile of the rows that the checkpoint has; new rows are 0 already."""
+        """Return the quantile of the rows that the checkpoint has. New rows are 0 already."""
         rows = context.own_rows()
         if not rows:
             return KEEP
@@ -98,26 +100,26 @@ class Prune(Rule):
 
     @staticmethod
     def of_statistic(value: float) -> ElementRule:
-        """Prune at the quantile."""
+        """Return a pruning at the quantile."""
         return PruneMagnitude(value)
 
 
 @register
 @dataclass(frozen=True)
 class PruneRandom(ElementRule):
-    """Set elements to zero at random, each by itself.
+    """Set elements to zero at random, independently of each other.
 
-    The draw depends on the seed, the parameter's name and the element's index in the unsharded
-    parameter, and on nothing else: the same elements go on every layout. exp_avg and exp_avg_sq of
-    an element go together when they have the same seed.
+    The draw depends only on the seed, the parameter's name and the element's index in the unsharded
+    parameter, so that every layout prunes the same elements. With equal seeds, exp_avg and
+    exp_avg_sq of an element are pruned together.
 
     Args:
-        probability: Of an element to be set to zero, from 0 to 1.
+        probability: Probability that an element is set to zero, from 0 to 1.
         seed: Any integer.
 
     References:
-        ReLoRA, arXiv 2307.05695 (its code's random pruning). The generator: splitmix64, Steele,
-        Lea and Flood, OOPSLA 2014.
+        ReLoRA, arXiv 2307.05695 (random pruning in its code). The generator is splitmix64 (Steele,
+        Lea and Flood, OOPSLA 2014).
     """
 
     probability: float
@@ -147,33 +149,33 @@ class PruneRandom(ElementRule):
         )
 
     def coefficients(self) -> tuple[float, ...]:
-        """The probability: the one coefficient that the kernels do not round to fp32."""
+        """Return the probability, the only coefficient that the kernels do not round to fp32."""
         return (self.probability,)
 
     @staticmethod
     def reference(x: torch.Tensor, operands: Operands) -> torch.Tensor:
-        """An element goes where its 53 random bits are below the probability."""
+        """Prune the elements whose 53 random bits, as a fraction, are below the probability."""
         limit = round(operands.exact[0] * 2**53)
         return x.masked_fill(random_bits(operands.stream_key, operands.index()) < limit, 0.0)
 
     @classmethod
     def coefficient_refusal(cls, exact: Sequence[float]) -> str:
-        """A probability is within 0 and 1."""
+        """Refuse a probability outside [0, 1]."""
         if 0.0 <= exact[0] <= 1.0:
             return ""
         return f"a probability of {exact[0]:g} is not within 0 and 1"
 
     def stream_key(self, parameter: int) -> int:
-        """Of the seed and the parameter."""
+        """Compute the key from the seed and the parameter's number."""
         return _signed(_mix(_mix(self.seed & _MASK) ^ (parameter & _MASK)))
 
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
-    """53 random bits for each global index: splitmix64 as a counter-based generator.
+    """Compute 53 random bits for each global index, with splitmix64 as a counter-based generator.
 
     Args:
-        key: Of the seed and the parameter, as a signed 64-bit number.
-        index: int64, any shape.
+        key: The key of the stream, as a signed 64-bit number.
+        index: The global indices, int64 of any shape.
 
     References:
         Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
@@ -185,17 +187,17 @@ def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift of unsigned numbers; torch's int64 shifts signed ones."""
+    """Shift unsigned numbers to the right. The shift of torch's int64 is signed."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(z: int) -> int:
-    """The signed number with the bits of an unsigned one, as torch's int64 wants it."""
+    """Convert an unsigned number to the signed one with the same bits, for torch's int64."""
     return z - (1 << 64) if z >> 63 else z
 
 
 def _mix(z: int) -> int:
-    """splitmix64, one output from a 64-bit state, in Python's integers."""
+    """Compute one output of splitmix64 from a 64-bit state, in Python integers."""
     z = (z + _GOLDEN) & _MASK
     z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
     z = ((z ^ (z >> 27)) * _MIX_2) & _MASK

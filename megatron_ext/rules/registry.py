@@ -1,8 +1,8 @@
-"""Every moment rule that there is: what reads, writes, describes and applies one asks here.
+"""The registry of moment rules, which all code that reads, writes or applies rules uses.
 
-A rule is registered when its module is imported, and `megatron_ext.rules` imports them all. A
-rule that lacks something is refused then, by name: no other place has to know the rules, and none
-takes one that it does not know for a rule that keeps the moments.
+A rule is registered when its module is imported, and `megatron_ext.rules` imports all modules. The
+registration refuses an incomplete rule and names what is missing. No other code lists the rules,
+and no code treats an unknown rule as one that keeps the moments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import PolicyError
 from .base import ElementRule, Kind, Rule, Statistic
 from .form import MOMENTS, Form, Key
 
-#: Coefficients that a rule may have (kCoefficients in ``csrc/element_rule.h``).
+#: Largest number of coefficients of a rule (kCoefficients in ``csrc/element_rule.h``).
 COEFFICIENTS = 6
 
 _registered: list[type[Rule]] = []
@@ -22,10 +22,11 @@ _R = TypeVar("_R", bound=type[Rule])
 
 
 def register(rule: _R) -> _R:
-    """Class decorator, above ``@dataclass(frozen=True)``: makes a rule known.
+    """Register a rule. A class decorator, above ``@dataclass(frozen=True)``.
 
     Raises:
-        TypeError: Something is missing, or is another rule's already; says what.
+        TypeError: The rule is incomplete, or conflicts with another rule. The message lists the
+            defects.
     """
     defects = [
         *_defects(rule),
@@ -38,18 +39,18 @@ def register(rule: _R) -> _R:
 
 
 def rules() -> tuple[type[Rule], ...]:
-    """Every registered rule."""
+    """List all registered rules."""
     return tuple(_registered)
 
 
 def element_rules() -> dict[int, type[ElementRule]]:
-    """Code -> the element rule, in the order of the codes."""
+    """Map each code to its element rule, in the order of the codes."""
     found = [r for r in _registered if issubclass(r, ElementRule)]
     return {r.code: r for r in sorted(found, key=lambda r: r.code)}
 
 
 def manifest() -> str:
-    """The element rules as the compiled libraries list them, a line each.
+    """Write the element rules as the compiled libraries list them, one per line.
 
     A line has name, code, number of coefficients, kind, and whether the old value is read
     (the list in ``csrc/element_rule.h``).
@@ -61,17 +62,17 @@ def manifest() -> str:
 
 
 def forms() -> dict[str, tuple[type[Rule], Form]]:
-    """How each rule is written -> the rule and the form."""
+    """Map the text of each form to its rule and the form."""
     return {form.text: (rule, form) for rule in _registered for form in rule.forms}
 
 
 def grammar() -> dict[str, str]:
-    """How each rule is written, and what it does."""
+    """Map the text of each form to its description."""
     return {text: form.what for text, (_, form) in forms().items()}
 
 
 def pattern() -> str:
-    """A regular expression of what `parse` takes, for a JSON schema."""
+    """Build a regular expression of the text that `parse` accepts, for a JSON schema."""
     return f"^ *({'|'.join(form.pattern for _, form in forms().values())}) *$"
 
 
@@ -79,14 +80,14 @@ def parse(text: str) -> Rule:
     """Read a rule.
 
     Args:
-        text: As in `grammar`.
+        text: A text of a form in `grammar`.
 
     Raises:
-        PolicyError: It is none; the message suggests one or lists all.
+        PolicyError: The text is not a rule. The message suggests one or lists all.
     """
     name, _, rest = str(text).strip().partition(" ")
     words = (name, *rest.split())
-    # A form of words alone comes before one that has a number in their place.
+    # A form without a number takes precedence over one with a number in the same place.
     fitting = [(r, f) for r, f in forms().values() if f.matches(words)]
     fitting.sort(key=lambda found: len(found[1].letters))
     for rule, form in fitting:
@@ -101,26 +102,27 @@ def parse(text: str) -> Rule:
 
 
 def write(rule: Rule) -> str:
-    """The text that `parse` reads back as the same rule.
+    """Write a rule so that `parse` reads the same rule.
 
     Raises:
         TypeError: The rule is not registered.
-        PolicyError: It has no form.
+        PolicyError: The rule has no form.
     """
     known(rule)
     return rule.form.write(rule)
 
 
 def check_moment(key: Key, rule: Any, where: str) -> None:
-    """Refuse what is no rule of a policy, or has no meaning for this moment.
+    """Refuse an object that is not a policy's rule, or a rule that is not for this moment.
 
     Args:
         key: ``exp_avg`` or ``exp_avg_sq``.
-        rule: What is to be done to it.
+        rule: The rule for this moment.
         where: The rule of the policy, for the message.
 
     Raises:
-        PolicyError: exp_avg_sq would become negative; exp_avg is given a rule of exp_avg_sq.
+        PolicyError: The object has no form, the rule is for the other moment, or it would make
+            exp_avg_sq negative.
     """
     if type(rule) not in _registered or not rule.forms:
         raise PolicyError(
@@ -140,11 +142,11 @@ def check_moment(key: Key, rule: Any, where: str) -> None:
 
 
 def check_pair(exp_avg: ElementRule, exp_avg_sq: ElementRule) -> None:
-    """Refuse element rules that cannot stand beside each other.
+    """Refuse element rules that cannot be combined for the same elements.
 
     Raises:
-        TypeError: One is no registered element rule.
-        PolicyError: A joint rule for exp_avg, or beside an exp_avg that is not kept.
+        TypeError: One of them is not a registered element rule.
+        PolicyError: A joint rule is for exp_avg, or exp_avg is not kept beside it.
     """
     for rule in (exp_avg, exp_avg_sq):
         if not isinstance(known(rule), ElementRule):
@@ -159,10 +161,10 @@ def check_pair(exp_avg: ElementRule, exp_avg_sq: ElementRule) -> None:
 
 
 def of_statistic(statistic: Statistic, value: float) -> ElementRule:
-    """The element rule that a statistic becomes once its value is known.
+    """Make the element rule from a statistic and its value.
 
     Raises:
-        TypeError: No registered rule has statistics of its kind.
+        TypeError: No registered rule uses statistics of this kind.
     """
     for rule in _registered:
         if statistic.kind in rule.statistics:
@@ -171,7 +173,7 @@ def of_statistic(statistic: Statistic, value: float) -> ElementRule:
 
 
 def known(rule: Any) -> Rule:
-    """The rule itself.
+    """Return a rule if its class is registered.
 
     Raises:
         TypeError: Its class is not registered.
@@ -204,7 +206,7 @@ def _defects(rule: type[Rule]) -> list[str]:
 
 
 def _operation_defects(rule: type[Rule]) -> list[str]:
-    """Of a rule that has to become an element rule."""
+    """List the defects of a rule that has to resolve to an element rule."""
     out = [] if getattr(rule, "forms", ()) else ["it has no form, and it is no element rule"]
     return out + (["resolve is not defined"] if rule.resolve is Rule.resolve else [])
 
