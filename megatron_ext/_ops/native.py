@@ -1,8 +1,8 @@
-"""Loading the compiled kernels, and saying which kernel is active and why.
+"""Load the compiled kernels, and report which kernel is active and why.
 
 Environment:
-    MEGATRON_EXT_KERNEL: ``auto`` (default: compiled kernels where they can be loaded), ``native``
-        (an error where they cannot) or ``reference``.
+    MEGATRON_EXT_KERNEL: ``auto`` (the default) uses compiled kernels if they can be loaded,
+        ``native`` raises an error if they cannot, and ``reference`` uses none.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from ..rules import registry
 from .schema import NAMESPACE, OPS
 
 ENVIRONMENT = "MEGATRON_EXT_KERNEL"
-#: The stable ABI as csrc/ uses it: lists of tensors (TORCH_TARGET_VERSION in setup.py).
+#: First torch with the stable ABI that csrc/ needs, for lists of tensors (TORCH_TARGET_VERSION in
+#: setup.py).
 MINIMUM_TORCH = Version("2.10")
 
 DeviceType = Literal["cpu", "cuda"]
 DEVICES: tuple[DeviceType, ...] = ("cpu", "cuda")
 _DIRECTORY = Path(__file__).parent
-#: The rules that a library was built with, as ``csrc/read_table.cpp`` lists them.
+#: The list of rules in a library, as ``csrc/read_table.cpp`` writes it.
 _RULES = re.compile(rb"megatron_ext rules:((?:\n[\w ]+)+)\0")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which kernel serves a device.
+    """The kernel that is active on a device.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        native: Whether a compiled kernel is active, read from the dispatcher.
-        reason: Why it is not; what was built where it is.
+        native: Whether a compiled kernel is active, according to the dispatcher.
+        reason: The record of the build, or the reason why no compiled kernel is active.
     """
 
     device: DeviceType
@@ -48,12 +49,12 @@ class Kernel:
 
 
 def library(device: DeviceType) -> Path:
-    """Where the compiled kernels of a device lie if they were built."""
+    """Return the path of a device's compiled kernels, whether they were built or not."""
     return _DIRECTORY / f"_{device}.so"
 
 
 def build_record() -> dict[str, str]:
-    """What the build wrote down: per device ``built ...`` or why it was not."""
+    """Read the build's record: for each device ``built ...``, or the reason why it was not."""
     path = _DIRECTORY / "build.json"
     try:
         record: dict[str, str] = json.loads(path.read_text())
@@ -63,12 +64,12 @@ def build_record() -> dict[str, str]:
 
 
 def built_rules(path: Path) -> str | None:
-    """The rules that a library was built with, to be compared with the registry's manifest.
+    """Read the rules that a library was built with, for a comparison with the registry's manifest.
 
-    They are looked up in the file, because a library registers its kernels as it is loaded.
+    The function reads them from the file, because loading a library registers its kernels.
 
     Returns:
-        A line each; None for a library without a list.
+        One line per rule; None for a library without a list.
     """
     found = _RULES.search(path.read_bytes())
     return found[1].decode() if found else None
@@ -82,21 +83,21 @@ def is_native(device: DeviceType) -> bool:
 
 
 def kernel(device: DeviceType) -> Kernel:
-    """The kernel that serves a device, and why."""
+    """Return the kernel that is active on a device, with the reason."""
     if is_native(device):
         return Kernel(device, True, build_record().get(device, "built"))
     return Kernel(device, False, _reasons[device])
 
 
 def load() -> dict[DeviceType, str]:
-    """Load what was built, once, at import.
+    """Load the libraries that were built, once, at import.
 
     Returns:
-        For each device why its kernels were not loaded; empty for those that were.
+        For each device, the reason why its kernels were not loaded; empty if they were.
 
     Raises:
-        HostError: ``MEGATRON_EXT_KERNEL`` has another value, or is ``native`` and the CPU kernels,
-            or on a machine with a CUDA device the CUDA kernels, cannot be loaded.
+        HostError: ``MEGATRON_EXT_KERNEL`` has an invalid value, or it is ``native`` and the CPU
+            kernels or, on a machine with a CUDA device, the CUDA kernels cannot be loaded.
     """
     wanted = os.environ.get(ENVIRONMENT, "auto")
     if wanted not in ("auto", "native", "reference"):

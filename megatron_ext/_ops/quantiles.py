@@ -1,4 +1,4 @@
-"""Quantiles of abs(x) by a radix select over histograms."""
+"""Compute quantiles of abs(x) by a radix select over histograms."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ def magnitude_thresholds(
     quantiles: torch.Tensor,
     reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
-    r"""The p-quantile of abs(x), per group of ranges, exactly and without sorting.
+    r"""Compute the p-quantile of abs(x) for each group of ranges, exactly and without sorting.
 
-    A radix select in three histograms over the 31 bits of the fp32 magnitude: the k-th smallest
-    value for :math:`k = \lfloor p (n - 1) \rfloor`, which is numpy's ``method="lower"``. NaN counts
-    as the largest. Works on any number of elements (torch.quantile stops at 16M in most versions).
+    A radix select with three histograms over the 31 bits of the fp32 magnitude finds the k-th
+    smallest value for :math:`k = \lfloor p (n - 1) \rfloor`, which is numpy's ``method="lower"``.
+    NaN counts as the largest value. The number of elements is not limited (most versions of
+    torch.quantile accept at most 16M).
 
     Args:
         tensors: float32, bfloat16 or float16, contiguous, on one device.
         ranges: int64 ``[n, 4]`` on the CPU: tensor, begin, end, group.
         quantiles: float64 ``[groups]``, p of each group, in [0, 1].
-        reduce: Called with each histogram (int64 ``[groups, 2048]``) to add up those of other
-            ranks, in place; three calls of 16 KiB a group.
+        reduce: Sums a histogram (int64 ``[groups, 2048]``, 16 KiB per group) over the ranks, in
+            place. It is called three times.
 
     Returns:
         float32 ``[groups]`` on the tensors' device; 0 for a group without elements.
 
     Raises:
-        RuntimeError: A quantile outside [0, 1], or what `.schema` lists.
+        RuntimeError: A quantile is outside [0, 1], or an argument is invalid (see `.schema`).
     """
     if not bool(((quantiles >= 0) & (quantiles <= 1)).all()):
         raise RuntimeError(f"quantiles must be between 0 and 1, not {quantiles.tolist()}")

@@ -1,7 +1,7 @@
-"""The ops in plain torch: default kernels, fallback, and what the others are tested against.
+"""The ops in plain torch, which are the default kernels and the reference of the compiled ones.
 
-What a rule does is its own `megatron_ext.rules.base.ElementRule.reference`. Arithmetic is fp32,
-every operation rounded by itself, so that the kernels of ``csrc/`` can be compared bit for bit.
+The arithmetic of a rule is its `megatron_ext.rules.base.ElementRule.reference`. It is fp32, and
+every operation is rounded separately, so that the kernels of ``csrc/`` give the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .segments import COLUMNS, STATISTICS_COLUMNS, Statistics
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-#: Bits of abs(x) as fp32 that each level of the histogram sorts by, and those below.
+#: For each level of the histogram, the number of bits of abs(x) in fp32 that it sorts by, and the
+#: number of bits below them.
 LEVELS = ((11, 20), (10, 10), (10, 0))
 BINS = 2048
 
@@ -33,7 +34,7 @@ def transform_moments_(
     device_table: torch.Tensor | None = None,
     host_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply the table in place; see `.schema`."""
+    """Apply the segment table in place; see `.schema`."""
     if statistics not in tuple(Statistics):
         raise RuntimeError(
             f"statistics must be 0 (none), 1 (after) or 2 (before and after), not {statistics}"
@@ -69,7 +70,7 @@ def launch_table(
     segments: torch.Tensor,
     coefficients: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the table; there is nothing to prepare."""
+    """Check the segment table and return empty tables, because plain torch needs none."""
     _check_lists(exp_avg, exp_avg_sq)
     _check_table(exp_avg, segments, coefficients)
     device = exp_avg[0].device if exp_avg else segments.device
@@ -105,14 +106,14 @@ def magnitude_histogram(
 
 @dataclass(frozen=True)
 class SegmentOperands:
-    """`megatron_ext.rules.base.Operands`, for one moment of a segment.
+    """The operands (`megatron_ext.rules.base.Operands`) of one moment of a segment.
 
     Args:
         row: The segment's row of the table, by column.
         moment: ``exp_avg`` or ``exp_avg_sq``.
         exp_avg: The old exp_avg of the segment, fp32.
-        coefficients: The moment's, rounded to fp32.
-        exact: The same in float64.
+        coefficients: The coefficients of the moment's rule, rounded to fp32.
+        exact: The coefficients in float64.
     """
 
     row: dict[str, int]
@@ -123,11 +124,11 @@ class SegmentOperands:
 
     @property
     def stream_key(self) -> int:
-        """Of the random stream."""
+        """The key of the random stream."""
         return self.row[f"{self.moment}_key"]
 
     def index(self) -> torch.Tensor:
-        """The elements' indices in the unsharded parameter."""
+        """Compute the elements' indices in the unsharded parameter, int64."""
         row, x = self.row, self.exp_avg
         i = row["start"] + torch.arange(len(x), dtype=torch.int64, device=x.device)
         if row["row_length"] == 0:
@@ -135,7 +136,7 @@ class SegmentOperands:
         return row["base"] + i // row["row_length"] * row["row_stride"] + i % row["row_length"]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The new values; `x` itself where they are kept."""
+        """Compute the new values; returns `x` itself if they are kept."""
         rule = registry.element_rules()[self.row[f"{self.moment}_rule"]]
         return rule.reference(x, self)
 
@@ -208,7 +209,7 @@ def _check_range(
 def _check_table(
     exp_avg: Sequence[torch.Tensor], segments: torch.Tensor, coefficients: torch.Tensor
 ) -> list[dict[str, int]]:
-    """The rows of the table by column, in order; ``row`` is their number."""
+    """Check the segment table; returns its rows by column, with their number as ``row``."""
     _check_shape(segments, "segments", torch.int64, len(COLUMNS))
     _check_shape(coefficients, "coefficients", torch.float64, 2 * COEFFICIENTS)
     if len(segments) != len(coefficients):

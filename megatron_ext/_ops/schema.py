@@ -1,30 +1,31 @@
 r"""The ops of the ``megatron_ext`` namespace: schemas, fake kernels and default kernels.
 
-The default kernels are the reference in plain torch; the libraries of ``csrc/`` add kernels for
-the CPU and CUDA dispatch keys, which the dispatcher prefers where they are loaded.
+The default kernels are the reference in plain torch. The libraries of ``csrc/`` add kernels for the
+CPU and CUDA dispatch keys, which the dispatcher prefers if they are loaded.
 
 transform_moments\_
-    Apply the segment table (`.segments`) to the lists of exp_avg and exp_avg_sq (float32, bfloat16
-    or float16, contiguous, on one device; the two of a pair equally long), in place. Returns
-    float64 ``[tensors, 2, 5]`` on their device (`.segments.STATISTICS_COLUMNS` for exp_avg and
-    exp_avg_sq), or ``[0, 2, 5]`` where ``statistics`` is `Statistics.NONE`. Only elements of
-    segments count. ``device_table`` and ``host_table`` are what ``launch_table`` returned for the
-    same arguments; without them the table is made in the call, which a CUDA graph cannot capture.
+    Apply the segment table (`.segments`) in place to the lists of exp_avg and exp_avg_sq. Their
+    tensors are float32, bfloat16 or float16, contiguous and on one device, and the two of a pair
+    have the same length. Returns float64 ``[tensors, 2, 5]`` on their device
+    (`.segments.STATISTICS_COLUMNS` for exp_avg and exp_avg_sq), or ``[0, 2, 5]`` if ``statistics``
+    is `Statistics.NONE`. Only elements of segments count. ``device_table`` and ``host_table`` are
+    the results of ``launch_table`` for the same arguments. Without them the call makes the table,
+    which a CUDA graph cannot capture.
 launch_table
-    The table as the CUDA kernel reads it, uint8, on the device and on the host (empty on the CPU).
-    It holds the tensors' addresses: it is good for these tensors only, and ``transform_moments_``
-    refuses it for others.
+    Build the table that the CUDA kernel reads, uint8, on the device and on the host (empty on the
+    CPU). It contains the tensors' addresses, so that ``transform_moments_`` refuses it for other
+    tensors.
 magnitude_histogram
-    One level of a radix select over abs(x): int64 ``[groups, 2048]`` counts, by the next bits, of
-    the elements whose leading bits equal their group's prefix. ``ranges`` is int64 ``[n, 4]`` on
-    the CPU: tensor, begin, end, group; ``prefixes`` int64 ``[groups]`` on the tensors' device.
-    Levels 0, 1, 2 sort by 11, 10, 10 of the 31 bits of the fp32 magnitude. NaN counts as the
-    largest.
+    Compute one level of a radix select over abs(x). Of the elements whose leading bits equal their
+    group's prefix, it counts the values of the next bits: int64 ``[groups, 2048]``. ``ranges`` is
+    int64 ``[n, 4]`` on the CPU: tensor, begin, end, group. ``prefixes`` is int64 ``[groups]`` on
+    the tensors' device. Levels 0, 1 and 2 sort by 11, 10 and 10 of the 31 bits of the fp32
+    magnitude. NaN counts as the largest value.
 
 Raises (every kernel, before an element is written):
-    RuntimeError: Lists of different length, tensors that are not contiguous, of another dtype, on
-    different devices or sharing memory; a table of another shape; a segment outside its tensor;
-    segments that overlap; an unknown rule.
+    RuntimeError: The lists have different lengths; a tensor is not contiguous, or has another dtype
+    or device; tensors share memory; a table has another shape; a segment is outside its tensor;
+    segments overlap; a rule is unknown.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ OPS = {
     ),
 }
 
-#: Bytes of the launch table: a header, a record a segment, a chunk number a tensor (static_assert
-#: in csrc/cuda/ops.cpp).
+#: Bytes of the launch table: a header, a record per segment and a chunk number per tensor
+#: (static_assert in csrc/cuda/ops.cpp).
 TABLE_BYTES = {"header": 16, "segment": 160, "tensor": 8}
 
 _library = torch.library.Library(NAMESPACE, "DEF")

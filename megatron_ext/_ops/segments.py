@@ -1,7 +1,6 @@
-"""The segment table: rules over ranges of elements, as the two tensors that the ops take.
+"""The segment table: rules for ranges of elements, as the two tensors that the ops take.
 
-This is the one place that says what a column means; ``csrc/element_rule.h`` and
-``csrc/read_table.cpp`` follow it.
+This module defines the columns. ``csrc/element_rule.h`` and ``csrc/read_table.cpp`` follow it.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from ..rules.base import ElementRule
 from ..rules.elementwise import KEEP
 from ..rules.registry import COEFFICIENTS as COEFFICIENTS
 
-#: Columns of the int64 table, one row a segment. Row r's elements are ``begin`` to ``end`` of
-#: tensor ``tensor``; ``start`` to ``row_stride`` say where they lie in the unsharded parameter
-#: (`base.placement.GlobalIndex`); rules and keys are `ElementRule.code` and `stream_key`.
+#: Columns of the int64 table, which has one row per segment. The segment's elements are ``begin``
+#: to ``end`` of tensor ``tensor``. ``start`` to ``row_stride`` give their position in the unsharded
+#: parameter (`base.placement.GlobalIndex`). Rules and keys are `ElementRule.code` and `stream_key`.
 COLUMNS = (
     "tensor",
     "begin",
@@ -34,19 +33,20 @@ COLUMNS = (
     "exp_avg_key",
     "exp_avg_sq_key",
 )
-#: Columns of the float64 table: `COEFFICIENTS` for exp_avg, as many for exp_avg_sq, in the order of
-#: `ElementRule.coefficient_names`. The kernels round them to fp32, unless the rule says otherwise.
+#: Columns of the float64 table: `COEFFICIENTS` for exp_avg, then as many for exp_avg_sq, in the
+#: order of `ElementRule.coefficient_names`. The kernels round them to fp32, except the probability
+#: of a random pruning.
 
-#: Last dimension of the ops' result: sum of squares before and after, largest absolute value that
-#: is no NaN, number of values that are not finite (both after), number of changed elements.
+#: Last dimension of the ops' result: sum of squares before and after; largest absolute value after,
+#: ignoring NaN; number of non-finite values after; number of changed elements.
 STATISTICS_COLUMNS = ("square_sum_before", "square_sum_after", "largest", "nonfinite", "changed")
 
 
 class Statistics(IntEnum):
-    """What the ops count.
+    """The statistics that the ops count.
 
-    ``AFTER`` leaves the two columns that need the old values at -1, so that a reset need not read
-    them.
+    ``AFTER`` sets the two columns that need the old values to -1, so that a reset does not read
+    the old values.
     """
 
     NONE = 0
@@ -60,11 +60,11 @@ class Segment:
 
     Args:
         tensor: Position in the lists of exp_avg and exp_avg_sq.
-        begin: First element, in the flattened tensor.
-        end: One past the last.
-        exp_avg: What is done to exp_avg.
-        exp_avg_sq: What is done to exp_avg_sq.
-        index: Where the elements lie in the unsharded parameter; only positional rules ask.
+        begin: First element of the range in the flattened tensor.
+        end: One past the last element.
+        exp_avg: The rule for exp_avg.
+        exp_avg_sq: The rule for exp_avg_sq.
+        index: Position of the elements in the unsharded parameter, for positional rules.
         parameter: 64-bit number of the parameter, the same on every layout.
     """
 
@@ -78,13 +78,13 @@ class Segment:
 
 
 def encode(segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tables of some segments.
+    """Encode segments as the two tables.
 
     Returns:
         int64 ``[n, 11]`` with `COLUMNS`, and float64 ``[n, 12]`` with the coefficients, on the CPU.
 
     Raises:
-        PolicyError: A joint rule for exp_avg, or beside an exp_avg that is not kept.
+        PolicyError: A joint rule is for exp_avg, or exp_avg is not kept beside it.
         TypeError: A rule is not registered.
     """
     integers, values = [], []

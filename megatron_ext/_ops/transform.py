@@ -1,4 +1,4 @@
-"""A segment table bound to the tensors it is for."""
+"""Bind a segment table to its tensors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .segments import COLUMNS, Segment, Statistics, encode
 
 @dataclass(frozen=True)
 class Transform:
-    """A segment table bound to the tensors it is for, ready to be applied any number of times.
+    """A segment table bound to its tensors, which can be applied any number of times.
 
-    `prepare` copies the table to the device once; applying it afterwards is one launch without a
+    `prepare` copies the table to the device once. Each application is then one launch without a
     copy or a synchronization, which a CUDA graph can capture.
 
     Args:
-        exp_avg: Written in place.
-        exp_avg_sq: Written in place; as many, each as long as its exp_avg.
-        segments: int64 table (`encode`).
-        coefficients: float64 table.
-        tables: What ``launch_table`` returned; None: made at every call.
+        exp_avg: The first moments. They are written in place.
+        exp_avg_sq: The second moments, one per tensor of `exp_avg` and of the same length. They are
+            written in place.
+        segments: The int64 table (`encode`).
+        coefficients: The float64 table.
+        tables: The result of ``launch_table``; None to make the table at every call.
     """
 
     exp_avg: tuple[torch.Tensor, ...]
@@ -40,12 +41,12 @@ class Transform:
         exp_avg_sq: Sequence[torch.Tensor],
         segments: Sequence[Segment],
     ) -> Transform:
-        """Encode the segments."""
+        """Bind segments to tensors."""
         return cls(tuple(exp_avg), tuple(exp_avg_sq), *encode(segments))
 
     @classmethod
     def keep(cls, exp_avg: Sequence[torch.Tensor], exp_avg_sq: Sequence[torch.Tensor]) -> Transform:
-        """Change nothing, for the statistics alone; one segment for each tensor."""
+        """Bind a table that changes nothing, for the statistics. Each tensor is one segment."""
         table = torch.zeros(len(exp_avg), len(COLUMNS), dtype=torch.int64)
         table[:, COLUMNS.index("tensor")] = torch.arange(len(exp_avg))
         table[:, COLUMNS.index("end")] = torch.tensor([x.numel() for x in exp_avg])
@@ -53,7 +54,7 @@ class Transform:
         return cls(tuple(exp_avg), tuple(exp_avg_sq), table, coefficients)
 
     def prepare(self) -> Transform:
-        """The same with its table on the device."""
+        """Return the transform with its table on the device."""
         tables = torch.ops.megatron_ext.launch_table(
             self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients
         )
@@ -69,7 +70,7 @@ class Transform:
             `Statistics.NONE`; on the tensors' device, not synchronized.
 
         Raises:
-            RuntimeError: See `.schema`; nothing has been written.
+            RuntimeError: An argument is invalid (see `.schema`). No element has been written.
         """
         out: torch.Tensor = torch.ops.megatron_ext.transform_moments_(
             self.exp_avg,
