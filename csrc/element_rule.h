@@ -1,7 +1,7 @@
-// What is done to one element of Adam's state, for the CPU and the CUDA kernel alike.
+// The arithmetic of the moment rules for one element, shared by the CPU and the CUDA kernel.
 //
-// The same rules in plain torch are megatron_ext/rules/ (`reference` of each); the two agree bit
-// for bit, which is why every operation is rounded by itself: no fused multiply-add
+// The `reference` methods in megatron_ext/rules/ are the same rules in plain torch. Both give the
+// same bits, because every operation is rounded separately, without fused multiply-add
 // (-ffp-contract=off on the host, __f*_rn on the device).
 
 #pragma once
@@ -17,13 +17,14 @@
 
 namespace megatron_ext {
 
-// How a kernel goes through the elements of a rule: it leaves them alone; one value at a time; with
-// the element's global index; with exp_avg beside exp_avg_sq, which such a rule is for.
+// How a kernel applies a rule. `kept` changes no element. `pointwise` needs only the element's
+// value, and `positional` its global index too. `joint` is for exp_avg_sq and reads exp_avg.
 enum class Kind : uint8_t { kept, pointwise, positional, joint };
 
-// Every rule: name, code in the segment table, number of coefficients, kind, and whether the old
-// value is read. Enum, checks and switches expand from it, and Python compares it with the
-// registered rules (megatron_ext/rules/registry.py, manifest) before it loads a library.
+// All rules, each with its name, code in the segment table, number of coefficients, kind, and
+// whether the old value is read. The enum, the checks and the switches expand from this list.
+// Python compares it with the registered rules (megatron_ext/rules/registry.py, manifest) before it
+// loads a library.
 #define MEGATRON_EXT_RULES(RULE)               \
   RULE(keep, 0, 0, kept, true)                 \
   RULE(scale, 1, 1, pointwise, true)           \
@@ -64,7 +65,7 @@ constexpr MEGATRON_EXT_INLINE bool reads_old(Rule rule) {
 }
 #undef MEGATRON_EXT_RULE
 
-// The loops over both moments are written for one rule.
+// The loops over both moments support only one rule.
 #define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)             \
   static_assert(Kind::kind != Kind::joint || Rule::name == Rule::batch_size, \
                 "loops over both moments are missing for " #name);
@@ -73,13 +74,13 @@ MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
 
 struct Coefficients {
   float c[kCoefficients];
-  uint64_t key;    // of the seed and the parameter
-  uint64_t limit;  // prune_random prunes where 53 random bits are below it
+  uint64_t key;    // of the random stream, from the seed and the parameter
+  uint64_t limit;  // prune_random sets an element to 0 if its 53 random bits are below it
 };
 
-// Where a segment's elements lie in the unsharded parameter. Element j of the segment is element
-// start + j of a block of rows of row_length elements; row r of the block begins at
-// base + r * row_stride. row_length 0: the block is one row.
+// The position of a segment's elements in the unsharded parameter. Element j of the segment is
+// element start + j of a block, whose rows have row_length elements. Row r of the block begins at
+// base + r * row_stride. If row_length is 0, the block is one row.
 struct GlobalIndex {
   int64_t start;
   int64_t base;
@@ -97,7 +98,7 @@ MEGATRON_EXT_INLINE uint64_t global_index(const GlobalIndex& where, int64_t j) {
 }
 
 // splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA
-// 2014), used as a counter-based generator: output `index` of the stream that starts at `key`.
+// 2014) as a counter-based generator. Returns output `index` of the stream that starts at `key`.
 MEGATRON_EXT_INLINE uint64_t random_bits(uint64_t key, uint64_t index) {
   uint64_t z = key + (index + 1) * 0x9E3779B97F4A7C15ull;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -132,7 +133,7 @@ MEGATRON_EXT_INLINE float sub(float a, float b) {
 template <Rule R>
 inline constexpr bool kUnhandled = false;
 
-// One moment by itself. A NaN stays a NaN: it is what a report should find.
+// Applies a rule to one moment. A NaN stays a NaN, so that a report can count it.
 template <Rule R>
 MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const GlobalIndex& where,
                                     int64_t j) {
@@ -156,9 +157,9 @@ MEGATRON_EXT_INLINE float transform(float x, const Coefficients& k, const Global
   }
 }
 
-// exp_avg_sq after a change of the batch size by k, from m = exp_avg and v = exp_avg_sq.
-// c = {1/(1-b1^t), 1/(1-b2^t), (1-b1)/(1+b1), 1/(1-c), 1/k, 1-b2^t}; the split of v into the
-// squared gradient and its variance, with the latter divided by k (BatchSize in
+// Computes exp_avg_sq for a batch k times as large, from m = exp_avg and v = exp_avg_sq.
+// c = {1/(1-b1^t), 1/(1-b2^t), (1-b1)/(1+b1), 1/(1-c), 1/k, 1-b2^t}. v is split into the squared
+// gradient and its variance, and the variance is divided by k (BatchSize in
 // megatron_ext/rules/batch_size.py has the formula and its limits).
 MEGATRON_EXT_INLINE float batch_size(float m, float v, const Coefficients& k) {
   const float m_hat = mul(m, k.c[0]);

@@ -11,8 +11,8 @@
 #include <stdexcept>
 #include <string>
 
-// The list of rules, which Python finds in the library's file by its first words: once a library is
-// loaded, its kernels cannot be taken back.
+// The list of rules. Python finds it in the library's file by its first words, because the kernels
+// of a loaded library cannot be unloaded.
 #define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads) \
   "\n" #name " " #code " " #coefficients " " #kind " " #reads
 extern "C" {
@@ -51,8 +51,8 @@ template <typename... Args>
 
 const char* device_name(bool cuda) { return cuda ? "CUDA" : "CPU"; }
 
-// What every tensor of a call has to be. Each getter of the stable ABI is a call into libtorch:
-// there may be thousands of tensors, so that none is made twice.
+// Checks every tensor of a call. Each getter of the stable ABI is a call into libtorch, and there
+// may be thousands of tensors, so that no getter is called twice for a tensor.
 class TensorCheck {
  public:
   TensorCheck(bool cuda, int32_t device_index)
@@ -62,7 +62,7 @@ class TensorCheck {
         dtypes_{aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                 aoti_torch_dtype_float16()} {}
 
-  // The data of a tensor; sets its type and length.
+  // Returns the data of a tensor, and sets its type and length.
   void* operator()(const Tensor& x, const char* list, size_t index, Type& type,
                    int64_t& numel) const {
     int32_t device_type = 0;

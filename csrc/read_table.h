@@ -1,4 +1,4 @@
-// From the op's arguments to records, with every check that keeps the kernels inside the tensors.
+// Converts the op's arguments to records, and checks that the kernels stay inside the tensors.
 
 #pragma once
 
@@ -19,11 +19,11 @@ struct Launch {
   int64_t total_chunks() const { return first_chunk.back(); }
 };
 
-// Throws std::runtime_error, before anything is written, for lists of different length, tensors
-// that are not contiguous, not on `device_type` `device_index` or of another dtype, shared memory,
-// a table of another shape or dtype, an unknown rule, a range outside its tensor, an overlap.
-// `known`: the result is only compared with that of an earlier call, which has looked for shared
-// memory already.
+// Throws std::runtime_error before any write if the lists have different lengths, if a tensor is
+// not contiguous, is on another device than `cuda` and `device_index` say or has another dtype, if
+// tensors share memory, if a table has another shape or dtype, if a rule is unknown, if a range is
+// outside its tensor, or if ranges overlap. If `known` is set, the check for shared memory is
+// skipped, because the result is only compared with that of an earlier call.
 Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
                   const Tensor& coefficients, bool cuda, int32_t device_index, bool known = false);
 
@@ -41,7 +41,7 @@ struct HistogramLaunch {
   int64_t total_chunks;
 };
 
-// Bits of a magnitude (fp32 without its sign) that one level of the histogram sorts by.
+// The bits of a magnitude (fp32 without its sign) by which one level of the histogram sorts.
 inline constexpr int kLevels = 3;
 inline constexpr int kLevelBits[kLevels] = {11, 10, 10};
 inline constexpr int kLevelShift[kLevels] = {20, 10, 0};

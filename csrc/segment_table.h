@@ -1,8 +1,9 @@
-// The segment table as the kernels read it: one record a segment, cut into chunks.
+// The segment table as the kernels read it. It has one record per segment, and records are cut into
+// chunks.
 //
 // Chunks begin at multiples of kChunk in the tensor, not in memory and not in the grid, and each
-// chunk's statistics are one partial result. So the same input gives the same bits, whatever the
-// number of threads, the alignment or the free memory.
+// chunk's statistics are one partial result. The same input therefore gives the same bits with any
+// number of threads, alignment and free memory.
 
 #pragma once
 
@@ -41,15 +42,15 @@ struct Range {
   int64_t end;
 };
 
-// The elements of a record that chunk `chunk` of the launch holds.
+// Returns the elements of a record that are in chunk `chunk` of the launch.
 MEGATRON_EXT_INLINE Range range(const Record& r, int64_t chunk) {
   const int64_t begin = (r.begin / kChunk + (chunk - r.first_chunk)) * kChunk;
   const int64_t end = begin + kChunk;
   return {begin < r.begin ? r.begin : begin, end > r.end ? r.end : end};
 }
 
-// The record (or another struct with first_chunk) that holds chunk `chunk`. Records are in order
-// and none is empty.
+// Finds the record (or another struct with first_chunk) that has chunk `chunk`. Records are in
+// order, and none is empty.
 template <typename R>
 MEGATRON_EXT_INLINE int64_t find(const R* records, int64_t count, int64_t chunk) {
   int64_t low = 0;
@@ -65,7 +66,7 @@ MEGATRON_EXT_INLINE int64_t find(const R* records, int64_t count, int64_t chunk)
   return low;
 }
 
-// Whether a moment has to be visited at all, and whether its old value is needed.
+// Whether a moment has to be visited, and whether its old value is needed.
 constexpr MEGATRON_EXT_INLINE bool visits(Rule rule, Statistics statistics) {
   return rule != Rule::keep || statistics != Statistics::none;
 }

@@ -10,7 +10,7 @@
 
 namespace megatron_ext {
 
-// The squares are summed in double: exp_avg_sq is often so small that its square is no fp32.
+// The squares are summed in double, because exp_avg_sq is often too small for its square in fp32.
 struct Tally {
   double before = 0.0;
   double after = 0.0;
@@ -22,7 +22,7 @@ struct Tally {
 // Columns of the op's result (megatron_ext/_ops/segments.py, STATISTICS_COLUMNS).
 inline constexpr int kColumns = 5;
 
-// A NaN that stays a NaN is no change.
+// A NaN that stays a NaN does not count as changed.
 MEGATRON_EXT_INLINE bool is_changed(float before, float after) {
   return !(before == after || (before != before && after != after));
 }

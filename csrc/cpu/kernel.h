@@ -1,4 +1,4 @@
-// One chunk of the CPU kernel, in the variants that are compiled.
+// The CPU kernel for one chunk, in the variants that are compiled.
 
 #pragma once
 

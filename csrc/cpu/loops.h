@@ -1,7 +1,7 @@
 // The CPU kernel's loops, compiled once for each instruction set (loops_*.cpp).
 //
-// Everything here has internal linkage or is forced inline: were an instantiation shared between
-// the translation units, the linker might keep the one a machine cannot run.
+// Everything here has internal linkage or is forced inline. If the translation units shared an
+// instantiation, the linker might keep one that a machine cannot run.
 
 #pragma once
 
@@ -42,7 +42,7 @@ struct Store<_Float16> {
 };
 template <>
 struct Store<BFloat16> {
-  // Round to nearest, ties to even; a NaN must not be rounded to infinity.
+  // Rounds to nearest, ties to even. A NaN must not be rounded to infinity.
   MEGATRON_EXT_INLINE static BFloat16 from(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
@@ -51,11 +51,11 @@ struct Store<BFloat16> {
   }
 };
 
-// One pass a statistic over so many elements, which stay in the first cache: loops of one kind of
-// sum each are vectorized better than a loop of all of them.
+// The number of elements per block. Each statistic is one pass over a block, which stays in the
+// first-level cache, because separate loops are vectorized better than one loop for all sums.
 inline constexpr int64_t kBlock = 2048;
 
-// Adds the elements of a block to the statistics of their values as they are now.
+// Adds the current values of a block's elements to the statistics.
 template <typename T>
 MEGATRON_EXT_INLINE void count_values(const T* x, int64_t n, Tally& tally) {
   double squares = 0.0;
@@ -86,7 +86,7 @@ MEGATRON_EXT_INLINE double sum_of_squares(const T* x, int64_t n) {
   return squares;
 }
 
-// Returns the number of elements that were changed, where S asks for it.
+// Returns the number of changed elements if S requests it.
 template <typename T, Rule R, Statistics S>
 MEGATRON_EXT_INLINE uint32_t apply(T* x, int64_t n, const Coefficients& k, const GlobalIndex& where,
                                    int64_t first) {

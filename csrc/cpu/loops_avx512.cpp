@@ -1,5 +1,5 @@
-// The loops for x86-64 with AVX512. The standard headers come first, so that nothing of theirs
-// is compiled for it.
+// The loops for x86-64 with AVX512. The standard headers come first, so that none of their code is
+// compiled for AVX512.
 
 #include <cfloat>
 #include <cmath>

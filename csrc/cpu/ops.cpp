@@ -37,7 +37,8 @@ Tensor empty_like_statistics(int64_t tensors) {
   return torch::stable::empty({tensors, kMoments, kColumns}, ScalarType::Double);
 }
 
-// A chunk's partial results, added up in the chunks' order: the number of threads does not show.
+// A chunk's partial results. They are summed in the order of the chunks, so that the result does
+// not depend on the number of threads.
 struct Partial {
   Tally tally[kMoments];
 };
@@ -93,7 +94,7 @@ Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, con
   return out;
 }
 
-// There is nothing to copy to the CPU: the table is only checked.
+// Only checks the table, because the CPU kernel needs no copy.
 std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
                                         const Tensor& segments, const Tensor& coefficients) {
   read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);

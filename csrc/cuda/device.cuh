@@ -32,7 +32,7 @@ __device__ __forceinline__ __half store<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// N elements at p, a multiple of 16 bytes at a 16-byte address.
+// N elements at p. Their size is a multiple of 16 bytes, and p is a 16-byte address.
 template <typename T, int N>
 struct alignas(16) Vector {
   static_assert(N * sizeof(T) % 16 == 0, "a vector is a whole number of 16-byte accesses");
@@ -59,7 +59,7 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// As many blocks as the current device can hold at once, or as there are chunks.
+// Computes the number of blocks: as many as the device holds at once, at most one per chunk.
 template <typename Kernel>
 cudaError_t grid_size(Kernel kernel, int64_t chunks, unsigned* blocks) {
   int device = 0;

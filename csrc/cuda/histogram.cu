@@ -1,4 +1,5 @@
-// The CUDA kernel of magnitude_histogram. Integer atomics: the order does not show in the counts.
+// The CUDA kernel of magnitude_histogram. The counts do not depend on the order of the atomics,
+// because they are integers.
 
 #include "device.cuh"
 #include "launch.h"

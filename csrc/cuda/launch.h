@@ -1,4 +1,4 @@
-// What ops.cpp calls in the .cu files, which include no torch header.
+// The functions of the .cu files that ops.cpp calls. The .cu files include no torch header.
 
 #pragma once
 
@@ -23,8 +23,8 @@ struct Partial {
   Tally tally[kMoments];
 };
 
-// The bytes of the launch table. `rows` leaves room for the empty segments that have no record, so
-// that its size follows from the arguments' shapes.
+// Builds the bytes of the launch table. `rows` includes empty segments, which have no record, so
+// that the size depends only on the arguments' shapes.
 inline std::vector<unsigned char> table_bytes(const std::vector<Record>& records,
                                               const std::vector<int64_t>& first_chunk,
                                               int64_t rows) {
@@ -43,9 +43,9 @@ inline std::vector<unsigned char> table_bytes(const std::vector<Record>& records
   return bytes;
 }
 
-// One kernel on `stream`, no synchronization. With statistics, `done` (uint32 [tensors]) is set to
-// zero first, `partials` has an entry a chunk, and `out` (double [tensors, kMoments, kColumns]) is
-// written as a whole.
+// Launches one kernel on `stream` without synchronization. With statistics, `done` (uint32
+// [tensors]) is set to zero first, `partials` has one entry per chunk, and all of `out` (double
+// [tensors, kMoments, kColumns]) is written.
 cudaError_t launch_transform(const unsigned char* table, int64_t chunks, int64_t tensors,
                              Statistics statistics, uint32_t* done, Partial* partials, double* out,
                              cudaStream_t stream);
@@ -59,7 +59,7 @@ struct DeviceRange {
   int64_t type;
 };
 
-// Adds to counts, int64 [groups, bins]; one kernel on `stream`.
+// Launches one kernel on `stream` that adds to counts, int64 [groups, bins].
 cudaError_t launch_histogram(const DeviceRange* ranges, int64_t count, int64_t chunks,
                              const int64_t* prefixes, int shift, int bits, int64_t* counts,
                              int64_t bins, cudaStream_t stream);

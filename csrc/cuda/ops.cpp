@@ -24,7 +24,7 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-// TABLE_BYTES in megatron_ext/_ops/schema.py.
+// These sizes are TABLE_BYTES in megatron_ext/_ops/schema.py.
 static_assert(sizeof(TableHeader) == 16 && sizeof(Record) == 160);
 
 void check(cudaError_t error, const char* what) {
@@ -47,7 +47,7 @@ bool is_capturing(cudaStream_t stream) {
 
 torch::stable::Device cuda_device(int32_t index) { return {DeviceType::CUDA, index}; }
 
-// The device of the first tensor that is on one; the others are compared with it.
+// Returns the device of the first tensor on a CUDA device. The others are compared with it.
 int32_t device_of(const Tensors& a, const Tensors& b) {
   for (const Tensors* list : {&a, &b}) {
     for (const Tensor& x : *list) {
@@ -66,8 +66,8 @@ Tensor pinned(const void* bytes, size_t size) {
   return out;
 }
 
-// A copy on the current stream, from pinned memory: nothing waits for it. torch's host allocator
-// keeps the pinned memory until the copy is done.
+// Copies from pinned memory on the current stream, without waiting. torch's host allocator keeps
+// the pinned memory until the copy is done.
 Tensor to_device(const Tensor& host, int32_t device_index) {
   return torch::stable::to(host, cuda_device(device_index), true);
 }

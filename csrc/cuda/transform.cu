@@ -1,4 +1,5 @@
-// The CUDA kernel of transform_moments_: persistent blocks, one chunk of one segment at a time.
+// The CUDA kernel of transform_moments_. Its blocks are persistent and process one chunk of one
+// segment at a time.
 
 #include "device.cuh"
 #include "launch.h"
@@ -21,11 +22,11 @@ __device__ __forceinline__ Tally shuffle_down(const Tally& t, int by) {
           __shfl_down_sync(kAll, t.changed, by)};
 }
 
-// Puts the block's sum into `sum`, in shared memory, always added in the same order. Thread 0 may
-// read it at once.
+// Writes the block's sum, always added in the same order, to `sum` in shared memory. Thread 0 may
+// read it immediately.
 __device__ __forceinline__ void block_sum(Tally t, Tally& sum) {
   __shared__ Tally of_warp[kThreads / kWarp];
-  __syncthreads();  // an earlier sum may still be read
+  __syncthreads();  // thread 0 may still read an earlier sum
 #pragma unroll
   for (int by = kWarp / 2; by > 0; by /= 2) {
     add(t, shuffle_down(t, by));
@@ -43,21 +44,21 @@ __device__ __forceinline__ void block_sum(Tally t, Tally& sum) {
   }
 }
 
-// A chunk of a segment. Between the first and the last multiple of N in the tensor its elements are
-// handed out to the threads by N at a time, those before and after one by one. Which thread has
-// which element depends on the element's place in the tensor only, so that the statistics do not
-// depend on the address; whether N elements move as 16-byte vectors depends on the address.
+// A chunk of a segment. Between the first and the last multiple of N in the tensor, a thread gets N
+// elements at a time, and before and after them one. The assignment depends only on the element's
+// position in the tensor, so that the statistics do not depend on the address. The address decides
+// only whether N elements move as 16-byte vectors.
 struct Chunk {
-  int64_t origin;         // the multiple of kChunk in the tensor that begin and end count from
-  int64_t segment_begin;  // counted from there too
+  int64_t origin;         // the multiple of kChunk in the tensor from which the others count
+  int64_t segment_begin;  // counted from origin
   int begin;
   int end;
 };
 
-// What a thread has in flight, as fp32 bytes: its loads are issued before the first result is
-// stored.
+// The number of fp32 bytes that a thread has in flight. It issues their loads before it stores the
+// first result.
 constexpr int kInFlight = 64;
-// Resident blocks on a multiprocessor that the registers must suffice for.
+// The number of resident blocks per multiprocessor for which the registers must suffice.
 constexpr int kBlocks = 5;
 
 template <Rule R, int C>
@@ -68,8 +69,8 @@ __device__ __forceinline__ void apply(float (&x)[C], const Coefficients& k) {
   }
 }
 
-// The rule is the same for a whole segment, so that the branch never diverges. A positional rule
-// goes element by element (transform_one), a joint one has a loop over both moments.
+// The rule is the same for a whole segment, so that the branch never diverges. A positional rule is
+// applied element by element (transform_one), and a joint rule in a loop over both moments.
 template <int C>
 __device__ __forceinline__ void apply(Rule rule, float (&x)[C], const Coefficients& k) {
   switch (rule) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ void transform_one(T* x, int at, const Unary& unary, 
   count<S>(tally, old, y[0]);
 }
 
-// By 16-byte vectors, U of them at a time.
+// Processes U 16-byte vectors at a time.
 template <typename T, Statistics S>
 __device__ __forceinline__ void transform_vectors(T* x, int begin, int end, const Unary& unary,
                                                   Tally& tally) {
@@ -150,7 +151,7 @@ __device__ __forceinline__ void transform_vectors(T* x, int begin, int end, cons
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const T stored = store<T>(y[i]);
-        // A kept element is not rounded again: a NaN would lose its bits.
+        // A kept element is not rounded again, because a NaN would lose its bits.
         count<S>(tally, load(vector[u].x[i]), load(stored));
         vector[u].x[i] = stored;
       }
@@ -186,7 +187,7 @@ __device__ __forceinline__ void transform_moment(void* data, const Chunk& c, con
   }
 }
 
-// What is kept has the same sum before and after: it is counted once.
+// Kept elements have the same sum before and after, so that it is computed once.
 template <Statistics S>
 constexpr Statistics kKept = S == Statistics::none ? Statistics::none : Statistics::after;
 
@@ -328,7 +329,7 @@ __device__ __forceinline__ void write_row(double* out, int64_t tensor, int momen
   row[4] = kBefore ? changed : -1.0;
 }
 
-// Sums that may pass 2^32 elements, so that the counts are double as well.
+// Sums over possibly more than 2^32 elements, so that the counts are double as well.
 struct Total {
   double v[kColumns];
 };
@@ -366,8 +367,8 @@ __device__ __forceinline__ void write_total(const Partial* partials, int64_t fir
   }
 }
 
-// Hands a chunk's tallies in. The block that hands in a tensor's last one adds them all up, in the
-// chunks' order.
+// Writes a chunk's tallies. The block that writes the last ones of a tensor sums them all in the
+// order of the chunks.
 template <Statistics S>
 __device__ __forceinline__ void hand_in(const Tally* sums, int chunk, int tensor,
                                         const int64_t* first_chunk, uint32_t* done,
@@ -399,7 +400,7 @@ __device__ __forceinline__ void hand_in(const Tally* sums, int chunk, int tensor
   __syncthreads();
 }
 
-// The rows of the tensors that no segment touches: no chunk hands anything in for them.
+// Writes the rows of tensors without a segment, for which no chunk writes tallies.
 template <Statistics S>
 __device__ __forceinline__ void write_empty(const int64_t* first_chunk, int64_t tensors,
                                             double* out) {
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (S != Statistics::none && blockIdx.x == 0) {
     write_empty<S>(first_chunk, header.tensors, out);
   }
-  __shared__ Tally sums[kMoments];  // thread 0's
+  __shared__ Tally sums[kMoments];  // of thread 0
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const Record& r = records[find(records, header.records, chunk)];
     const Range elements = range(r, chunk);
