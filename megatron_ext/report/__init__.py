@@ -1,1 +1,1 @@
-"""What a resume did: plain data first, then lines, JSON, files, a page and scalars."""
+"""The results of a resume: plain data, log lines, JSON, files, the page and scalars."""
