@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,19 @@ def setup(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         megatron_args = global_args()
         if getattr(megatron_args, "optimizer_class", None) is not None and not current.agreed:
-            ranks.stop_together("the preflight", error_of(megatron_args))
+            _stop_together(error_of(megatron_args))
             current.agreed = True
         return original(*args, **kwargs)
 
     return setup_model_and_optimizer
+
+
+def _stop_together(error: MegatronExtError | None) -> None:
+    """Stop every rank if one has an error; a launched run ends as argparse ends one."""
+    try:
+        ranks.stop_together("the preflight", error)
+    except MegatronExtError as e:
+        if current.launched is None:
+            raise
+        print(f"python -m megatron_ext.launch: error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)

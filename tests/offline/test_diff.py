@@ -108,7 +108,7 @@ def test_formats_and_versions_differ(
     assert {section for section, _ in changes} == {"moments"}
     assert len(changes) == 3
     assert main(["diff", a, b, "--moments"]) == 1
-    assert "no moments of the same key and shape" in capsys.readouterr().out
+    assert "no moments have the same key and shape" in capsys.readouterr().out
     older, _ = old.write("0.18.2", FULL)
     status, changes, _ = diff(capsys, b, older)
     assert "checkpoint" not in {section for section, _ in changes}
