@@ -223,7 +223,12 @@ def test_flags_without_the_class_are_refused_in_a_script_of_ones_own(
         without.parse_args("--selective-from a --load b --reset-iteration".split())
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    for word in ("--selective-from", "--reset-iteration", "--optimizer-class", "nothing would"):
+    for word in (
+        "--selective-from",
+        "--reset-iteration",
+        "--optimizer-class",
+        "it would have no effect",
+    ):
         assert word in message
     assert without.parse_args(["--load", "b"]).load == "b"
 

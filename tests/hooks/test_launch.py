@@ -301,7 +301,8 @@ def test_a_grown_vocabulary(runs: Runs) -> None:
 
 @pytest.mark.reads("grown vocabulary, buckets", "grown vocabulary, legacy")
 def test_a_grown_vocabulary_that_the_format_does_not_allow(runs: Runs) -> None:
-    for name, form in (("buckets", "a dp_reshardable checkpoint"), ("legacy", "a torch checkpoint")):
+    kinds = {"buckets": "a dp_reshardable checkpoint", "legacy": "a torch checkpoint"}
+    for name, form in kinds.items():
         refused = runs[f"grown vocabulary, {name}"]
         assert refused.returncode != 0
         assert refused.iterations == {}
