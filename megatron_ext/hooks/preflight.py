@@ -32,7 +32,8 @@ def before_the_script(args: Any) -> None:
     Raises:
         MegatronExtError: The arguments have a problem, or, in a run of one rank, the checkpoint.
     """
-    rank, world = (int(os.environ.get(name, default)) for name, default in _OF_TORCHRUN)
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     found = examine(args, read_request=request_of, open_checkpoint=rank == 0)
     if found.error is not None and (found.of_arguments or world == 1):
         raise found.error
@@ -43,9 +44,6 @@ def before_the_script(args: Any) -> None:
             flush=True,
         )
     current.preflight = found
-
-
-_OF_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def error_of(args: Any) -> MegatronExtError | None:
