@@ -22,10 +22,10 @@ CLASSES = (
     "core/optimizer_param_scheduler.py",
 )
 #: Names of Megatron's classes that the package uses of other objects only: of dicts, tensors, torch
-#: optimizers, dataclasses of its own.
+#: optimizers, `inspect`, dataclasses of its own.
 OF_OTHERS = {
     *("__init__", "items", "numel", "size", "dtype", "obj", "state", "param_groups", "min_lr"),
-    *("lr_decay_style", "lr_wsd_decay_style"),
+    *("lr_decay_style", "lr_wsd_decay_style", "unwrap"),
 }
 
 LISTED = {(name.module, name.attribute) for name in CONTRACT}

@@ -76,7 +76,8 @@ def main(address: str, kind: str) -> None:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)
     if kind == "ext":
-        importlib.import_module("megatron_ext.resume.optimizer")
+        importlib.import_module("megatron_ext.hooks.installing")
+        importlib.import_module("megatron_ext.host.contract").contract_problems()
     running: set[int] = set()
     while True:
         if connection.poll(0.05 if running else None):
