@@ -3,10 +3,6 @@
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
 MATRIX ?= 0.18.2 0.16.1
-# What .ci/run runs side by side: together all tests, each in one part.
-PART_ranks := ranks and not e2e
-PART_runs := e2e
-PART_rest := not ranks and not e2e
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
@@ -15,8 +11,7 @@ test%: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo docs schemas lint format test test-all test-ranks test-runs test-rest \
-    test-matrix test-gpu bench clean
+.PHONY: help bootstrap demo docs schemas lint format test test-all test-matrix test-gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +34,10 @@ format: bootstrap ## let ruff and clang-format format the code and mend what the
 	.venv/bin/clang-format -i $(SOURCES)
 
 test: lint ## lint, then the tests
-	$(PYTHON_BIN) -m pytest $(PYTEST_ARGS)
+	$(PYTHON_BIN) -m pytest --durations 10 $(PYTEST_ARGS)
 
 test-all: lint ## the same with the rest of the cells that make test has examples of
 	$(PYTHON_BIN) -m pytest --all $(PYTEST_ARGS)
-
-test-ranks test-runs test-rest: test-%: bootstrap
-	$(PYTHON_BIN) -m pytest -m "$(PART_$*)" --durations 10 $(PYTEST_ARGS)
 
 test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against each megatron-core of MATRIX
 

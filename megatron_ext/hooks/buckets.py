@@ -10,7 +10,7 @@ from ..base import ranks
 from ..checkpoint.bucket_layout import Bucket, BucketLayout, Placed
 from ..errors import HostError, MegatronExtError
 from ..host.contract import megatron_version
-from ..resume.parameters import located
+from ..resume.parameters import locate_parameters
 
 
 def bucket_layout(members: Sequence[Any]) -> BucketLayout | None:
@@ -50,7 +50,7 @@ def _buckets(optimizer: Any, prefix: str) -> Iterator[Bucket]:
     ranges = getattr(optimizer, "gbuf_ranges", None)
     if not ranges or optimizer.data_parallel_group.rank() != 0:
         return
-    where = located(optimizer.resume_chunks)
+    where = locate_parameters(optimizer.resume_chunks)
     for number, (buffer, of_buffer) in enumerate(zip(optimizer.buffers, ranges, strict=True)):
         (dtype,) = of_buffer
         placed: dict[int, list[Placed]] = defaultdict(list)

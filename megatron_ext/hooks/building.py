@@ -212,7 +212,7 @@ def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any)
         return
     if not members_of(optimizer):
         raise HostError(
-            f"--optimizer-class {request.optimizer_class}: it takes the place of "
+            f"--optimizer-class {request.optimizer_class}: it replaces "
             f"DistributedOptimizer, but {type(optimizer).__name__} was built. Add "
             "--use-distributed-optimizer"
         )

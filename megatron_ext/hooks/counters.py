@@ -116,9 +116,9 @@ def _decide(
     if state_dict is None:
         if policy.operations or resume.where != "load":
             raise CheckpointError(
-                f"there is no checkpoint in {load_dir} to begin the phase from, but it was asked "
-                f"to: {', '.join(policy.operations) or '--selective-from'}. Name the directory of "
-                "the earlier phase"
+                f"{', '.join(policy.operations) or '--selective-from'}: a phase begins from a "
+                f"checkpoint, and there is none in {load_dir}. Name the directory of the earlier "
+                "phase"
             )
         return None
     section = _first_optimizer(state_dict.get("optimizer"))

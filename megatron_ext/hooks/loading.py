@@ -56,7 +56,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if not dropped and _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
-                "with it and the moments were to be kept. A release checkpoint or one written "
+                "with it and the policy keeps the moments. A release checkpoint or one written "
                 "with --no-save-optim has none: pass --no-load-optim to start with a new "
                 "optimizer"
             )
@@ -130,7 +130,7 @@ def _require_legacy_files(args: Any, load_arg: str) -> None:
             )
     except OSError as e:
         error = CheckpointError(f"the checkpoint in {load_dir} cannot be read: {e}")
-    ranks.stop_together("looking for the checkpoint's files", error)
+    ranks.stop_together("checking that the checkpoint's files are there", error)
 
 
 def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:

@@ -3,6 +3,9 @@
 The arguments are the same on every rank. Only rank 0 opens the checkpoint, because the size of its
 index grows with the whole job. If rank 0 finds a problem before there is a process group, it keeps
 the error until there is one.
+
+Environment:
+    RANK, WORLD_SIZE: set by torchrun; 0 and 1 without it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
         request = active_request()
         if request is not None and request.dry_run:
             _write_layout(request)
-            say("megatron_ext: --selective-dry-run: everything is built and loaded, no step made")
+            say(
+                "megatron_ext: --selective-dry-run: model and optimizer are built and loaded; "
+                "no training step is run"
+            )
             if dist.is_initialized():
                 dist.barrier()
                 dist.destroy_process_group()
@@ -155,5 +158,6 @@ def _check_moments(watch: guard.Watch) -> None:
             raise GuardError(wrong)
     say(
         f"megatron_ext: guard: {guard.steps_after(len(watch.gradients))} the load the "
-        "hyperparameters are the planned ones, and the moments what Adam makes of the loaded ones"
+        "hyperparameters match the plan, and the moment norms can result from Adam updates on the "
+        "loaded moments"
     )

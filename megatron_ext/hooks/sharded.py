@@ -51,12 +51,12 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     if not requested:
         say(resized.lines())  # no optimizer is loaded whose report would have them
         rows.clear()
-    left_out = _leave_out(call)
+    removed = _remove_overwritten(call)
     try:
         result = original(*bound.args, **bound.kwargs)
         # With some values of `strict` the result is a tuple that has the keys that did not fit.
         loaded = result[0] if isinstance(result, tuple) else result
-        left_out.put_back(loaded)
+        removed.fill_with_zeros(loaded)
         resized.put_back(loaded)
         return result
     except (Exception, dcp.CheckpointException) as e:
@@ -98,7 +98,7 @@ def _metadata_read_once() -> Iterator[None]:
         reader.read_metadata = original
 
 
-def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
+def _remove_overwritten(call: dict[str, Any]) -> selective_read.RemovedEntries:
     """Remove the moments that the policy overwrites from a load, if a phase begins with it.
 
     Rank 0 reads whether the phase begins and broadcasts it, so that ranks without a matching rule
@@ -110,14 +110,14 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
     """
     load = current.load
     if load is None or not load.awaits_tensors:
-        return selective_read.LeftOut()
+        return selective_read.RemovedEntries()
     load.awaits_tensors, load.unread, resume = False, {}, load.resume
     # If only some ranks load, they cannot agree over the default group.
     partly = call.get("process_group") is not None
     if not resume.policy.overwrites_moments or partly or _strict(call):
-        return selective_read.LeftOut()
+        return selective_read.RemovedEntries()
     if not _phase_begins(resume, call["checkpoint_dir"]):
-        return selective_read.LeftOut()
+        return selective_read.RemovedEntries()
     if call.get("validate_access_integrity", True):
         validation = importlib.import_module("megatron.core.dist_checkpointing.validation")
         mapping = importlib.import_module("megatron.core.dist_checkpointing.mapping")
@@ -125,9 +125,9 @@ def _leave_out(call: dict[str, Any]) -> selective_read.LeftOut:
         validation.validate_sharding_integrity(validation.determine_global_metadata(entries)[1])
         call["validate_access_integrity"] = False
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    left_out = selective_read.leave_out(call["sharded_state_dict"], whole=alone)
-    load.unread = left_out.names
-    return left_out
+    removed = selective_read.remove_marked(call["sharded_state_dict"], whole=alone)
+    load.unread = removed.names
+    return removed
 
 
 def _strict(call: Mapping[str, Any]) -> bool:
@@ -196,7 +196,7 @@ def _resized(
     if error is not None:
         rows.clear()
     if vocabulary.by_bucket(requested) and _has_stages_without_vocabulary():
-        ranks.stop_together("looking at the vocabulary", error)
+        ranks.stop_together("comparing the size of the vocabulary", error)
     elif error is not None:
         raise error
     return resized
@@ -252,6 +252,6 @@ def no_optimizer_state(where: Any) -> CheckpointError:
     """Make the error for a checkpoint without the moments that the policy keeps."""
     return CheckpointError(
         f"the checkpoint in {where} holds no optimizer state (a release checkpoint, or written "
-        "with --no-save-optim), but the moments were to be kept. Pass --no-load-optim to start "
+        "with --no-save-optim), but the policy keeps the moments. Pass --no-load-optim to start "
         "with a new optimizer"
     )

@@ -39,7 +39,9 @@ def write_to_writers(resume: Resume, iteration: int) -> None:
             numbers = scalars(resume.report.to_json())
             write(writer, numbers, _lines(resume), iteration)
         except Exception as e:  # the writer may raise anything: a full disk, a lost connection
-            _say_here(f"megatron_ext: not all written to {name}: {type(e).__name__}: {e}")
+            _say_here(
+                f"megatron_ext: could not write everything to {name}: {type(e).__name__}: {e}"
+            )
         else:
             _say_here(f"megatron_ext: {len(numbers)} scalars and the plan written to {name}")
 

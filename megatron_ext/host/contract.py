@@ -198,7 +198,7 @@ CONTRACT = (
         ("checkpoint_args",),
         rebound=True,
         since="0.18.0",
-        reference="training/checkpointing.py:143; sees the saved arguments",
+        reference="training/checkpointing.py:143; reads the saved arguments",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
@@ -206,7 +206,8 @@ CONTRACT = (
         ("load_dir", "args", "rank0"),
         rebound=True,
         since="0.18.0",
-        reference="training/checkpointing.py:1633; the counters and the phase, before they count",
+        reference="training/checkpointing.py:1633; the counters and the phase, before "
+        "Megatron applies them",
     ),
     HostName(
         f"{TRAINING}.global_vars",
@@ -247,7 +248,7 @@ CONTRACT = (
         "train_step",
         rebound=True,
         since="0.18.0",
-        reference="training/training.py:2336; the guard's look at the first steps (running.py)",
+        reference="training/training.py:2336; the guard compares the first steps (running.py)",
     ),
     HostName(
         f"{TRAINING}.training",
@@ -477,19 +478,19 @@ CONTRACT = (
         "megatron.core.optimizer_param_scheduler",
         "OptimizerParamScheduler.num_steps",
         instance=True,
-        reference="core/optimizer_param_scheduler.py:155; set around its load",
+        reference="core/optimizer_param_scheduler.py:155; set during its load",
     ),
     HostName(
         "megatron.core.optimizer_param_scheduler",
         "OptimizerParamScheduler.override_opt_param_scheduler",
         instance=True,
-        reference="core/optimizer_param_scheduler.py:173; set around its load",
+        reference="core/optimizer_param_scheduler.py:173; set during its load",
     ),
     HostName(
         "megatron.core.optimizer_param_scheduler",
         "OptimizerParamScheduler.use_checkpoint_opt_param_scheduler",
         instance=True,
-        reference="core/optimizer_param_scheduler.py:174; set around its load",
+        reference="core/optimizer_param_scheduler.py:174; set during its load",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
@@ -606,7 +607,7 @@ def check_contract() -> None:
     if problems := contract_problems():
         raise HostError(
             f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the installed "
-            f"megatron-core {found} has moved what it leans on:\n"
+            f"megatron-core {found} lacks names that megatron_ext uses:\n"
             + "\n".join(f"  {p}" for p in problems)
             + f"\nInstall megatron-core=={TESTED[-1]}, or run without --optimizer-class"
         )
@@ -696,6 +697,7 @@ def _warn_if_untested(found: Version) -> None:
     if not in_tested_range(found):
         warnings.warn(
             f"megatron-core {found} is outside the range megatron_ext is tested with "
-            f"({TESTED[0]} to {last.major}.{last.minor}.x); every name it leans on is there",
+            f"({TESTED[0]} to {last.major}.{last.minor}.x); every name that megatron_ext "
+            "uses is there",
             stacklevel=3,
         )

@@ -52,19 +52,6 @@ class Preflight:
         return HostError(f"{len(self.errors)} things are wrong with this resume:\n{listing}")
 
 
-def check(args: Any) -> None:
-    """Raise one error that lists all problems.
-
-    Args:
-        args: Megatron's arguments as parsed, before its own validation.
-
-    Raises:
-        MegatronExtError: The problem, or a `HostError` that lists several.
-    """
-    if (error := examine(args).error) is not None:
-        raise error
-
-
 def examine(
     args: Any,
     stored: StoredCheckpoint | None = None,
@@ -75,7 +62,7 @@ def examine(
     """Find everything that is wrong with a resume.
 
     Args:
-        args: As for `check`.
+        args: Megatron's arguments as parsed, before its own validation.
         stored: The checkpoint, if a plan has read it already. The import of this package's own
             optimizer class is then not tried.
         read_request: Reads the request from the arguments.

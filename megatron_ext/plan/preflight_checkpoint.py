@@ -99,7 +99,7 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
     if not stored.optimizers:
         yield (
             f"the checkpoint in {stored.directory} holds no optimizer state (a release checkpoint, "
-            "or written with --no-save-optim), but the moments were to be kept. Pass "
+            "or written with --no-save-optim), but the policy keeps the moments. Pass "
             "--no-load-optim to start with a new optimizer"
         )
         return

@@ -63,8 +63,8 @@ class LoadedState:
         missing = [k for k in self.keys[1:] if not self.elements.get(k)]
         if missing:
             raise CheckpointError(
-                f"no element of {' and '.join(missing)} was loaded on any rank, but the moments "
-                "were to be kept: the checkpoint holds none, or its format is not read by this "
+                f"no element of {' and '.join(missing)} was loaded on any rank, but the policy "
+                "keeps the moments: the checkpoint holds none, or its format is not read by this "
                 "optimizer. Pass --no-load-optim to start with a new optimizer (the Adam moments "
                 "are then lost)"
             )

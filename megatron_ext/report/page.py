@@ -93,13 +93,14 @@ def _from_where(document: Document) -> str:
     if phase.get("state") == "applied":
         return f"{loaded}. A phase begins here with: {operations}."
     if phase.get("state") == "continued":
-        return f"{loaded}. The phase that started from {phase['from']} goes on; nothing is redone."
-    return f"{loaded}. Hyperparameters were decided; the state goes on as it was."
+        begun = phase["from"]
+        return f"{loaded}. The phase that started from {begun} continues; no operation is repeated."
+    return f"{loaded}. Hyperparameters were decided; the state is unchanged."
 
 
 def _goes_on(document: Document) -> str:
     counters, scheduler = document["counters"], document["scheduler"]
-    where = "The run goes on"
+    where = "The run continues"
     if counters is not None:
         iteration, samples = counters["iteration"], counters["consumed_train_samples"]
         where += f" at iteration {iteration['value']}, sample {samples['value']}"

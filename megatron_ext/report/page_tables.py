@@ -62,7 +62,7 @@ def counters_table(document: Document) -> Table:
         for key, name in _COUNTERS.items()
         if (c := (document["counters"] or {}).get(key)) is not None
     ]
-    return Table(("counter", "checkpoint", "goes on at"), tuple(rows))
+    return Table(("counter", "checkpoint", "continues at"), tuple(rows))
 
 
 def first_step_table(document: Document) -> Table:
@@ -133,7 +133,7 @@ def _scalars(optimizer: Document) -> Table:
         rows.append(_pair("loss scale", scale["checkpoint"], scale["value"], "grad scaler"))
     if clip is not None:
         rows.append(_pair("clip_grad", clip["argument"], clip["value"], clip["reason"]))
-    return Table(("state", "before", "goes on with", "why"), tuple(rows))
+    return Table(("state", "before", "continues with", "why"), tuple(rows))
 
 
 def _pair(name: str, before: Any, after: Any, why: str) -> Row:

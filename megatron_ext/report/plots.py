@@ -86,7 +86,7 @@ def curves_of(document: Mapping[str, Any]) -> tuple[Curve, ...]:
     if last is None or batch["value"] is None:
         raise PlanError("the batch size ramps up, or the run's length is not known")
     if last <= first:
-        raise PlanError(f"the run ends at iteration {last} and goes on at {first}")
+        raise PlanError(f"the run ends at iteration {last} and resumes at {first}")
     position = scheduler["num_steps"]
     span = Span(first, last, position, position + (last - first) * batch["value"])
     out = list(_before(document, batch["checkpoint"]))

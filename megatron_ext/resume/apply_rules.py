@@ -23,7 +23,7 @@ from .parameters import Shard
 from .prepare_rules import MomentWork
 from .scaled import values
 from .shard_rules import FillColumns, MomentShard, RangeRule
-from .statistics import Value, find, pieces
+from .statistics import Value, compute_statistics, runs_of_rows
 
 #: Columns that are summed over the ranks, for each moment.
 _COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
@@ -86,8 +86,8 @@ def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
 def apply_rules(work: MomentWork, done: AppliedRules | None = None) -> MomentReport | None:
     """Change the moments as planned; collective.
 
-    The ranks compute the statistics together (`megatron_ext.resume.statistics.find`). Each device
-    then gets one call of the fused op, and one small reduction sums the report.
+    The ranks compute the statistics together (`compute_statistics`). Each device then gets one
+    call of the fused op, and one small reduction sums the report.
 
     Args:
         work: The result of `exchange_with_ranks`. The moments have been loaded.
@@ -108,7 +108,7 @@ def _change(work: MomentWork) -> AppliedRules:
     device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else ranks.device()
     found: dict[Statistic, Value] = {}
     if work.wanted:
-        found = find(
+        found = compute_statistics(
             work.wanted,
             shards,
             lambda shard, key: values(shard.inner, shard.key, key),
@@ -132,7 +132,7 @@ def _work(shard: Shard, plan: ParameterPlan, found: Mapping[Statistic, Value]) -
             # With a single range, a rescale of a scaled moment only changes its scale.
             rules.append(RangeRule(0, shard.end - shard.begin, m, v, WHOLE))
             continue
-        for run in pieces(shard, ((rows.first, rows.last),)):
+        for run in runs_of_rows(shard, ((rows.first, rows.last),)):
             rules.append(RangeRule(run.begin, run.end, m, v, run.index))
     rules.sort(key=lambda r: r.begin)
     return MomentShard(shard.parameter.name, shard.inner, shard.key, tuple(rules))
@@ -165,7 +165,7 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
                 row[-1] += held
                 row[_CHANGED] -= s.changed or 0
         for rows in work.plans[shard.parameter.name].rows:
-            held = sum(p.end - p.begin for p in pieces(shard, ((rows.first, rows.last),)))
+            held = sum(p.end - p.begin for p in runs_of_rows(shard, ((rows.first, rows.last),)))
             elements[-1 if rows.rule is None else rows.rule] += held
     mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
     flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=done.device)

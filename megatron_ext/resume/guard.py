@@ -89,7 +89,7 @@ def wrong_hyperparameters(planned: Sequence[GroupValues], used: Sequence[GroupVa
     if not lines:
         return ""
     listing = "; ".join(lines)
-    return f"the first resumed step does not use what was planned: {listing}. {_CAUSE}"
+    return f"the first resumed step does not use the planned hyperparameters: {listing}. {_CAUSE}"
 
 
 def wrong_moments(
@@ -124,9 +124,10 @@ def wrong_moments(
     if not lines:
         return ""
     return (
-        f"optimizer {optimizer}: {steps_after(len(gradients))} the load Adam cannot have made "
-        f"these moments of the loaded ones (norms {before[0]:.6g}, {before[1]:.6g}) with gradients "
-        f"of norm up to {max(gradients, default=0.0):.6g}: {'; '.join(lines)}. {_CAUSE}"
+        f"optimizer {optimizer}: {steps_after(len(gradients))} the load the moment norms "
+        f"cannot be the result of Adam updates on the loaded moments (norms {before[0]:.6g}, "
+        f"{before[1]:.6g}) with gradients of norm up to {max(gradients, default=0.0):.6g}: "
+        f"{'; '.join(lines)}. {_CAUSE}"
     )
 
 

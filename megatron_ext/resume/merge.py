@@ -16,7 +16,9 @@ from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..plan.groups import match_groups
 
-_NOT_HYPERPARAMETERS = ("params", "step")
+#: Keys of a live param_group that a merge does not write. The phase's mark is not among them, as it
+#: is in `megatron_ext.checkpoint.state.NOT_HYPERPARAMETERS`: a merge writes it.
+_KEPT_IN_GROUP = ("params", "step")
 
 
 def merge_distributed(
@@ -92,14 +94,14 @@ def write_groups(
         live_groups: The optimizer's param_groups. They are modified in place.
     """
     for wanted, group in zip(values, live_groups, strict=True):
-        for key in [k for k in group if k not in wanted and k not in _NOT_HYPERPARAMETERS]:
+        for key in [k for k in group if k not in wanted and k not in _KEPT_IN_GROUP]:
             del group[key]
         group.update(wanted)
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param_group without its parameters and its step."""
-    return {k: v for k, v in group.items() if k not in _NOT_HYPERPARAMETERS}
+    return {k: v for k, v in group.items() if k not in _KEPT_IN_GROUP}
 
 
 def _step(plan: ResumePlan) -> dict[str, int]:

@@ -11,7 +11,7 @@ from ..base import ranks
 from ..checkpoint.state import MOMENT_KEYS
 from ..errors import CheckpointError
 from .moments import Survey, survey
-from .parameters import held_by, names_of
+from .parameters import held_parameters, names_of
 from .prepare_rules import MAX_NAMED
 from .scaled import values
 from .steps import is_adam, is_hybrid
@@ -28,7 +28,7 @@ def count_nonfinite(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
     return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
 
 
-def mend_nonfinite(
+def handle_nonfinite(
     optimizer: Any,
     model_chunks: Sequence[Any],
     choice: str,
@@ -59,9 +59,9 @@ def mend_nonfinite(
         error = CheckpointError(
             f"the checkpoint's moments are not finite (elements of exp_avg and exp_avg_sq): "
             f"{listing}{more}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
-            "set these elements to 0, or keep to go on with them"
+            "set these elements to 0, or keep to leave them as they are"
         )
-    ranks.stop_together("looking at the moments", error)
+    ranks.stop_together("counting non-finite moments", error)
     if choice == "reset":
         _reset_nonfinite(optimizer)
     return f"not finite in the checkpoint: {'reset to 0' if choice == 'reset' else 'kept'}"
@@ -90,7 +90,7 @@ def _nonfinite(optimizer: Any) -> dict[int, int]:
 def _reset_nonfinite(optimizer: Any) -> None:
     bad = {i for i, n in _nonfinite(optimizer).items() if n}
     inner = optimizer.optimizer
-    for held in held_by(optimizer):
+    for held in held_parameters(optimizer):
         if id(held.key) not in bad:
             continue
         moments = {k: values(inner, held.key, k) for k in MOMENT_KEYS}

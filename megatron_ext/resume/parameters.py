@@ -61,15 +61,15 @@ def shards_of(
     Args:
         optimizer: A DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
         model_chunks: The model it was built for.
-        where: The result of `located` for this model, if it has been computed.
+        where: The result of `locate_parameters` for this model, if it has been computed.
 
     Raises:
         HostError: The model's sharded_state_dict does not place a parameter.
     """
-    found = located(model_chunks) if where is None else where
+    found = locate_parameters(model_chunks) if where is None else where
     rows = vocabulary.rows_of(optimizer)
     out = []
-    for held in held_by(optimizer):
+    for held in held_parameters(optimizer):
         if id(held.model_param) not in found:
             raise HostError(
                 f"the model's sharded_state_dict has no entry for a parameter of shape "
@@ -93,7 +93,7 @@ def names_of(optimizer: Any, model_chunks: Sequence[Any]) -> dict[int, str]:
         return {id(s.key): s.parameter.name for s in shards_of(optimizer, model_chunks)}
     except Exception:  # the model's own code may raise anything; the message is still needed
         names = {id(p): n for chunk in model_chunks for n, p in chunk.named_parameters()}
-        held = held_by(optimizer)
+        held = held_parameters(optimizer)
         return {id(h.key): names.get(id(h.model_param), "unnamed") for h in held}
 
 
@@ -116,7 +116,7 @@ class Held:
     end: int
 
 
-def held_by(optimizer: Any) -> list[Held]:
+def held_parameters(optimizer: Any) -> list[Held]:
     """List what an optimizer holds on this rank, in the same order at every call."""
     if hasattr(optimizer, "model_param_gbuf_map"):
         return [_distributed(optimizer, p) for p in optimizer.model_param_gbuf_map]
@@ -141,7 +141,7 @@ def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
     return Held(model_param, key, group, of_shard.start, of_shard.end)
 
 
-def located(model_chunks: Sequence[Any]) -> Located:
+def locate_parameters(model_chunks: Sequence[Any]) -> Located:
     """Map the id of each model parameter to its global name, unsharded shape and blocks.
 
     Args:

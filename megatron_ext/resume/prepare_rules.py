@@ -20,7 +20,7 @@ from ..policy.policy import ResumePolicy
 from ..rules.base import Statistic
 from ..rules.elementwise import KEEP
 from ..rules.form import Key
-from .parameters import Shard, located, shards_of
+from .parameters import Shard, locate_parameters, shards_of
 from .steps import is_adam
 
 MAX_NAMED = 8
@@ -130,8 +130,8 @@ def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, Para
             done = [getattr(rows, key) for rows in plans[name].rows] if plans else [KEEP]
             if any(rule.reads_old for rule in done):
                 raise CheckpointError(
-                    f"{key} of {name} was not read from the checkpoint, for it was to be "
-                    f"overwritten, but now the plan is {done}; expected the same plan before and "
+                    f"{key} of {name} was not read from the checkpoint, because the plan "
+                    f"overwrote it; now the plan is {done}; expected the same plan before and "
                     "after reading. The checkpoint was replaced while it was being read, or its "
                     "param_groups differ from its first ones; start again"
                 )
@@ -162,7 +162,7 @@ def exchange_with_ranks(work: MomentWork) -> MomentWork:
         sorted({name for some in names for name in some}),
     )
     if idle and policy.strict:
-        raise PlanError(f"{idle}. Mend the rule, or pass --no-selective-strict")
+        raise PlanError(f"{idle}. Correct the rule, or pass --no-selective-strict")
     return replace(
         work,
         wanted=tuple(sorted({s for needed in of_ranks for s in needed})),
@@ -204,5 +204,5 @@ def _shards_by_optimizer(
     optimizers: Sequence[Any], model_chunks: Sequence[Any]
 ) -> dict[int, tuple[Shard, ...]]:
     """Map the id of each optimizer to its shards on this rank, locating the parameters once."""
-    where = located(model_chunks) if optimizers else {}
+    where = locate_parameters(model_chunks) if optimizers else {}
     return {id(one): tuple(shards_of(one, model_chunks, where)) for one in optimizers}

@@ -8,7 +8,7 @@ from typing import Any
 from ..plan.decisions import ResumePlan
 from ..plan.moments import plan_moments
 from ..plan.resized import ResizedParameter, resized_by
-from .parameters import held_by, shards_of
+from .parameters import held_parameters, shards_of
 from .steps import is_adam
 from .vocabulary import rows_of
 
@@ -34,7 +34,7 @@ def resized_of(
     rows = rows_of(optimizer)
     if optimizer.optimizer is None or not rows:
         return ()
-    if not any(rows.of(h.model_param) for h in held_by(optimizer)):
+    if not any(rows.of(h.model_param) for h in held_parameters(optimizer)):
         return ()
     parameters = {
         s.parameter.name: s.parameter

@@ -123,7 +123,7 @@ class Selective:
         notes: tuple[str, ...] = ()
         if summed.nonfinite:
             choice = plan.policy.nonfinite
-            what = nonfinite.mend_nonfinite(self, self.resume_chunks, choice, bad)
+            what = nonfinite.handle_nonfinite(self, self.resume_chunks, choice, bad)
             notes = (f"{summed.nonfinite} elements of the moments {what}",)
         moments = None if work is None else apply_rules.apply_rules(work, done)
         if moments is not None:

@@ -1,10 +1,10 @@
 """Skip reading moments that a policy overwrites regardless of their old values.
 
 `mark_unread` marks them in a sharded state dict before the load fills it. Around
-``dist_checkpointing.load`` (`megatron_ext.hooks.sharded`) `leave_out` removes the marked entries
-from the request. `LeftOut.put_back` then gives the stock loader zeros in their place, so that no
-later code reads uninitialised memory. For bf16 weights with fp32 master weights stock reads 14
-bytes per parameter, and exp_avg and exp_avg_sq are 4 of them each.
+``dist_checkpointing.load`` (`megatron_ext.hooks.sharded`) `remove_marked` removes the marked
+entries from the request. `RemovedEntries.fill_with_zeros` then gives the stock loader zeros in
+their place, so that no later code reads uninitialised memory. For bf16 weights with fp32 master
+weights stock reads 14 bytes per parameter, and exp_avg and exp_avg_sq are 4 of them each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from ..plan.matching import overwritten
 from ..plan.parameters import Parameter
 from ..rules.form import Key
-from .parameters import held_by, located
+from .parameters import held_parameters, locate_parameters
 from .steps import is_adam, is_hybrid
 from .vocabulary import walk
 
@@ -45,7 +45,7 @@ class _Unread:
 
 
 @dataclass
-class LeftOut:
+class RemovedEntries:
     """Entries that were removed from a sharded state dict.
 
     Args:
@@ -60,7 +60,7 @@ class LeftOut:
         marks = [getattr(entry, _MARK) for _, entry in self.entries]
         return {key: frozenset(m.name for m in marks if m.key == key and m.name) for key in _KEYS}
 
-    def put_back(self, state_dict: Any) -> None:
+    def fill_with_zeros(self, state_dict: Any) -> None:
         """Put zeros where the entries were, for the stock loader.
 
         Args:
@@ -91,7 +91,7 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
     inner, policy = optimizer.optimizer, optimizer.resume.policy
     if not policy.overwrites_moments or inner is None or not is_adam(inner) or is_hybrid(inner):
         return
-    names = located(model_chunks)
+    names = locate_parameters(model_chunks)
     groups = _groups(optimizer)
     for model_param, entries, shared in _parameters(optimizer, state_dict):
         name, chosen = "", frozenset(_KEYS)
@@ -105,7 +105,7 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
                 setattr(entries[key], _MARK, _Unread(name, key, shared))
 
 
-def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
+def remove_marked(state_dict: Any, *, whole: bool) -> RemovedEntries:
     """Remove the marked entries from a sharded state dict.
 
     Args:
@@ -125,13 +125,13 @@ def leave_out(state_dict: Any, *, whole: bool) -> LeftOut:
         for step in path[:-1]:
             container = container[step]
         del container[path[-1]]
-    return LeftOut(found)
+    return RemovedEntries(found)
 
 
 def _groups(optimizer: Any) -> dict[int, Mapping[str, Any]]:
     """Map the id of each model parameter that this rank holds to its param_group."""
     groups = optimizer.optimizer.param_groups
-    return {id(h.model_param): groups[h.group] for h in held_by(optimizer)}
+    return {id(h.model_param): groups[h.group] for h in held_parameters(optimizer)}
 
 
 def _parameters(
@@ -150,7 +150,7 @@ def _parameters(
         return
     section = state_dict.get("optimizer", state_dict)
     by_id = section.get("state", {}) if isinstance(section, Mapping) else {}
-    for number, held in enumerate(held_by(optimizer)):
+    for number, held in enumerate(held_parameters(optimizer)):
         of_param = by_id.get(number)
         if isinstance(of_param, dict):
             yield held.model_param, of_param, False

@@ -30,7 +30,7 @@ Value = float | torch.Tensor
 Reduce = Callable[[torch.Tensor], object]
 
 
-def find(
+def compute_statistics(
     wanted: Sequence[Statistic],
     shards: Sequence[Shard],
     moment: Callable[[Shard, str], torch.Tensor],
@@ -67,7 +67,7 @@ def find(
     return out
 
 
-def pieces(shard: Shard, rows: Sequence[tuple[int, int]]) -> Iterator[Run]:
+def runs_of_rows(shard: Shard, rows: Sequence[tuple[int, int]]) -> Iterator[Run]:
     """Yield the elements of a shard that lie in some rows of the unsharded parameter.
 
     Args:
@@ -118,7 +118,7 @@ def _means(
         target = sums[at : at + n].view(-1)
         for shard in by_name.get(statistic.parameter, ()):
             values = moment(shard, statistic.key)
-            for run in pieces(shard, statistic.rows):
+            for run in runs_of_rows(shard, statistic.rows):
                 _add(target, values, run, n)
         at += n
     reduce(sums)
@@ -179,7 +179,9 @@ def _quantiles(
     tensors, ranges = [torch.empty(0, device=device)], []
     for group, statistic in enumerate(wanted):
         for shard in by_name.get(statistic.parameter, ()):
-            found = [[len(tensors), r.begin, r.end, group] for r in pieces(shard, statistic.rows)]
+            found = [
+                [len(tensors), r.begin, r.end, group] for r in runs_of_rows(shard, statistic.rows)
+            ]
             ranges += found
             tensors += [moment(shard, statistic.key)] if found else []
     elements = torch.tensor([_elements(s, shapes) for s in wanted], dtype=torch.int64)

@@ -159,7 +159,7 @@ def unsupported(resized: Resized, optimizer_keys: Mapping[str, Any]) -> Checkpoi
     if not resized.changes or not by_bucket(optimizer_keys):
         return None
     form = "dp_reshardable" if any(".gbuf_idx_" in k for k in optimizer_keys) else "gathered"
-    return refusal(resized.changes[0], f"{form}, by buckets of parameters one after the other")
+    return refusal(resized.changes[0], f"{form}, in buckets of concatenated parameters")
 
 
 def by_bucket(optimizer_keys: Mapping[str, Any]) -> bool:
@@ -178,7 +178,7 @@ def refusal(change: RowChange, form: str) -> CheckpointError:
         f"the vocabulary has another size than in the checkpoint ({change.key}: {change.saved} "
         f"rows there, {change.now} here; padding counts, and changes with "
         "--tensor-model-parallel-size and --make-vocab-size-divisible-by), and the optimizer "
-        f"state is stored as {form}: it fits the old size alone. Run the old configuration, old "
+        f"state is stored as {form}: it only fits the old size. Run the old configuration, old "
         "vocabulary and old parallel sizes, for one more save with --ckpt-format torch_dist "
         "--dist-ckpt-optim-fully-reshardable, and resume from that; or pass --no-load-optim to "
         "start with a new optimizer (the Adam moments are then lost)"

@@ -60,7 +60,7 @@ class Fill(ElementRule):
     forms = (
         Form(
             "reset",
-            "0; the old value is not looked at",
+            "0; the old value is not read",
             "x' = 0",
             "full reset: P 2306.17833, 2501.06842",
             values=(0.0,),

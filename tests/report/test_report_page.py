@@ -167,7 +167,7 @@ def test_the_first_lines_say_what_happened() -> None:
     assert "Transition applied: phase cool-down" in above
     assert "Loaded phase1@10#00ab. A phase begins here with: preset gradient-scale 2" in above
     assert (
-        "The run goes on at iteration 2, sample 80, with learning rate 9.5e-05 to 0.00095 in the "
+        "The run continues at iteration 2, sample 80, with learning rate 9.5e-05 to 0.00095 in the "
         "first step (max_lr 0.003 -> 0.001)." in above
     )
     warnings = document()["optimizers"][0]["warnings"]
@@ -189,7 +189,7 @@ def test_a_continued_phase_is_no_transition() -> None:
     one = replace(optimizer_report(), plan=replace(optimizer_report().plan, phase=again))
     page = Parsed(html_page(ResumeReport("0.19.2", [one]).to_json()))
     assert "Continued: phase cool-down" in page.text
-    assert "Loaded phase2@14#77. The phase that started from phase1@10#00ab goes on" in page.text
+    assert "Loaded phase2@14#77. The phase that started from phase1@10#00ab continues" in page.text
 
 
 def test_changed_keys_stand_out_and_the_others_are_folded() -> None:

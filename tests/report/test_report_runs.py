@@ -228,5 +228,6 @@ def test_a_run_whose_writer_refuses_goes_on(runs: Runs) -> None:
     found = ok(runs["broken"])
     assert list(found.iterations) == [11, 12, 13, 14]
     assert (
-        "megatron_ext: not all written to TensorBoard: OSError: no space left for megatron_ext/plan"
+        "megatron_ext: could not write everything to TensorBoard: OSError: no space left for "
+        "megatron_ext/plan"
     ) in found.log

@@ -174,7 +174,10 @@ def test_the_guard_can_be_left_out(runs: Runs) -> None:
 def test_a_dry_run_ends_before_the_first_step(runs: Runs) -> None:
     run = ok(runs["dry run"])
     assert run.iterations == {}
-    assert "--selective-dry-run: everything is built and loaded, no step made" in run.ranks[0]
+    assert (
+        "--selective-dry-run: model and optimizer are built and loaded; no training step is run"
+        in run.ranks[0]
+    )
     assert ">   max_lr: using argument value 3e-05 (checkpoint 0.0003" in run.ranks[0]
     assert " > first resumed step, optimizer 0 group 0: learning rate" in run.ranks[0]
     assert not runs.checkpoint("dry run").exists()
