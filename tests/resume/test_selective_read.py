@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
 from megatron_ext.rules.registry import parse
 from tests.conftest import FIRST, Checkpoints
+from tests.support.cells import chosen, with_all
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 
@@ -49,12 +49,24 @@ POLICIES = {
     "fill m": (ALL % ("fill 0.25", "keep"), ("exp_avg",)),
 }
 
+CELLS = [(layout, policy) for layout in LAYOUTS for policy in POLICIES]
+#: Every layout and every policy; the other cells are run with --all.
+CHOSEN = {
+    ("dp_reshardable", "reset"),
+    ("dp_reshardable", "reset v"),
+    ("dp_reshardable, fully parallel", "fill m"),
+    ("fully_reshardable", "reset v"),
+    ("fully_reshardable, fully parallel", "reset"),
+    ("fp32, dp_reshardable", "fill m"),
+    ("fp32, fully_reshardable", "reset"),
+    ("bf16, not distributed", "reset v"),
+}
+
 _executed: list[tuple[str, str]] = []
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "policy"), with_all(CELLS, CHOSEN))
 def test_what_is_overwritten_is_not_read(
     layout: str, policy: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -89,10 +101,13 @@ def test_what_is_overwritten_is_not_read(
 
 
 @pytest.mark.ranks
-def test_so_many_cells_ran() -> None:
+def test_so_many_cells_ran(request: pytest.FixtureRequest) -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    assert len(set(_executed)) == len(_executed) == 21
+    ran = chosen(request, test_what_is_overwritten_is_not_read)
+    assert len(set(_executed)) == len(_executed) == ran
+    assert {layout for layout, _ in CHOSEN} == set(LAYOUTS)
+    assert {policy for _, policy in CHOSEN} == set(POLICIES)
 
 
 @pytest.mark.ranks
@@ -149,16 +164,8 @@ def _none(name: str) -> bool:
         "experts",
     ],
 )
-@pytest.mark.parametrize(
-    ("policy", "chosen"), [(LAYER, _layer), (ROWS, _none)], ids=["one layer", "some rows"]
-)
 def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
-    layout: Layout,
-    world: int,
-    policy: str,
-    chosen: Callable[[str], bool],
-    ext: RankPool,
-    checkpoints: Checkpoints,
+    layout: Layout, world: int, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
     """One layer is a part of a tensor that all layers are stored in, on one pipeline stage."""
     directory, _ = checkpoints.phase_1(layout, world)
@@ -166,21 +173,22 @@ def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
     # The arguments of phase 1: with others stock does not load at all.
     unchanged = {**call, "hyper": FIRST, "policy": None}
     stock = ext.run("tests.support.reading:resumed", world, **unchanged)[0]
-    found = ext.run("tests.support.reading:resumed", world, policy=policy, **call)[0]
-    left_out = sum(t["param"].size for n, t in stock["state"].items() if chosen(n))
-    if world == 1:
-        left_out = 0  # a part of a stored tensor: not on one rank
-    assert (found["payload"] < stock["payload"]) == (left_out > 0)
-    unread = [o["moments"]["state"]["exp_avg"]["unread"] for o in found["report"]["optimizers"]]
-    assert (sum(unread) >= left_out) if left_out else (sum(unread) == 0)
-    for name, tensors in found["state"].items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            wanted = stock["state"][name][key].copy()
-            if chosen(name):
-                wanted[:] = 0
-            elif policy == ROWS and name.endswith(".linear_fc1.weight"):
-                wanted[:8] = 0
-            np.testing.assert_array_equal(tensors[key], wanted, err_msg=name)
+    for policy, as_a_whole in ((LAYER, _layer), (ROWS, _none)):
+        found = ext.run("tests.support.reading:resumed", world, policy=policy, **call)[0]
+        left_out = sum(t["param"].size for n, t in stock["state"].items() if as_a_whole(n))
+        if world == 1:
+            left_out = 0  # a part of a stored tensor: not on one rank
+        assert (found["payload"] < stock["payload"]) == (left_out > 0)
+        unread = [o["moments"]["state"]["exp_avg"]["unread"] for o in found["report"]["optimizers"]]
+        assert (sum(unread) >= left_out) if left_out else (sum(unread) == 0)
+        for name, tensors in found["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                wanted = stock["state"][name][key].copy()
+                if as_a_whole(name):
+                    wanted[:] = 0
+                elif policy == ROWS and name.endswith(".linear_fc1.weight"):
+                    wanted[:8] = 0
+                np.testing.assert_array_equal(tensors[key], wanted, err_msg=name)
 
 
 @pytest.mark.ranks

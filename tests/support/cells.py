@@ -8,31 +8,30 @@ from typing import Any
 import pytest
 
 
-def of_every_version(cells: Iterable[Any], some: Collection[Any]) -> list[Any]:
-    """The cells as parameters; `some` are run against the older versions of the matrix too."""
-    return _marked(cells, some, inside=[pytest.mark.matrix], outside=[])
-
-
-def with_all(cells: Iterable[Any], some: Collection[Any]) -> list[Any]:
-    """The cells as parameters; those that are not among `some` are run with --all only."""
-    return _marked(cells, some, inside=[], outside=[pytest.mark.all])
-
-
-def _marked(
-    cells: Iterable[Any],
-    some: Collection[Any],
-    inside: list[pytest.MarkDecorator],
-    outside: list[pytest.MarkDecorator],
+def of_every_version(
+    cells: Iterable[Any], some: Collection[Any], default: Collection[Any] | None = None
 ) -> list[Any]:
+    """The cells as parameters; `some` are run against the older versions of the matrix too.
+
+    Args:
+        cells: All cells.
+        some: Some of them.
+        default: Those that are run without --all, beside `some`; all where it is None.
+    """
     cells = list(cells)
-    assert set(some) <= set(cells)
-    return [
-        pytest.param(
-            *(cell if isinstance(cell, tuple) else (cell,)),
-            marks=inside if cell in some else outside,
-        )
-        for cell in cells
-    ]
+    assert {*some, *(default or ())} <= set(cells)
+    out = []
+    for cell in cells:
+        marks = [pytest.mark.matrix] if cell in some else []
+        if default is not None and cell not in {*some, *default}:
+            marks.append(pytest.mark.all)
+        out.append(pytest.param(*(cell if isinstance(cell, tuple) else (cell,)), marks=marks))
+    return out
+
+
+def with_all(cells: Iterable[Any], default: Collection[Any]) -> list[Any]:
+    """The cells as parameters; those that are not in `default` are run with --all only."""
+    return of_every_version(cells, (), default)
 
 
 def chosen(request: pytest.FixtureRequest, test: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -78,6 +79,9 @@ def main(address: str, kind: str) -> None:
     if kind == "ext":
         importlib.import_module("megatron_ext.hooks.installing")
         importlib.import_module("megatron_ext.host.contract").contract_problems()
+    # Ranks would copy the pages of all these objects at their first collection.
+    gc.collect()
+    gc.freeze()
     running: set[int] = set()
     while True:
         if connection.poll(0.05 if running else None):

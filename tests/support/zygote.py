@@ -9,6 +9,8 @@ Reads one JSON request a line: ``{"id", "argv", "logs", "env"}`` with one log fi
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -25,6 +27,16 @@ from tests.support.worker import fork_for_saves
 #: Environment variable: print how often the functions of `tests.support.counting` were called.
 COUNT_CALLS = "MEGATRON_EXT_TEST_COUNT_CALLS"
 
+#: What nearly every run imports. The tokenizers import transformers: half the time of a run.
+_USED = (
+    "megatron.training.training",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.tokenizers.text.text_tokenizer",
+    "megatron_ext.hooks.installing",
+    "megatron_ext.resume.optimizer",
+)
+
 #: Seconds that the other ranks have to end in after one has failed.
 GRACE = 60
 
@@ -35,8 +47,12 @@ def main() -> None:
     from megatron_ext import cpu
 
     cpu.install()
-    import megatron.training.training  # noqa: F401
-
+    for name in _USED:
+        importlib.import_module(name)
+    importlib.import_module("megatron_ext.host.contract").contract_problems()
+    # Ranks would copy the pages of all these objects at their first collection.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
