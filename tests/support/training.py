@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.text import corpus
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "megatron_ext" / "demo" / "pretrain_gpt.py"
 
 ARGUMENTS = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
     --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 8
-    --tokenizer-type NullTokenizer --vocab-size 127 --mock-data --num-workers 0
+    --tokenizer-type NullTokenizer --vocab-size 127 --num-workers 0
     --log-interval 1 --eval-iters 0 --eval-interval 1000 --save-interval 1000 --seed 1
     --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --distributed-backend gloo
@@ -227,9 +229,10 @@ def _free_port() -> int:
 
 
 def words(arguments: str, report: Path) -> list[str]:
-    """Megatron's arguments; data of one's own takes the place of the mock data."""
+    """Megatron's arguments, with a corpus and its cache unless they name data of their own."""
     words = arguments.format(report=report).split()
-    return [w for w in ARGUMENTS if w != "--mock-data" or "--data-path" not in words] + words
+    data = ["--data-path", corpus(), "--data-cache-path", str(report.parent / "cache")]
+    return [*ARGUMENTS, *([] if "--data-path" in words else data), *words]
 
 
 def _report(directory: Path) -> dict[str, Any] | None:
