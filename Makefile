@@ -3,6 +3,8 @@
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
 MATRIX ?= 0.18.2 0.16.1
+# Ranks over gloo poll, and take the cores by themselves.
+ONE_PROCESS := not ranks and not e2e
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
@@ -11,7 +13,8 @@ test%: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo docs schemas lint format test test-all test-matrix test-gpu bench clean
+.PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-ranks test-matrix \
+    test-gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,11 +36,17 @@ format: bootstrap ## let ruff and clang-format format the code and mend what the
 	$(PYTHON_BIN) -m ruff check --fix .
 	.venv/bin/clang-format -i $(SOURCES)
 
-test: lint ## lint, then the tests
-	$(PYTHON_BIN) -m pytest --durations 10 $(PYTEST_ARGS)
+test: lint test-quick test-ranks ## lint, then the tests
 
-test-all: lint ## the same with the rest of the cells that make test has examples of
-	$(PYTHON_BIN) -m pytest --all $(PYTEST_ARGS)
+test-all: ## the same with all cells of the matrices
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="--all $(PYTEST_ARGS)"
+
+# No test that PYTEST_ARGS leaves is no failure (exit status 5).
+test-quick: bootstrap ## the tests of one process, two at a time
+	$(PYTHON_BIN) -m pytest -m "$(ONE_PROCESS)" -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS) || [ $$? = 5 ]
+
+test-ranks: bootstrap ## the tests of several ranks or of whole training runs
+	$(PYTHON_BIN) -m pytest -m "not ($(ONE_PROCESS))" --durations 10 $(PYTEST_ARGS) || [ $$? = 5 ]
 
 test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against each megatron-core of MATRIX
 

@@ -21,7 +21,9 @@ from tests.support.pool import ROOT, RankPool
 SECOND = Hyper(lr=1e-3, min_lr=1e-4, betas=(0.8, 0.9), eps=1e-6, train_iters=60)
 MORE = 2
 
-SCHEMA = json.loads((ROOT / "megatron_ext/schemas/resume-report.schema.json").read_text())
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((ROOT / "megatron_ext/schemas/resume-report.schema.json").read_text())
+)
 
 Found = dict[str, Any]
 
@@ -288,7 +290,7 @@ def assert_rounded(trained: Found) -> None:
 
 
 def assert_reported(found: Found, before: int, now: int, matrices: int) -> None:
-    jsonschema.validate(found["report"], SCHEMA)
+    SCHEMA.validate(found["report"])
     reported = [one for o in found["report"]["optimizers"] for one in o["resized"]]
     assert len(reported) == matrices
     for one in reported:

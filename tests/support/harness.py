@@ -27,6 +27,10 @@ VOCAB, SEQUENCE, GLOBAL_BATCH = 64, 8, 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+#: The parallel sizes for which this process has made its process groups, the current ones last.
+_initialized: list[tuple[int | None, ...]] = []
+
+
 @dataclass(frozen=True)
 class Hyper:
     """The arguments a phase change changes."""
@@ -102,15 +106,19 @@ def build(
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        expert_model_parallel_size=layout.ep,
-        num_distributed_optimizer_instances=layout.instances,
-        create_gloo_process_groups=True,
-    )
+    sizes = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.instances)
+    # The threads of the 23 groups stay for as long as the process does.
+    if layout.vpp is not None or not _initialized or _initialized[-1] != sizes:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            expert_model_parallel_size=layout.ep,
+            num_distributed_optimizer_instances=layout.instances,
+            create_gloo_process_groups=True,
+        )
+        _initialized.append(sizes)
     torch.manual_seed(1234)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     # Every rank builds a model from its own place in the layout, so parameters are set by name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ class Module:
     foreign: frozenset[str]
 
 
-def read(package: Path) -> dict[str, Module]:
+@functools.cache
+def read(package: Path) -> Mapping[str, Module]:
     """Dotted name below the package ("" for itself) -> its module."""
     files = {_name(path, package): path for path in sorted(package.rglob("*.py"))}
     return {name: _module(name, path, files, package.name) for name, path in files.items()}

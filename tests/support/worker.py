@@ -77,7 +77,8 @@ def main(address: str, kind: str) -> None:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)
     if kind == "ext":
-        importlib.import_module("megatron_ext.hooks.installing")
+        for name in ("api", "hooks.installing", "resume.optimizer", "resume.replicated"):
+            importlib.import_module(f"megatron_ext.{name}")
         importlib.import_module("megatron_ext.host.contract").contract_problems()
     # Ranks would copy the pages of all these objects at their first collection.
     gc.collect()
@@ -107,6 +108,7 @@ _USED = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.pipeline_parallel",
+    "numpy.testing",
     "tests.support.unsharded",
 )
 
