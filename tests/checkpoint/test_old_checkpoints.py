@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.checkpoint.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS
-from tests.support.cells import chosen
+from tests.support.cells import chosen, with_all
 from tests.support.harness import Hyper, Layout
 from tests.support.old_ranks import OldRanks, assert_same_state
 from tests.support.pool import RankPool
@@ -32,6 +32,13 @@ CELLS = [
     ("0.15.3", "moe"),
     ("0.15.3", "nemo"),
 ]
+#: Every version, format and kind of model; the others are run with --all.
+CHOSEN = {
+    ("0.14.0", "dp_zero_gather_scatter"),
+    *(("0.15.3", name) for name in ("torch", "moe", "nemo")),
+    ("0.16.1", "fully_reshardable"),
+    ("0.18.2", "dp_reshardable"),
+}
 RAN: list[tuple[str, str]] = []
 
 POLICIES = {
@@ -48,7 +55,7 @@ def layout_of(name: str) -> Layout:
     return BF16 if name == "nemo" else replace(BF16, format=name)
 
 
-@pytest.mark.parametrize(("version", "name"), CELLS)
+@pytest.mark.parametrize(("version", "name"), with_all(CELLS, CHOSEN))
 def test_moments_are_the_writers_and_hyperparameters_the_arguments(
     version: str, name: str, old: OldRanks, ext: RankPool
 ) -> None:
@@ -76,7 +83,7 @@ def test_moments_are_the_writers_and_hyperparameters_the_arguments(
     RAN.append((version, name))
 
 
-@pytest.mark.parametrize(("version", "name"), CELLS)
+@pytest.mark.parametrize(("version", "name"), with_all(CELLS, CHOSEN))
 def test_the_directory_says_what_the_writer_says(version: str, name: str, old: OldRanks) -> None:
     layout = layout_of(name)
     directory, saved = old.write(version, layout, nemo=name == "nemo")

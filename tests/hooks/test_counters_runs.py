@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -56,6 +57,16 @@ COMBINATIONS = {
     "--reset-dataloader --selective-schedule restart": (FIRST, 0, 0),
 }
 CASES = list(itertools.product(LENGTHS, COMBINATIONS))
+#: Every combination with one of the units; the others are run with --all.
+CHOSEN = [(list(LENGTHS)[number % 2], flags) for number, flags in enumerate(COMBINATIONS)]
+#: Batch size, unit and flags: every pair of two.
+BATCHES = list(itertools.product((4, 16), LENGTHS, ("", "--reset-iteration")))
+CHOSEN_BATCHES = [
+    (4, "iters", ""),
+    (4, "samples", "--reset-iteration"),
+    (16, "iters", "--reset-iteration"),
+    (16, "samples", ""),
+]
 
 SCENARIOS = {
     "uninterrupted": Scenario(f"{PHASE_1} --train-iters 60 --lr-decay-iters 60", script=TOKENS),
@@ -77,9 +88,7 @@ SCENARIOS = {
             f"phase 1 {unit}",
             script=TOKENS,
         )
-        for batch, (unit, flags) in itertools.product(
-            (4, 16), itertools.product(LENGTHS, ("", "--reset-iteration"))
-        )
+        for batch, unit, flags in BATCHES
     },
     # A blend of datasets has no sample more than is asked for.
     "blend phase 1": Scenario(f"{PHASE_1} {LENGTHS['iters'][0]} {BLEND}", saves=True),
@@ -103,6 +112,18 @@ SCENARIOS = {
         script=TOKENS,
     ),
 }
+
+
+def read(cases: list[Any], chosen: list[Any], prefix: str = "") -> list[Any]:
+    """The cases as parameters, each with the run that its test reads."""
+    out = []
+    for case in cases:
+        name = " ".join(map(str, case))
+        marks = [pytest.mark.reads(prefix + name)]
+        if case not in chosen:
+            marks.append(pytest.mark.all)
+        out.append(pytest.param(*case, marks=marks, id=name.strip()))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +157,8 @@ def table(run: Training, size: int = BATCH) -> list[tuple[int, int, float, list[
 _executed: list[tuple[str, str]] = []
 
 
-@pytest.mark.reads("uninterrupted", *(f"{unit} {flags}" for unit, flags in CASES))
-@pytest.mark.parametrize(("unit", "flags"), CASES, ids=[" ".join(c).strip() for c in CASES])
+@pytest.mark.reads("uninterrupted")
+@pytest.mark.parametrize(("unit", "flags"), read(CASES, CHOSEN))
 def test_the_first_ten_rows_are_those_computed_by_hand(unit: str, flags: str, runs: Runs) -> None:
     stream = batches(ok(runs["uninterrupted"]))
     assert len({tuple(map(tuple, b)) for b in stream}) == len(stream) == 60
@@ -162,16 +183,16 @@ def test_the_first_ten_rows_are_those_computed_by_hand(unit: str, flags: str, ru
     _executed.append((unit, flags))
 
 
-def test_so_many_combinations_ran() -> None:
+def test_so_many_combinations_ran(request: pytest.FixtureRequest) -> None:
     if not _executed:
         pytest.skip("the combinations were deselected")
-    assert len(set(_executed)) == len(_executed) == len(CASES) == 14
+    wanted = CASES if request.config.getoption("--all") else CHOSEN
+    assert sorted(_executed) == sorted(wanted)
+    assert (len(CASES), len(CHOSEN)) == (14, 7)
 
 
-@pytest.mark.reads(*(n for n in SCENARIOS if n.startswith("batch ")), "uninterrupted")
-@pytest.mark.parametrize("flags", ["", "--reset-iteration"])
-@pytest.mark.parametrize("unit", LENGTHS)
-@pytest.mark.parametrize("batch", [4, 16])
+@pytest.mark.reads("uninterrupted")
+@pytest.mark.parametrize(("batch", "unit", "flags"), read(BATCHES, CHOSEN_BATCHES, "batch "))
 def test_a_changed_batch_size_goes_on_at_the_same_sample(
     batch: int, unit: str, flags: str, runs: Runs
 ) -> None:

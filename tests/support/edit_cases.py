@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint  # an edit needs it: imported once, not in every child
 
 from megatron_ext.offline.edit import edit
 
