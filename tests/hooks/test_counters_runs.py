@@ -115,11 +115,11 @@ SCENARIOS = {
 
 
 def read(cases: list[Any], chosen: list[Any], prefix: str = "") -> list[Any]:
-    """The cases as parameters, each with the run that its test reads."""
+    """The cases as parameters, each with the runs that its test reads."""
     out = []
     for case in cases:
         name = " ".join(map(str, case))
-        marks = [pytest.mark.reads(prefix + name)]
+        marks = [pytest.mark.reads("uninterrupted", prefix + name)]
         if case not in chosen:
             marks.append(pytest.mark.all)
         out.append(pytest.param(*case, marks=marks, id=name.strip()))
@@ -157,7 +157,6 @@ def table(run: Training, size: int = BATCH) -> list[tuple[int, int, float, list[
 _executed: list[tuple[str, str]] = []
 
 
-@pytest.mark.reads("uninterrupted")
 @pytest.mark.parametrize(("unit", "flags"), read(CASES, CHOSEN))
 def test_the_first_ten_rows_are_those_computed_by_hand(unit: str, flags: str, runs: Runs) -> None:
     stream = batches(ok(runs["uninterrupted"]))
@@ -191,7 +190,6 @@ def test_so_many_combinations_ran(request: pytest.FixtureRequest) -> None:
     assert (len(CASES), len(CHOSEN)) == (14, 7)
 
 
-@pytest.mark.reads("uninterrupted")
 @pytest.mark.parametrize(("batch", "unit", "flags"), read(BATCHES, CHOSEN_BATCHES, "batch "))
 def test_a_changed_batch_size_goes_on_at_the_same_sample(
     batch: int, unit: str, flags: str, runs: Runs

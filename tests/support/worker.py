@@ -54,16 +54,27 @@ def _older_names() -> None:
         np.product = np.prod
 
 
-def fork_for_saves() -> None:
-    """Fork the helper process of torch_dist saves; spawned it imports torch and Megatron again.
+class _Forking:
+    """multiprocessing, with processes that are always forked."""
 
-    `megatron.training.async_utils` asks for the same where it starts its own helper (0.19.2); the
-    queue is then the one that saves find.
+    def __init__(self, multiprocessing: Any) -> None:
+        self._multiprocessing = multiprocessing
+
+    def get_context(self, method: str | None = None) -> Any:
+        return self._multiprocessing.get_context("fork")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._multiprocessing, name)
+
+
+def fork_for_saves() -> None:
+    """Let a torch_dist save fork its helper process; spawned it imports torch and Megatron again.
+
+    `_get_write_results_queue` asks for a spawned one up to 0.16.1, and where nothing else is asked
+    for up to 0.19.2 (core/dist_checkpointing/strategies/filesystem_async.py:64).
     """
     module = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    make = getattr(module, "get_write_results_queue", None)
-    if make is not None:  # from 0.18; earlier ones always spawn
-        make("fork")
+    module.mp = _Forking(module.mp)
 
 
 def main(address: str, kind: str) -> None:
@@ -80,6 +91,7 @@ def main(address: str, kind: str) -> None:
         for name in ("api", "hooks.installing", "resume.optimizer", "resume.replicated"):
             importlib.import_module(f"megatron_ext.{name}")
         importlib.import_module("megatron_ext.host.contract").contract_problems()
+    fork_for_saves()
     # Ranks would copy the pages of all these objects at their first collection.
     gc.collect()
     gc.freeze()
@@ -127,7 +139,6 @@ def _fork(function: str, rank: int, world: int, directory: Path, kwargs: dict[st
     try:
         with suppress(OSError):
             os.setpgid(0, 0)
-        fork_for_saves()
         result = _run(function, rank, world, str(directory / "store"), kwargs)
         file = directory / f"result{rank}"
         file.with_suffix(".new").write_bytes(pickle.dumps(result))

@@ -50,6 +50,7 @@ def main() -> None:
     for name in _USED:
         importlib.import_module(name)
     importlib.import_module("megatron_ext.host.contract").contract_problems()
+    fork_for_saves()
     # Ranks would copy the pages of all these objects at their first collection.
     gc.collect()
     gc.freeze()
@@ -102,7 +103,6 @@ def _child(request: dict[str, Any], rank: int, file: str) -> None:
     )
     code, report = 1, None
     try:
-        fork_for_saves()
         from megatron_ext import launch
 
         if os.environ.get(COUNT_CALLS):
