@@ -323,8 +323,9 @@ def test_so_many_cells_ran(request: pytest.FixtureRequest) -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
     ran = chosen(request, test_old_rows_are_in_place_and_new_ones_as_initialised)
-    assert ran in (len(CELLS), len(CHOSEN) + 2)
-    assert len(set(_executed)) == len(_executed) == ran * 6 - 1
+    without_late_rows = any(cell == "padding" for cell, _ in _executed)
+    assert len(set(_executed)) == len(_executed) == ran * 6 - without_late_rows
+    assert (len(CELLS), len(CHOSEN)) == (22, 7)
 
 
 @pytest.mark.ranks
