@@ -38,8 +38,8 @@ format: bootstrap ## let ruff and clang-format format the code and mend what the
 
 test: lint test-quick test-ranks ## lint, then the tests
 
-test-all: ## the same with all cells of the matrices
-	@$(MAKE) --no-print-directory test PYTEST_ARGS="--all $(PYTEST_ARGS)"
+test-all: override PYTEST_ARGS += --all
+test-all: test ## the same with all cells of the matrices
 
 # No test that PYTEST_ARGS leaves is no failure (exit status 5).
 test-quick: bootstrap ## the tests of one process, two at a time

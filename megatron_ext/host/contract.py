@@ -679,7 +679,7 @@ def _assigned(cls: type) -> frozenset[str]:
         found |= vars(base).keys() | inspect.get_annotations(base).keys()
         for member in vars(base).values():
             function = inspect.unwrap(getattr(member, "fget", None) or member)
-            if code := getattr(getattr(function, "__func__", function), "__code__", None):
+            if code := getattr(function, "__code__", None):
                 found |= _stored(code)
     return frozenset(found)
 

@@ -62,17 +62,13 @@ CHOSEN = {
 MORE = 3
 
 
-def marks(cell: tuple[str, str]) -> list[pytest.MarkDecorator]:
-    found = [] if cell in CHOSEN else [pytest.mark.all]
-    return [*found, pytest.mark.matrix] if cell in EVERY_VERSION else found
-
-
 _executed: list[tuple[str, str]] = []
 
 
 @pytest.mark.parametrize(
     ("layout_name", "policy"),
-    [pytest.param(*cell, marks=marks(cell), id=", ".join(cell)) for cell in CELLS],
+    of_every_version(CELLS, EVERY_VERSION, CHOSEN),
+    ids=map(", ".join, CELLS),
 )
 def test_a_restart_goes_on_as_if_there_had_been_none(
     layout_name: str, policy: str, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path

@@ -69,7 +69,13 @@ CELLS: dict[str, tuple[tuple[Layout, Layout], int, int]] = {
 }
 #: With those of every version, what places rows in another way; the others are run with --all.
 CHOSEN = {
-    *("dp 4", "padding", "pp 2 tied", "experts", "overlap", "not distributed, fp32", "adamw"),
+    "dp 4",
+    "padding",
+    "pp 2 tied",
+    "experts",
+    "overlap",
+    "not distributed, fp32",
+    "adamw",
 }
 #: Stock cannot load these at all (README.md, "also").
 STOCK_FAILS = {"fp32", "adamw"}

@@ -27,10 +27,6 @@ VOCAB, SEQUENCE, GLOBAL_BATCH = 64, 8, 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-#: The parallel sizes for which this process has made its process groups, the current ones last.
-_initialized: list[tuple[int | None, ...]] = []
-
-
 @dataclass(frozen=True)
 class Hyper:
     """The arguments a phase change changes."""
@@ -102,23 +98,13 @@ def build(
     use_checkpoint: bool = False,
 ) -> Run:
     """Build model, optimizer and scheduler like megatron.training does, from one seed."""
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    sizes = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.instances)
-    # The threads of the 23 groups stay for as long as the process does.
-    if layout.vpp is not None or not _initialized or _initialized[-1] != sizes:
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp,
-            expert_model_parallel_size=layout.ep,
-            num_distributed_optimizer_instances=layout.instances,
-            create_gloo_process_groups=True,
-        )
-        _initialized.append(sizes)
+    if layout.vpp is not None:
+        _make_groups.cache_clear()  # Megatron's state of virtual stages begins anew too
+    _make_groups(layout.tp, layout.pp, layout.vpp, layout.ep, layout.instances)
     torch.manual_seed(1234)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     # Every rank builds a model from its own place in the layout, so parameters are set by name.
@@ -150,6 +136,25 @@ def build(
         use_checkpoint_opt_param_scheduler=use_checkpoint,
     )
     return Run(layout, hyper, model, optimizer, scheduler)
+
+
+@functools.lru_cache(maxsize=1)
+def _make_groups(tp: int, pp: int, vpp: int | None, ep: int, instances: int) -> None:
+    """Make Megatron's process groups, unless they are those of the last call.
+
+    The threads of the 23 groups stay for as long as the process does.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep,
+        num_distributed_optimizer_instances=instances,
+        create_gloo_process_groups=True,
+    )
 
 
 def train(run: Run, steps: int) -> None:

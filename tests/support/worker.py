@@ -67,7 +67,23 @@ class _Forking:
         return getattr(self._multiprocessing, name)
 
 
-def fork_for_saves() -> None:
+def ready_to_fork(*, ours: bool) -> None:
+    """Do once what every rank would do, in a process that has imported Megatron.
+
+    Args:
+        ours: Whether this package may be imported.
+    """
+    if ours:
+        for name in ("api", "hooks.installing", "resume.optimizer", "resume.replicated"):
+            importlib.import_module(f"megatron_ext.{name}")
+        importlib.import_module("megatron_ext.host.contract").contract_problems()
+    _fork_for_saves()
+    # Ranks would copy the pages of all these objects at their first collection.
+    gc.collect()
+    gc.freeze()
+
+
+def _fork_for_saves() -> None:
     """Let a torch_dist save fork its helper process; spawned it imports torch and Megatron again.
 
     `_get_write_results_queue` asks for a spawned one up to 0.16.1, and where nothing else is asked
@@ -87,14 +103,7 @@ def main(address: str, kind: str) -> None:
     for name in _USED:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)
-    if kind == "ext":
-        for name in ("api", "hooks.installing", "resume.optimizer", "resume.replicated"):
-            importlib.import_module(f"megatron_ext.{name}")
-        importlib.import_module("megatron_ext.host.contract").contract_problems()
-    fork_for_saves()
-    # Ranks would copy the pages of all these objects at their first collection.
-    gc.collect()
-    gc.freeze()
+    ready_to_fork(ours=kind == "ext")
     running: set[int] = set()
     while True:
         if connection.poll(0.05 if running else None):

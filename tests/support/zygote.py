@@ -9,7 +9,6 @@ Reads one JSON request a line: ``{"id", "argv", "logs", "env"}`` with one log fi
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -22,19 +21,17 @@ from contextlib import suppress
 from typing import Any
 
 from tests.support import counting
-from tests.support.worker import fork_for_saves
+from tests.support.worker import ready_to_fork
 
 #: Environment variable: print how often the functions of `tests.support.counting` were called.
 COUNT_CALLS = "MEGATRON_EXT_TEST_COUNT_CALLS"
 
-#: What nearly every run imports. The tokenizers import transformers: half the time of a run.
+#: What nearly every run imports of Megatron; its tokenizers import transformers, half of a run.
 _USED = (
     "megatron.training.training",
     "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.tokenizers.text.text_tokenizer",
-    "megatron_ext.hooks.installing",
-    "megatron_ext.resume.optimizer",
 )
 
 #: Seconds that the other ranks have to end in after one has failed.
@@ -49,11 +46,7 @@ def main() -> None:
     cpu.install()
     for name in _USED:
         importlib.import_module(name)
-    importlib.import_module("megatron_ext.host.contract").contract_problems()
-    fork_for_saves()
-    # Ranks would copy the pages of all these objects at their first collection.
-    gc.collect()
-    gc.freeze()
+    ready_to_fork(ours=True)
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
