@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError
@@ -150,11 +151,9 @@ def _classes(names: list[str], where: str) -> list[Callable[..., Any] | tuple[An
             refused.append(name)
     if refused:
         raise _refused(where, ", ".join(sorted(refused)))
-    if "numpy.dtype" in names:
-        import numpy as np
-
-        # Each dtype has its own class, which the pickle does not name.
-        out += [type(np.dtype(code)) for code in _NUMBERS]
+    # Each dtype has its own class, which the pickle does not name. Nor is numpy.dtype among the
+    # names if it is allowed already: importing Megatron does that (core/safe_globals.py, 0.19.2).
+    out += [type(np.dtype(code)) for code in _NUMBERS]
     return out
 
 
