@@ -29,7 +29,7 @@ def load(directory: Path) -> None:
     torch_root = Path(torch.__file__).parent
     subprocess.run(
         [
-            *("c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w"),
+            *("c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w"),
             *("-ffp-contract=off", "-fno-strict-aliasing"),
             "-DTORCH_TARGET_VERSION=0x020A000000000000",
             *(f"-I{SHIMS}", f"-I{sources}", f"-isystem{torch_root / 'include'}"),
