@@ -37,19 +37,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def stock() -> Iterator[RankPool]:
-    """Ranks in which this package cannot be imported."""
-    pool = RankPool("stock")
-    yield pool
-    pool.close()
+def pools(request: pytest.FixtureRequest) -> Iterator[dict[str, RankPool]]:
+    """Both kinds of ranks, which import Megatron at the same time; training runs too, if any."""
+    pools = {kind: RankPool(kind) for kind in ("stock", "ext")}
+    if any(item.get_closest_marker("e2e") for item in request.session.items):
+        request.getfixturevalue("zygote")
+    yield pools
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session")
-def ext() -> Iterator[RankPool]:
+def stock(pools: dict[str, RankPool]) -> RankPool:
+    """Ranks in which this package cannot be imported."""
+    return pools["stock"]
+
+
+@pytest.fixture(scope="session")
+def ext(pools: dict[str, RankPool]) -> RankPool:
     """Ranks in which it can."""
-    pool = RankPool("ext")
-    yield pool
-    pool.close()
+    return pools["ext"]
 
 
 @pytest.fixture(scope="session")

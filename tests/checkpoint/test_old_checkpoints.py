@@ -60,6 +60,7 @@ def test_moments_are_the_writers_and_hyperparameters_the_arguments(
     version: str, name: str, old: OldRanks, ext: RankPool
 ) -> None:
     layout = layout_of(name)
+    old.start(FORMATS)
     directory, saved = old.write(version, layout, nemo=name == "nemo")
     found = ext.run(
         "tests.support.policies:resumed",

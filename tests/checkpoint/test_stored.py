@@ -69,7 +69,14 @@ def tree(directory: str | Path, root: Path, iteration: int = STEPS) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", of_every_version(LAYOUTS, ["dp_reshardable", "torch", "moe"]))
+@pytest.mark.parametrize(
+    "name",
+    of_every_version(
+        LAYOUTS,
+        ["torch", "moe"],
+        ["dp_reshardable", "fully_reshardable", "replicated", "fp32-adamw"],
+    ),
+)
 def test_a_real_checkpoint_is_read(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     layout, expected_format, sharding = LAYOUTS[name]
     directory, saved = checkpoints.phase_1(layout, 2)

@@ -259,7 +259,6 @@ def test_the_way_back(runs: Runs) -> None:
     assert stock.iterations == ok(runs["phase 3 ours"]).iterations
 
 
-@pytest.mark.matrix
 @pytest.mark.reads("unchanged stock", "unchanged ours")
 def test_unchanged_arguments(runs: Runs) -> None:
     stock = ok(runs["unchanged stock"])
@@ -359,7 +358,6 @@ def test_no_load_optim_is_stock(runs: Runs) -> None:
     assert ours.report is None
 
 
-@pytest.mark.matrix
 @pytest.mark.reads("not distributed")
 def test_without_the_distributed_optimizer(runs: Runs) -> None:
     ours = ok(runs["not distributed"])
@@ -368,7 +366,6 @@ def test_without_the_distributed_optimizer(runs: Runs) -> None:
     assert ours.report["optimizers"][0]["kind"].startswith("SelectiveFloat16Optimizer")
 
 
-@pytest.mark.matrix
 @pytest.mark.reads("legacy", "adamw")
 def test_legacy_format_and_torch_adamw(runs: Runs) -> None:
     for name in ("legacy", "adamw"):

@@ -101,8 +101,24 @@ for policy in POLICIES:
         SCENARIOS[f"{name}, again"] = replace(killed, kill_at=None, after=(*killed.after, name))
 KILLS = ("after a save", "before the first save")
 CASES = list(itertools.product(POLICIES, KILLS))
-#: Run without --all too: every policy once, and each kind of kill as often as the other.
-CHOSEN = [(policy, KILLS[number % 2]) for number, policy in enumerate(POLICIES)]
+#: Run without --all too: every counter, and of the moments' rules what has to be remembered most
+#: exactly. `tests/resume/test_phases.py` has every policy, on the layouts of several ranks.
+CHOSEN = [
+    (policy, KILLS[number % 2])
+    for number, policy in enumerate(
+        (
+            "reset",
+            "random",
+            "batch size",
+            "schedule",
+            "iteration",
+            "data",
+            "iteration by samples",
+            "data by samples",
+            "all counters and moments",
+        )
+    )
+]
 
 
 def _more(name: str, arguments: str, *, after: str, **changes: object) -> None:
@@ -320,8 +336,7 @@ def test_so_many_policies_were_killed(request: pytest.FixtureRequest) -> None:
         pytest.skip("the matrix was deselected")
     wanted = CASES if request.config.getoption("--all") else CHOSEN
     assert sorted(_executed) == sorted(wanted)
-    assert (len(CASES), len(CHOSEN)) == (30, 15)
-    assert {policy for policy, _ in CHOSEN} == POLICIES.keys()
+    assert (len(CASES), len(CHOSEN)) == (30, 9)
     assert {when for _, when in CHOSEN} == set(KILLS)
     formats = {re.findall(r"--ckpt-format (\S+)", s.arguments)[-1] for s in SCENARIOS.values()}
     assert formats == {"torch", "torch_dist"}

@@ -71,7 +71,6 @@ def test_a_checkpoint_does_not_differ_from_its_copy(
 
 
 @pytest.mark.ranks
-@pytest.mark.matrix
 def test_another_phase_differs_in_its_hyperparameters(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:

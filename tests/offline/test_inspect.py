@@ -79,7 +79,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, dict[
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", of_every_version(CASES, ["dp_reshardable", "moe"]))
+@pytest.mark.parametrize("name", of_every_version(CASES, ["moe"]))
 def test_a_real_checkpoint(
     name: str, checkpoints: Checkpoints, megatron: Version, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +138,6 @@ def test_the_grad_scaler_is_there(
 
 
 @pytest.mark.ranks
-@pytest.mark.matrix
 def test_legacy_says_that_there_is_no_metadata(
     checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:

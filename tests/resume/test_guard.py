@@ -121,7 +121,6 @@ GUARDED = "megatron_ext: guard: 1 step after the load the hyperparameters match 
 
 
 @pytest.mark.e2e
-@pytest.mark.matrix
 @needs_training
 @pytest.mark.reads("plain", "reset")
 def test_a_resume_as_planned_goes_on(runs: Runs) -> None:
@@ -158,7 +157,6 @@ def test_a_changed_optimizer_stops_the_run(what: str, said: str, steps: int, run
 
 
 @pytest.mark.e2e
-@pytest.mark.matrix
 @needs_training
 @pytest.mark.reads("not guarded")
 def test_the_guard_can_be_left_out(runs: Runs) -> None:

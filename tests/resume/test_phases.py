@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.resume.test_policies import AT_RANDOM, ROWS, SECOND, rule
-from tests.support.cells import of_every_version
+from tests.support.cells import chosen, of_every_version
 from tests.support.harness import GLOBAL_BATCH, Layout
 from tests.support.pool import RankPool
 
@@ -43,7 +43,7 @@ LAYOUTS = {
     "torch AdamW": (Layout(adam="torch"), 1),
 }
 #: With the older versions of Megatron too.
-EVERY_VERSION = {("dp_reshardable", "reset"), ("legacy", "scale"), ("experts", "gradient scale")}
+EVERY_VERSION = {("dp_reshardable", "reset"), ("experts", "gradient scale")}
 #: On these layouts every policy, on the others some of each kind.
 IN_FULL = ("dp_reshardable", "legacy")
 SOME = ("reset", "scale", "random", "step")
@@ -55,7 +55,7 @@ CELLS = [
 ]
 #: Run without --all too: every policy, every layout, and both moments' rules on each format.
 CHOSEN = {
-    *((IN_FULL[number % 2], policy) for number, policy in enumerate(POLICIES)),
+    *((IN_FULL[n % 2], policy) for n, policy in enumerate(POLICIES) if policy not in SOME),
     *((layout, SOME[number % 4]) for number, layout in enumerate(LAYOUTS)),
     *EVERY_VERSION,
 }
@@ -106,9 +106,9 @@ def test_a_restart_goes_on_as_if_there_had_been_none(
 def test_so_many_cells_ran(request: pytest.FixtureRequest) -> None:
     if not _executed:
         pytest.skip("the matrix was deselected")
-    wanted = CELLS if request.config.getoption("--all") else CHOSEN
-    assert sorted(_executed) == sorted(wanted)
-    assert (len(CELLS), len(CHOSEN)) == (47, 20)
+    ran = chosen(request, test_a_restart_goes_on_as_if_there_had_been_none)
+    assert len(set(_executed)) == len(_executed) == ran
+    assert (len(CELLS), len(CHOSEN)) == (47, 17)
     assert {layout for layout, _ in CHOSEN} == set(LAYOUTS)
     assert {policy for _, policy in CHOSEN} == set(POLICIES)
 
@@ -134,7 +134,6 @@ def begin(
     return str(path)
 
 
-@pytest.mark.matrix
 def test_what_is_a_new_transition_and_what_is_not(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -219,7 +218,6 @@ def test_stock_carries_the_phase_on(
         assert found["step"] == [STEPS + MORE + 2]
 
 
-@pytest.mark.matrix
 def test_the_schedule_starts_again_with_kept_moments(
     ext: RankPool, checkpoints: Checkpoints
 ) -> None:

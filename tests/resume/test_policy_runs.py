@@ -56,7 +56,6 @@ def farthest(found: State, expected: State) -> float:
     )
 
 
-@pytest.mark.matrix
 def test_a_scaled_gradient_gives_the_same_parameters_bit_for_bit(
     stock: RankPool, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
@@ -270,7 +269,6 @@ def test_a_rule_that_matches_nothing_may_be_a_warning(
 SCALE = "moments: [{match: '*', exp_avg: scale 0.5, exp_avg_sq: scale 0.25}]"
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("rules", ["", f", {SCALE}"], ids=["kept", "scaled"])
 def test_moments_that_are_not_finite(
     rules: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path

@@ -150,7 +150,6 @@ def test_shards_that_do_not_fit_the_model(
             assert word in result["message"]
 
 
-@pytest.mark.matrix
 def test_a_legacy_file_of_another_model(
     ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -262,7 +261,6 @@ BUILD = {
 }
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("name", BUILD)
 def test_what_cannot_be_built(name: str, ext: RankPool) -> None:
     config, layout, words = BUILD[name]

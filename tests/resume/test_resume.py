@@ -59,24 +59,14 @@ SAME = {
     "replicated-moe": (replace(MOE, distributed=False), 2),
 }
 
-#: Run without --all too: every layout, format, dtype and Adam. `test_matrix.py` has their pairs.
+#: Run without --all too. `test_matrix.py` has every layout, format and dtype, in pairs.
 CHOSEN = {
-    "dp1",
-    "dp2",
     "dp2-overlap",
-    "dp2-legacy",
     "fp32-dp2",
     "adamw-dp2-fully_reshardable",
-    "adamw-fp32-dp1",
     "tp2-legacy",
-    "tp2-dp2-fully_reshardable",
-    "pp2-vpp2",
     "moe-ep2-dp2-fully_reshardable",
-    "moe-ep2-adamw",
-    "instances2",
     "replicated-bf16",
-    "replicated-fp32-legacy",
-    "replicated-moe",
 }
 
 # Another layout after: the oracle is stock, loaded in the new layout with phase 1's arguments.

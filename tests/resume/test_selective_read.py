@@ -138,36 +138,32 @@ def _none(name: str) -> bool:
     return False
 
 
+#: Layout and ranks.
+SPREAD = {
+    "buckets, one rank": (SMALL, 1),
+    "buckets": (SMALL, 2),
+    "model space, one rank": (replace(SMALL, format="fully_reshardable"), 1),
+    "model space": (replace(SMALL, format="fully_reshardable"), 2),
+    "tp 2, pp 2": (replace(SMALL, format="fully_reshardable", tp=2, pp=2), 4),
+    "fully parallel, pp 2": (
+        replace(SMALL, format="fully_reshardable", parallel_load=True, pp=2),
+        4,
+    ),
+    "many buckets": (replace(SMALL, overlap=True), 2),
+    "not distributed": (replace(SMALL, distributed=False, tp=2), 2),
+    "experts": (replace(SMALL, experts=4, ep=2), 2),
+}
+#: One of each kind; the others are run with --all.
+SOME = {"model space, one rank", "fully parallel, pp 2", "many buckets", "not distributed"}
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("layout", "world"),
-    [
-        (SMALL, 1),
-        (SMALL, 2),
-        (replace(SMALL, format="fully_reshardable"), 1),
-        (replace(SMALL, format="fully_reshardable"), 2),
-        (replace(SMALL, format="fully_reshardable", tp=2, pp=2), 4),
-        (replace(SMALL, format="fully_reshardable", parallel_load=True, pp=2), 4),
-        (replace(SMALL, overlap=True), 2),
-        (replace(SMALL, distributed=False, tp=2), 2),
-        (replace(SMALL, experts=4, ep=2), 2),
-    ],
-    ids=[
-        "buckets, one rank",
-        "buckets",
-        "model space, one rank",
-        "model space",
-        "tp 2, pp 2",
-        "fully parallel, pp 2",
-        "many buckets",
-        "not distributed",
-        "experts",
-    ],
-)
+@pytest.mark.parametrize("name", with_all(SPREAD, SOME))
 def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
-    layout: Layout, world: int, ext: RankPool, checkpoints: Checkpoints
+    name: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
     """One layer is a part of a tensor that all layers are stored in, on one pipeline stage."""
+    layout, world = SPREAD[name]
     directory, _ = checkpoints.phase_1(layout, world)
     call: dict[str, Any] = {"layout": layout, "hyper": SECOND, "directory": directory}
     # The arguments of phase 1: with others stock does not load at all.
@@ -181,14 +177,14 @@ def test_only_parameters_that_are_overwritten_as_a_whole_are_left_out(
         assert (found["payload"] < stock["payload"]) == (left_out > 0)
         unread = [o["moments"]["state"]["exp_avg"]["unread"] for o in found["report"]["optimizers"]]
         assert (sum(unread) >= left_out) if left_out else (sum(unread) == 0)
-        for name, tensors in found["state"].items():
+        for parameter, tensors in found["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):
-                wanted = stock["state"][name][key].copy()
-                if as_a_whole(name):
+                wanted = stock["state"][parameter][key].copy()
+                if as_a_whole(parameter):
                     wanted[:] = 0
-                elif policy == ROWS and name.endswith(".linear_fc1.weight"):
+                elif policy == ROWS and parameter.endswith(".linear_fc1.weight"):
                     wanted[:8] = 0
-                np.testing.assert_array_equal(tensors[key], wanted, err_msg=name)
+                np.testing.assert_array_equal(tensors[key], wanted, err_msg=parameter)
 
 
 @pytest.mark.ranks

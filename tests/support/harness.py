@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from . import muon
 
-VOCAB, SEQUENCE, GLOBAL_BATCH = 64, 8, 8
+VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 64, 8, 8, 2
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -163,7 +163,7 @@ def train(run: Run, steps: int) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     data_parallel = parallel_state.get_data_parallel_world_size()
-    microbatches = GLOBAL_BATCH // data_parallel
+    microbatches = GLOBAL_BATCH // MICRO_BATCH // data_parallel
     schedule = get_forward_backward_func()
     with inner_adam(run.layout.adam):
         for _ in range(steps):
@@ -179,7 +179,7 @@ def train(run: Run, steps: int) -> None:
                 model=run.model if len(run.model) > 1 else run.model[0],
                 num_microbatches=microbatches,
                 seq_length=SEQUENCE,
-                micro_batch_size=1,
+                micro_batch_size=MICRO_BATCH,
                 forward_only=False,
             )
             run.optimizer.step()
@@ -486,11 +486,12 @@ def _batches(iteration: int, microbatches: int, vocab: int) -> Iterator[tuple[to
     from megatron.core import parallel_state
 
     first = parallel_state.get_data_parallel_rank() * microbatches
-    for sample in range(first, first + microbatches):
-        generator = torch.Generator().manual_seed(iteration * GLOBAL_BATCH + sample)
+    for batch in range(first, first + microbatches):
+        generator = torch.Generator().manual_seed(iteration * GLOBAL_BATCH + batch)
         # A skewed distribution: something to learn, so that moments differ between parameters.
-        text = torch.randint(0, vocab, (1, SEQUENCE + 1), generator=generator) ** 2 % vocab
-        positions = torch.arange(SEQUENCE)[None]
+        shape = (MICRO_BATCH, SEQUENCE + 1)
+        text = torch.randint(0, vocab, shape, generator=generator) ** 2 % vocab
+        positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).tril() < 0.5
         yield text[:, :-1].contiguous(), text[:, 1:].contiguous(), positions, mask
 

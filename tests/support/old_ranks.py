@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ class OldRanks:
     steps: int
     pools: dict[str, RankPool] = field(default_factory=dict)
     made: dict[Any, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def start(self, versions: Iterable[str]) -> None:
+        """Start the ranks of some versions at the same time."""
+        for version in versions:
+            self._ranks(version)
 
     def write(
         self, version: str, layout: Layout, world: int = 2, nemo: bool = False

@@ -39,7 +39,7 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """Ranks of one kind.
+    """Ranks of one kind. Their process is started at once, and waited for at the first call.
 
     Args:
         kind: ``"ext"``: this package can be imported. ``"stock"``: it cannot, so that what runs
@@ -50,9 +50,16 @@ class RankPool:
 
     def __init__(self, kind: str, overlay: str | None = None) -> None:
         self.kind = kind
-        self._environment = _environment(overlay)
-        self._template: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._directory = tempfile.TemporaryDirectory(prefix="ranks")
+        address = str(Path(self._directory.name) / kind)
+        self._listener = Listener(address, family="AF_UNIX")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.worker", address, kind],
+            cwd=ROOT,
+            env=_environment(overlay),
+            start_new_session=True,
+        )
+        self._connection: Connection | None = None
         self._calls = 0
 
     def run(
@@ -65,12 +72,12 @@ class RankPool:
         **kwargs: Any,
     ) -> list[Any]:
         """Call ``module:name`` on `world` ranks; per rank its value or its `Failure`."""
-        if self._template is None:
-            self._template = self._start()
+        if self._connection is None:
+            self._connection = self._listener.accept()
+        connection = self._connection
         self._calls += 1
         directory = Path(self._directory.name) / f"call{self._calls}"
         directory.mkdir()
-        connection = self._template[1]
         connection.send((function, world, str(directory), kwargs))
         # Ends of an earlier call's ranks may come first.
         while not isinstance(pids := connection.recv(), list):
@@ -89,24 +96,12 @@ class RankPool:
         return results
 
     def close(self) -> None:
-        if self._template is not None:
-            process, connection = self._template
-            connection.close()
-            process.kill()
-            process.wait()
-            self._template = None
+        self._listener.close()
+        if self._connection is not None:
+            self._connection.close()
+        self._process.kill()
+        self._process.wait()
         self._directory.cleanup()
-
-    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        address = str(Path(self._directory.name) / self.kind)
-        with Listener(address, family="AF_UNIX") as listener:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.worker", address, self.kind],
-                cwd=ROOT,
-                env=self._environment,
-                start_new_session=True,
-            )
-            return process, listener.accept()
 
 
 def _results(
