@@ -3,18 +3,20 @@
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
 MATRIX ?= 0.18.2 0.16.1
-# Ranks over gloo poll, and take the cores by themselves.
-ONE_PROCESS := not ranks and not e2e
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
+# A file at a time: what a module's tests share is made once.
+PYTEST := $(PYTHON_BIN) -m pytest -n 2 --dist loadfile
 # Ranks and test processes share the cores: threads of torch would wait for each other.
 test%: export OMP_NUM_THREADS := 1
+# Every process imports torch, Megatron and this package.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-ranks test-matrix \
-    test-gpu bench clean
+.PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-gpu \
+    pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,18 +38,18 @@ format: bootstrap ## let ruff and clang-format format the code and mend what the
 	$(PYTHON_BIN) -m ruff check --fix .
 	.venv/bin/clang-format -i $(SOURCES)
 
-test: lint test-quick test-ranks ## lint, then the tests
+test: lint pytest ## lint, then the tests, two files at a time
+
+pytest: bootstrap
+	$(PYTEST) --durations 20 $(PYTEST_ARGS)
 
 test-all: override PYTEST_ARGS += --all
 test-all: test ## the same with all cells of the matrices
 
-# No test that PYTEST_ARGS leaves is no failure (exit status 5).
-test-quick: bootstrap ## the tests of one process, two at a time
-	$(PYTHON_BIN) -m pytest -m "$(ONE_PROCESS)" -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS) || [ $$? = 5 ]
+test-quick: bootstrap ## the tests of one process
+	$(PYTEST) -m "not ranks and not e2e" $(PYTEST_ARGS)
 
-test-ranks: bootstrap ## the tests of several ranks or of whole training runs
-	$(PYTHON_BIN) -m pytest -m "not ($(ONE_PROCESS))" --durations 10 $(PYTEST_ARGS) || [ $$? = 5 ]
-
+# With -j all versions at the same time, which takes as many cores as versions.
 test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against each megatron-core of MATRIX
 
 test-with-%: bootstrap

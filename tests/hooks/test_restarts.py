@@ -112,7 +112,6 @@ CHOSEN = [
             "batch size",
             "schedule",
             "iteration",
-            "data",
             "iteration by samples",
             "data by samples",
             "all counters and moments",
@@ -336,7 +335,7 @@ def test_so_many_policies_were_killed(request: pytest.FixtureRequest) -> None:
         pytest.skip("the matrix was deselected")
     wanted = CASES if request.config.getoption("--all") else CHOSEN
     assert sorted(_executed) == sorted(wanted)
-    assert (len(CASES), len(CHOSEN)) == (30, 9)
+    assert (len(CASES), len(CHOSEN)) == (30, 8)
     assert {when for _, when in CHOSEN} == set(KILLS)
     formats = {re.findall(r"--ckpt-format (\S+)", s.arguments)[-1] for s in SCENARIOS.values()}
     assert formats == {"torch", "torch_dist"}
