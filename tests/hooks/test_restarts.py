@@ -110,7 +110,6 @@ CHOSEN = [
             "reset",
             "random",
             "batch size",
-            "schedule",
             "iteration",
             "iteration by samples",
             "data by samples",
@@ -335,7 +334,7 @@ def test_so_many_policies_were_killed(request: pytest.FixtureRequest) -> None:
         pytest.skip("the matrix was deselected")
     wanted = CASES if request.config.getoption("--all") else CHOSEN
     assert sorted(_executed) == sorted(wanted)
-    assert (len(CASES), len(CHOSEN)) == (30, 8)
+    assert (len(CASES), len(CHOSEN)) == (30, 7)
     assert {when for _, when in CHOSEN} == set(KILLS)
     formats = {re.findall(r"--ckpt-format (\S+)", s.arguments)[-1] for s in SCENARIOS.values()}
     assert formats == {"torch", "torch_dist"}

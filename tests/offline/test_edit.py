@@ -35,7 +35,7 @@ from tests.resume.test_resume import (
     assert_same_state,
     assert_worth_comparing,
 )
-from tests.support.cells import chosen, of_every_version
+from tests.support.cells import chosen, of_every_version, with_all
 from tests.support.checkpoints import checkpoint, checksums
 from tests.support.edit_cases import SETTINGS
 from tests.support.groups import group
@@ -155,7 +155,7 @@ def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("version", "format"), OLD)
+@pytest.mark.parametrize(("version", "format"), with_all(OLD, OLD[:2]))
 def test_the_installed_megatron_resumes_from_an_old_one(
     version: str, format: str, old: OldRanks, stock: RankPool, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ from megatron_ext.policy.phase import Mark
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import checkpoints as by_hand
 from tests.support import inspected
-from tests.support.cells import of_every_version
+from tests.support.cells import of_every_version, with_all
 from tests.support.harness import Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
@@ -154,8 +154,12 @@ def test_legacy_says_that_there_is_no_metadata(
     assert told.err.count("\n") == 1
 
 
+#: Versions of megatron-core.
+WRITERS = ("0.16.1", "0.18.2", "installed")
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("version", ["0.16.1", "0.18.2", "installed"])
+@pytest.mark.parametrize("version", with_all(WRITERS, {"0.16.1", "installed"}))
 @pytest.mark.parametrize("layout", [FULL, replace(MOE, format="fully_reshardable")], ids=str)
 def test_moments_are_the_optimizers(
     version: str,
@@ -191,7 +195,7 @@ def test_moments_are_the_optimizers(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("version", ["0.16.1", "0.18.2", "installed"])
+@pytest.mark.parametrize("version", with_all(WRITERS, {"0.16.1", "installed"}))
 @pytest.mark.parametrize("name", ["dp_reshardable", "moe"])
 def test_moments_of_buckets_are_the_optimizers(
     version: str, name: str, old: OldRanks, checkpoints: Checkpoints

@@ -131,12 +131,17 @@ def test_a_resume_as_planned_goes_on(runs: Runs) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.matrix
 @needs_training
 @pytest.mark.parametrize(
     ("what", "said", "steps"),
     [
-        pytest.param(what, said, steps, marks=pytest.mark.reads(what), id=what)
+        pytest.param(
+            what,
+            said,
+            steps,
+            marks=[pytest.mark.reads(what), *([pytest.mark.matrix] if what == "exp_avg" else [])],
+            id=what,
+        )
         for what, said, steps in (
             ("lr", "param_group 1: lr is ", 0),
             ("betas", "param_group 0: betas is (0.5, 0.9), expected (0.9, 0.999)", 0),
