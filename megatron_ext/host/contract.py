@@ -333,7 +333,8 @@ CONTRACT = (
         f"{CORE}.optimizer",
         "MegatronOptimizer.config",
         instance=True,
-        reference="core/optimizer/optimizer.py:213; clip_grad and decoupled_weight_decay",
+        reference="core/optimizer/optimizer.py:213; clip_grad, decoupled_weight_decay and "
+        "main_params_dtype",
     ),
     HostName(
         f"{CORE}.optimizer",

@@ -52,6 +52,7 @@ def from_dict(content: Any) -> ResumePolicy:
         ),
         step=content.get("step"),
         nonfinite=content.get("nonfinite", "error"),
+        master_weights=content.get("master_weights", "checkpoint"),
         strict=_boolean(content.get("strict", True), "strict"),
         phase=_text(content.get("phase", ""), "phase"),
         **_counters(content.get("counters", {})),
@@ -80,6 +81,8 @@ def to_dict(policy: ResumePolicy) -> PolicyDocument:
         out["step"] = policy.step
     if policy.nonfinite != "error":
         out["nonfinite"] = policy.nonfinite
+    if policy.master_weights != "checkpoint":
+        out["master_weights"] = policy.master_weights
     if not policy.strict:
         out["strict"] = False
     counters: CountersDocument = {}

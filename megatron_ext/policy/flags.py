@@ -103,6 +103,13 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="What to do about NaN and infinite moments in the checkpoint. Default: error.",
     )
     group.add_argument(
+        "--selective-master-weights",
+        choices=("checkpoint", "model"),
+        default="checkpoint",
+        help="Source of the fp32 master weights. model: they are made from the weights that the "
+        "model has loaded, which were edited or averaged after the save. Default: checkpoint.",
+    )
+    group.add_argument(
         "--no-selective-strict",
         dest="selective_strict",
         action="store_false",

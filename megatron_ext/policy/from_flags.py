@@ -94,6 +94,7 @@ def _from_flags(values: dict[str, Any]) -> ResumePolicy:
         ),
         step=int(step) if isinstance(step, str) and step.isdecimal() else step,
         nonfinite=values["selective_nonfinite"],
+        master_weights=values["selective_master_weights"],
         strict=values["selective_strict"],
         schedule_position=values["selective_schedule"],
         grad_scaler=values["selective_grad_scaler"],

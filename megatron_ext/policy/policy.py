@@ -14,7 +14,7 @@ from ..rules.elementwise import KEEP
 from .checks import all_of, is_number, unique_keys
 from .match import GroupRule, MomentRule, Scalar
 from .presets import KEEP_ALL, Preset, Step
-from .schema import PHASE_NAME, KeepOrReset, Nonfinite, Origin, Position
+from .schema import PHASE_NAME, KeepOrReset, Masters, Nonfinite, Origin, Position
 
 #: Keys that `megatron.core.optimizer_param_scheduler.OptimizerParamScheduler` writes or reads in
 #: a param_group. ``--use-checkpoint-opt_param-scheduler`` takes exactly these from the checkpoint.
@@ -52,6 +52,8 @@ class ResumePolicy:
         step: ``"keep"``, ``"reset"`` (0) or a number; None for the preset's choice.
         nonfinite: How to treat NaN or infinite moments in the checkpoint: ``"error"``,
             ``"reset"`` (those elements to 0) or ``"keep"``.
+        master_weights: ``"checkpoint"``, or ``"model"``: the fp32 master weights are made from the
+            weights that the model has loaded, for weights that were edited after the save.
         strict: Whether a rule that matches nothing is an error (else a warning).
         schedule_position: ``"continue"`` or ``"restart"`` (num_steps = 0: a re-warm-up with kept
             moments); None restarts if and only if the iteration is reset.
@@ -75,6 +77,7 @@ class ResumePolicy:
     rules: tuple[MomentRule, ...] = ()
     step: Step | None = None
     nonfinite: Nonfinite = "error"
+    master_weights: Masters = "checkpoint"
     strict: bool = True
     schedule_position: Position | None = None
     grad_scaler: KeepOrReset = "keep"
@@ -98,6 +101,7 @@ class ResumePolicy:
         _one_of("schedule", self.schedule, get_args(Origin))
         _one_of("hyperparameters", self.hyperparameters, get_args(Origin))
         _one_of("nonfinite", self.nonfinite, get_args(Nonfinite))
+        _one_of("master_weights", self.master_weights, get_args(Masters))
         for name in ("keep_hyperparameters", "take_hyperparameters"):
             flag = f"--selective-{name.replace('_', '-')}"
             object.__setattr__(self, name, unique_keys(getattr(self, name), flag, name))
@@ -194,6 +198,7 @@ class ResumePolicy:
         out += sorted(f"rule {_with_plain_numbers(rule)}" for rule in changing)
         others = {
             f"step {self.step}": self.step not in (None, "keep"),
+            "master weights from the model": self.master_weights == "model",
             "iteration reset": self.reset_iteration,
             "data position reset": self.reset_dataloader,
             "schedule restart": self.restarts_schedule,
@@ -216,6 +221,7 @@ class ResumePolicy:
             preset=replace(self.preset, moments=False),
             rules=(),
             step=None,
+            master_weights="checkpoint",
             schedule_position="continue",
             grad_scaler="keep",
             reset_iteration=False,

@@ -15,6 +15,7 @@ Origin = Literal["args", "checkpoint"]
 KeepOrReset = Literal["keep", "reset"]
 Position = Literal["continue", "restart"]
 Nonfinite = Literal["error", "reset", "keep"]
+Masters = Literal["checkpoint", "model"]
 
 #: A regular expression of a phase's name.
 PHASE_NAME = "[A-Za-z0-9_.-]*"
@@ -152,6 +153,8 @@ class PolicyDocument(TypedDict, total=False):
         moments: Rules; two must not meet in one element.
         step: Adam's step. Default: what the preset says.
         nonfinite: What to do about NaN and infinite moments in the checkpoint. Default: error.
+        master_weights: The source of the fp32 master weights. model: they are made from the
+            model's weights, once, and the moments are kept. Default: checkpoint.
         strict: Whether a rule that matches nothing is an error. Default: true.
         counters: The counters of the run, each by itself. What is reset is reset once: a restart
             from the phase's own checkpoint goes on.
@@ -164,6 +167,7 @@ class PolicyDocument(TypedDict, total=False):
     moments: list[Annotated[MomentRuleDocument, INLINE]]
     step: KeepOrReset | Count
     nonfinite: Nonfinite
+    master_weights: Masters
     strict: bool
     counters: Annotated[CountersDocument, INLINE]
     phase: Annotated[str, Keywords(pattern=f"^{PHASE_NAME}$")]

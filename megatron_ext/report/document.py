@@ -96,6 +96,7 @@ def optimizer_json(report: OptimizerReport) -> OptimizerDocument:
         "loaded": {
             "tensors": dict(report.loaded.tensors),
             "elements": dict(report.loaded.elements),
+            "proven": report.loaded.proven,
         },
         "resized": [_resized_json(one) for one in report.resized],
         "unused_saved_groups": list(report.plan.unused_saved_groups),

@@ -21,6 +21,8 @@ class LoadedState:
         tensors: State key -> number of shards written on this rank, or on all ranks after `summed`.
         elements: State key -> number of elements in these shards.
         nonfinite: Number of NaN and infinite elements of the moments.
+        proven: Number of elements of the master weights that are the model's weights.
+        differing: Number of elements of the master weights that are not.
         keys: The keys to count. An optimizer other than Adam has ``param`` and ``state``, which is
             everything else.
     """
@@ -28,6 +30,8 @@ class LoadedState:
     tensors: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
+    proven: int = 0
+    differing: int = 0
     keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
 
     def add(self, tensors: Mapping[str, Any]) -> None:
@@ -46,11 +50,13 @@ class LoadedState:
         """
         keys, n = self.keys, len(self.keys)
         flat = [self.tensors.get(k, 0) for k in keys] + [self.elements.get(k, 0) for k in keys]
-        sums = ranks.total([*flat, self.nonfinite])
+        sums = ranks.total([*flat, self.nonfinite, self.proven, self.differing])
         return LoadedState(
             tensors=dict(zip(keys, sums[:n], strict=True)),
-            elements=dict(zip(keys, sums[n:-1], strict=True)),
-            nonfinite=sums[-1],
+            elements=dict(zip(keys, sums[n : 2 * n], strict=True)),
+            nonfinite=sums[-3],
+            proven=sums[-2],
+            differing=sums[-1],
             keys=keys,
         )
 

@@ -29,6 +29,7 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
+    lines += _master_lines(report)
     lines += [f" > {one}" for one in report.resized if one.new]  # the others have a warning
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
@@ -49,6 +50,14 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
     for index in plan.unused_saved_groups:
         lines.append(f" > saved param_group {index} corresponds to no current one: not used")
     return lines
+
+
+def _master_lines(report: OptimizerReport) -> list[str]:
+    if report.plan.policy.master_weights == "model":
+        return [" > master weights: made from the model's weights, the checkpoint's are not used"]
+    count = report.loaded.elements.get("param", 0)
+    proven = f"{report.loaded.proven} of {count} elements are proven to be the model's weights"
+    return [f" > master weights: {proven}"] if count else []
 
 
 def phase_lines(phase: Phase | None) -> list[str]:

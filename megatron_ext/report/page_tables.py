@@ -123,6 +123,8 @@ def _loaded(optimizer: Document) -> Table:
         Row((_STATE_TENSORS.get(key, key), shards, _count(loaded["elements"][key])))
         for key, shards in loaded["tensors"].items()
     ]
+    if rows:
+        rows.append(Row(("master weights proven to be the model's", "", _count(loaded["proven"]))))
     return Table(("from the checkpoint", "shards, all ranks", "elements, all ranks"), tuple(rows))
 
 

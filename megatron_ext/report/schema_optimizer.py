@@ -56,10 +56,13 @@ class LoadedDocument(TypedDict):
     Attributes:
         tensors: Number of shards, by state tensor.
         elements: Number of elements in these shards, by state tensor.
+        proven: Number of elements of the master weights that round to the weights that the model
+            has loaded. Quantized weights and those without a master are not compared.
     """
 
     tensors: _PerStateTensor
     elements: _PerStateTensor
+    proven: Count
 
 
 class ResizedDocument(TypedDict):

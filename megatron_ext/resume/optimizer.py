@@ -28,6 +28,7 @@ from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from . import merge, selective_read, vocabulary
+from .proof import Proof
 from .selective import Selective, allocate_torch_adam_state, moments_of
 from .session import Resume
 from .steps import is_torch_adam
@@ -49,7 +50,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     Note:
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
         group: one all_reduce of 40 bytes per rank before any change (see
-        `megatron_ext.base.ranks`), and one of 56 bytes for the report. The training step adds no
+        `megatron_ext.base.ranks`), and one of 72 bytes for the report. The training step adds no
         collective.
 
     Raises (at load):
@@ -63,7 +64,8 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         super().__init__(*args, **kwargs)
         self.join(Resume(policy or ResumePolicy()))
         self.resume_chunks = self.model_chunks
-        self._tally = LoadedState()
+        self._tally, self._proof = LoadedState(), Proof()
+        self._masters_from_model = False
         self._awaiting_parameter_state: ResumePlan | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +110,8 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             super().load_state_dict(state_dict)
             return
         plan = self._agreed_plan(state_dict)
-        self._tally = LoadedState()
+        self._tally, self._proof = LoadedState(), Proof()
+        self._masters_from_model = plan.policy.master_weights == "model"
         merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
         self._place_grad_scaler(plan, merged)
         if is_torch_adam(self.optimizer):
@@ -118,7 +121,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         super().load_state_dict(merged)
         self._write_back(plan)
         if "param_state" in state_dict:
-            self._finish(plan, self._tally)
+            self._finish(plan, self._tally, self._proof)
         else:
             self._awaiting_parameter_state = plan
 
@@ -157,7 +160,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         if plan is not None:
             if update_legacy_format:
                 self._count_state()
-            self._finish(plan, self._tally)
+            self._finish(plan, self._tally, self._proof)
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
         """Return one parameter's shard without torch AdamW's 0-dim ``step``.
@@ -181,6 +184,14 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         """
         self._tally.add(tensors)
         tensors = self._with_new_rows(model_param, tensors)
+        shard = self._get_model_param_range_map(model_param)["param"]
+        if self._masters_from_model:
+            weight = model_param.data.view(-1)[shard.start : shard.end]
+            tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
+        elif self.config.main_params_dtype == torch.float32:
+            # TE rounds the fp32 result of a step twice if master weights are fp16, into the model
+            # and into the master weights (transformer_engine/pytorch/optimizers/fused_adam.py).
+            self._proof.compare(model_param, tensors["param"], shard.start, shard.end)
         if is_torch_adam(self.optimizer):
             group, order = self.model_param_group_index_map[model_param]
             main_param = self.optimizer.param_groups[group]["params"][order]

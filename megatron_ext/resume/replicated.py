@@ -13,6 +13,7 @@ from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from . import merge, selective_read
+from .proof import Proof, compare_all, masters_from_model
 from .selective import Selective, kind_of, moments_of
 from .session import Resume
 from .steps import is_adam
@@ -86,7 +87,12 @@ class _SelectiveReplicated(Selective):
                 loaded.add(
                     {"param": param, **(moments_of(self.optimizer, param) if adam else state)}
                 )
-        self._finish(plan, loaded)
+        proof = Proof()
+        if plan.policy.master_weights == "model":
+            masters_from_model(self)
+        else:
+            compare_all(proof, self)
+        self._finish(plan, loaded, proof)
 
 
 class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat16Params):

@@ -19,6 +19,7 @@ from ..plan.hyperparameters import plan_resume
 from ..report.loaded import LoadedState
 from ..report.model import OptimizerReport
 from . import apply_rules, merge, nonfinite, prepare_rules
+from .proof import Proof, refuse_differences
 from .resized import resized_of
 from .session import Load, Resume
 from .steps import is_adam, place_step
@@ -109,8 +110,8 @@ class Selective:
             adam=is_adam(self.optimizer),
         )
 
-    def _finish(self, plan: ResumePlan, loaded: LoadedState) -> None:
-        """Check that the moments were loaded, apply the rules, and hand in the report."""
+    def _finish(self, plan: ResumePlan, loaded: LoadedState, proof: Proof) -> None:
+        """Check what was loaded, apply the rules, and hand in the report."""
         work = self._moment_work
         done, bad = apply_rules.apply_in_one_pass(work), None
         if done is None:
@@ -118,8 +119,11 @@ class Selective:
         else:
             bad = done.nonfinite_before
             loaded.nonfinite = sum(bad.values())
+        loaded.proven, loaded.differing = proof.proven, proof.differing
         summed = loaded.summed()
         summed.require_moments()
+        if summed.differing:
+            refuse_differences(proof, self, self.resume_chunks)
         notes: tuple[str, ...] = ()
         if summed.nonfinite:
             choice = plan.policy.nonfinite

@@ -144,6 +144,7 @@ def policy(*argv: str) -> ResumePolicy:
         ("--selective-step reset", {"step": "reset"}),
         ("--selective-step 1000", {"step": 1000}),
         ("--selective-nonfinite reset", {"nonfinite": "reset"}),
+        ("--selective-master-weights model", {"master_weights": "model"}),
         ("--no-selective-strict", {"strict": False}),
         ("--selective-schedule continue", {"schedule_position": "continue"}),
         ("--selective-schedule restart", {"schedule_position": "restart"}),
@@ -221,6 +222,7 @@ def test_flags_that_make_no_sense_are_refused(argv: list[str], message: str) -> 
     "argv",
     [
         "--selective-nonfinite ignore",
+        "--selective-master-weights args",
         "--selective-hyperparameters both",
         "--selective-schedule keep",
         "--selective-grad-scaler restart",
@@ -249,6 +251,7 @@ def test_a_choice_that_is_none_is_refused_by_the_parser(
         ("--selective-rule w reset reset", "--selective-rule"),
         ("--selective-step 3", "--selective-step"),
         ("--selective-nonfinite keep", "--selective-nonfinite"),
+        ("--selective-master-weights model", "--selective-master-weights"),
         ("--no-selective-strict", "--no-selective-strict"),
         ("--selective-schedule restart", "--selective-schedule"),
         ("--selective-grad-scaler reset", "--selective-grad-scaler"),

@@ -363,6 +363,7 @@ def test_a_rule_as_it_stands_in_messages() -> None:
         ({"step": True}, "found True"),
         ({"step": 1.5}, "found 1.5"),
         ({"nonfinite": "ignore"}, "expected 'error' or 'reset' or 'keep', found 'ignore'"),
+        ({"master_weights": "args"}, "master_weights: expected 'checkpoint' or 'model'"),
         ({"hyperparameters": "both"}, "hyperparameters: expected 'args' or 'checkpoint'"),
         (
             {"keep_hyperparameters": ("eps",), "take_hyperparameters": ("eps", "betas")},
@@ -434,6 +435,7 @@ OPERATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"step": "keep", "schedule_position": "continue", "rules": (MomentRule(Match("w")),)},
         (),
     ),
+    "master weights": ({"master_weights": "model"}, ("master weights from the model",)),
     "a preset": ({"preset": Preset("reset")}, ("preset reset",)),
     "a preset with declined hyperparameters": (
         {"preset": Preset("gradient-scale", (0.5,), ("eps",))},
@@ -481,6 +483,7 @@ def test_operations_are_what_must_not_be_done_twice(case: str) -> None:
         ({"hyperparameters": "checkpoint"}, True),
         ({"groups": (GroupRule(EXPERTS, ("eps",)),)}, True),
         ({"step": 0}, True),
+        ({"master_weights": "model"}, True),
         ({"reset_iteration": True, "schedule_position": "continue"}, True),
         ({"schedule_position": "continue"}, True),
         ({"grad_scaler": "reset"}, True),
@@ -510,6 +513,7 @@ def test_what_is_left_of_a_policy_has_no_operation_and_the_same_hyperparameters(
     assert left.operations == ()
     assert not left.changes_moments
     assert left.next_step == "keep"
+    assert left.master_weights == "checkpoint"
     assert not left.restarts_schedule
     assert left.preset.effect.changes == policy.preset.effect.changes
     for key in group():

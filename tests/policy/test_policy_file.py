@@ -63,6 +63,7 @@ RICH = ResumePolicy(
     ),
     step=1000,
     nonfinite="reset",
+    master_weights="model",
     strict=False,
     schedule_position="continue",
     grad_scaler="reset",
@@ -84,6 +85,7 @@ FLAGS = [
     *["--selective-rule", "*.bias", "prune-random 0.5 seed 7", "prune-random 0.5 seed 7"],
     *["--selective-rule", "embedding.*[:8]", "keep", "batch-size 1e-3"],
     *"--selective-step 1000 --selective-nonfinite reset --no-selective-strict".split(),
+    *"--selective-master-weights model".split(),
     *"--selective-schedule continue --selective-grad-scaler reset".split(),
     *"--reset-iteration --reset-dataloader --selective-phase long-context_2.1".split(),
 ]
@@ -114,6 +116,7 @@ moments:
     exp_avg_sq: batch-size 1e-3
 step: 1000
 nonfinite: reset
+master_weights: model
 strict: false
 counters: {iteration: reset, dataloader: reset, schedule: continue, grad_scaler: reset}
 phase: long-context_2.1
@@ -413,6 +416,7 @@ _POLICY = dict(
     ),
     step=_mostly(st.sampled_from(("keep", "reset", 7))),
     nonfinite=_mostly(st.sampled_from(("error", "reset", "keep"))),
+    master_weights=_mostly(st.sampled_from(("checkpoint", "model"))),
     strict=_mostly(st.booleans()),
     counters=_mostly(
         _some(
@@ -476,6 +480,7 @@ def test_what_is_read_the_schema_accepts(content: dict[str, Any]) -> None:
         {"step": None},
         {"step": True},
         {"nonfinite": "ignore"},
+        {"master_weights": "args"},
         {"strict": "no"},
         {"counters": {"iteration": True}},
         {"counters": {"schedule": "keep"}},

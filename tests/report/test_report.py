@@ -66,6 +66,7 @@ def test_the_lines_tell_the_whole_resume() -> None:
         " > exp_avg: using checkpoint value (4 shards, 640 elements on all ranks)",
         " > exp_avg_sq: using checkpoint value (4 shards, 640 elements on all ranks)",
         " > master weights: using checkpoint value (4 shards, 640 elements on all ranks)",
+        " > master weights: 640 of 640 elements are proven to be the model's weights",
         " > step: 100 (checkpoint)",
         " > param_group 0 (3 parameters on rank 0; saved group 0: same group)",
         " >   max_lr: using argument value 0.001 (checkpoint 0.003, argument 0.001; default)",

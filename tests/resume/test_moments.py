@@ -79,7 +79,8 @@ def test_of_an_optimizer_that_is_not_adam_all_but_the_weights_is_one_state() -> 
 
 
 def test_elements_that_are_not_finite_are_summed_too() -> None:
-    assert LoadedState(nonfinite=3).summed().nonfinite == 3
+    summed = LoadedState(nonfinite=3, proven=5, differing=7).summed()
+    assert (summed.nonfinite, summed.proven, summed.differing) == (3, 5, 7)
 
 
 def test_two_counts_do_not_share_their_numbers() -> None:

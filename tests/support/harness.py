@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Layout:
     vocab: int = VOCAB
     tied: bool = False
     parallel_load: bool = False
+    trained: str = ""  # a regular expression of names; other parameters are frozen
 
 
 @dataclass
@@ -415,6 +417,8 @@ def _model(layout: Layout) -> list[Any]:
         )
         if half is not torch.float32:
             chunk = Float16Module(config, chunk)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(re.search(layout.trained, name) is not None)
         chunks.append(
             DistributedDataParallel(
                 config=config, ddp_config=ddp, module=chunk, disable_bucketing=stage > 0

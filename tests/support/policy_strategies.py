@@ -129,6 +129,7 @@ POLICIES = st.builds(
     ),
     step=st.none() | st.sampled_from(("keep", "reset")) | st.integers(0, 10**9),
     nonfinite=st.sampled_from(("error", "reset", "keep")),
+    master_weights=st.sampled_from(("checkpoint", "model")),
     strict=st.booleans(),
     schedule_position=st.sampled_from((None, "continue", "restart")),
     grad_scaler=st.sampled_from(("keep", "reset")),

@@ -19,6 +19,7 @@ KEEP_WEIGHT_DECAY = ResumePolicy(("weight_decay",))
 LOADED = LoadedState(
     tensors={"param": 4, "exp_avg": 4, "exp_avg_sq": 4},
     elements={"param": 640, "exp_avg": 640, "exp_avg_sq": 640},
+    proven=640,
 )
 
 SAVED = (group(eps=1e-8, amsgrad=False), group(wd_mult=0.0, eps=1e-9), group(lr_mult=0.1))
