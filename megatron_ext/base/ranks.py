@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import AgreementError, MegatronExtError
+from .text import MAX_NAMED, first_of
 
 #: Bytes that one successful `agree` moves per rank: five int64.
 BYTES_PER_RANK = 40
-
-_MAX_NAMED = 8
 
 #: Stands in for the digest of a rank that compares nothing or has none.
 _NO_DIGEST = "0" * 32
@@ -132,8 +131,8 @@ def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None)
         raise error
     failures = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
     if failures:
-        lines = [f"  rank {rank}: {message}" for rank, message in failures[:_MAX_NAMED]]
-        more = len(failures) - _MAX_NAMED
+        lines = [f"  rank {rank}: {message}" for rank, message in failures[:MAX_NAMED]]
+        more = len(failures) - MAX_NAMED
         lines += [f"  and {more} more ranks"] if more > 0 else []
         raise AgreementError(
             f"{what}: stopped because {len(failures)} of {len(everyone)} ranks refused:\n"
@@ -142,16 +141,14 @@ def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None)
     camps: dict[str, list[int]] = {}
     for rank, (other, _) in enumerate(everyone):
         camps.setdefault(other, []).append(rank)
-    listing = "\n".join(f"  ranks {_ranks(ranks)}: plan {d[:12]}" for d, ranks in camps.items())
+    listing = "\n".join(
+        f"  ranks {first_of([str(rank) for rank in ranks])}: plan {d[:12]}"
+        for d, ranks in camps.items()
+    )
     raise AgreementError(
         f"{what}: the ranks made {len(camps)} different plans from the same checkpoint:\n"
         f"{listing}\nGive every rank the same arguments and the same checkpoint"
     )
-
-
-def _ranks(ranks: list[int]) -> str:
-    named = ", ".join(map(str, ranks[:_MAX_NAMED]))
-    return named if len(ranks) <= _MAX_NAMED else f"{named} and {len(ranks) - _MAX_NAMED} more"
 
 
 def device() -> torch.device:

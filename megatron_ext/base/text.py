@@ -1,6 +1,11 @@
-"""Make text from a checkpoint safe to print: no control characters, no terminal escapes."""
+"""Text of messages: no control characters or terminal escapes, and lists that stay short."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: Number of items of a list that a message names.
+MAX_NAMED = 8
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -13,3 +18,9 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def first_of(items: Sequence[str]) -> str:
+    """Join the first `MAX_NAMED` items of a list, and say how many more there are."""
+    named = ", ".join(items[:MAX_NAMED])
+    return named if len(items) <= MAX_NAMED else f"{named} and {len(items) - MAX_NAMED} more"

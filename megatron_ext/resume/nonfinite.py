@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..base import ranks
+from ..base.text import first_of
 from ..checkpoint.state import MOMENT_KEYS
 from ..errors import CheckpointError
 from .moments import Survey, survey
 from .parameters import held_parameters, names_of
-from .prepare_rules import MAX_NAMED
 from .scaled import values
 from .steps import is_adam, is_hybrid
 
@@ -54,11 +54,10 @@ def handle_nonfinite(
         bad = {names.get(i, "unnamed"): n for i, n in _nonfinite(optimizer).items() if n}
     error = None
     if bad and choice == "error":
-        listing = ", ".join(f"{name}: {n}" for name, n in list(bad.items())[:MAX_NAMED])
-        more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        listing = first_of([f"{name}: {n}" for name, n in bad.items()])
         error = CheckpointError(
             f"the checkpoint's moments are not finite (elements of exp_avg and exp_avg_sq): "
-            f"{listing}{more}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
+            f"{listing}. Load an earlier checkpoint, or pass --selective-nonfinite reset to "
             "set these elements to 0, or keep to leave them as they are"
         )
     ranks.stop_together("counting non-finite moments", error)

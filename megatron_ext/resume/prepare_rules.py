@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..base import ranks
+from ..base.text import MAX_NAMED
 from ..errors import CheckpointError, PlanError
 from ..plan.decisions import ResumePlan
 from ..plan.matching import unmatched, used_group_rules, used_rules
@@ -23,7 +24,6 @@ from ..rules.form import Key
 from .parameters import Shard, locate_parameters, shards_of
 from .steps import is_adam
 
-MAX_NAMED = 8
 #: Number of names per rule that a rank sends to the others.
 _NAMED_BY_RANK = 4
 

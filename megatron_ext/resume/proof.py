@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..base import ranks
+from ..base.text import first_of
 from ..errors import CheckpointError
-from .parameters import held_parameters, names_of
-from .prepare_rules import MAX_NAMED
+from .parameters import Held, held_parameters, names_of
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 #: The dtypes in which Megatron stores a model's weights.
@@ -95,17 +95,15 @@ def compare_all(proof: Proof, optimizer: Any) -> None:
         proof: Receives the result.
         optimizer: A Float16OptimizerWithFloat16Params. An FP32Optimizer has no master weights.
     """
-    for held in held_parameters(optimizer):
-        if held.key is not held.model_param:
-            proof.compare(held.model_param, held.key, held.begin, held.end)
+    for held in _with_masters(optimizer):
+        proof.compare(held.model_param, held.key, held.begin, held.end)
 
 
 @torch.no_grad()
 def masters_from_model(optimizer: Any) -> None:
     """Make the master weights of an optimizer that is not distributed from the model's weights."""
-    for held in held_parameters(optimizer):
-        if held.key is not held.model_param:
-            held.key.copy_(held.model_param)
+    for held in _with_masters(optimizer):
+        held.key.copy_(held.model_param)
 
 
 def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]) -> None:
@@ -128,10 +126,9 @@ def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]
             for held in held_parameters(optimizer)
             if (d := proof.differences.get(id(held.model_param))) is not None
         ]
-        more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
         error = CheckpointError(
             "the checkpoint's master weights are not the weights that the model has loaded. "
-            f"Elements that differ: {', '.join(found[:MAX_NAMED])}{more}. The optimizer state "
+            f"Elements that differ: {first_of(found)}. The optimizer state "
             "belongs to other parameters, or the model's weights were edited after the save, or a "
             "file is damaged; stock Megatron up to 0.19.2 also writes fully_reshardable wrongly if "
             "several buckets are padded. Load another checkpoint. If the moments belong to this "
@@ -140,6 +137,10 @@ def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]
             "with a new optimizer (the Adam moments are then lost)"
         )
     ranks.stop_together("comparing the master weights with the model's weights", error)
+
+
+def _with_masters(optimizer: Any) -> list[Held]:
+    return [held for held in held_parameters(optimizer) if held.key is not held.model_param]
 
 
 def _is_float(tensor: Any) -> bool:

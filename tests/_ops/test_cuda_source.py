@@ -62,7 +62,7 @@ def test_every_rule_over_several_chunks_and_tensors_aligned_or_not(
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_in_every_pair_of_dtypes(kernel: Kernel, name: str) -> None:
-    """In one launch: it starts as many threads as a block has."""
+    """In one launch, as a load changes all parameters of a device."""
     pairs = [moments(n, m, v) for m, v in itertools.product(DTYPES, DTYPES) for n in (2501, 1500)]
     assert len(pairs) == 18
     segments = [Segment(i, i % 2, len(m) - 1, *RULES[name]) for i, (m, _) in enumerate(pairs)]

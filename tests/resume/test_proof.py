@@ -13,6 +13,7 @@ import torch
 from megatron_ext.resume import proof
 from megatron_ext.resume.proof import Difference, Proof
 from tests.conftest import FIRST, STEPS, Checkpoints
+from tests.resume.test_optimizer import resume
 from tests.resume.test_resume import SECOND, assert_same_state
 from tests.support.cells import chosen, of_every_version
 from tests.support.harness import Layout
@@ -116,14 +117,7 @@ def test_every_master_weight_of_a_resume_is_proven(
 ) -> None:
     layout, world = CELLS[name]
     directory, _ = checkpoints.phase_1(layout, world)
-    found = ext.run(
-        "tests.support.subject:resume",
-        world,
-        layout=layout,
-        hyper=SECOND,
-        directory=directory,
-        more=0,
-    )[0]
+    found = resume(ext, world, directory, layout=layout, more=0)[0]
     for optimizer in found["report"]["optimizers"]:
         loaded = optimizer["loaded"]
         assert loaded["proven"] == loaded["elements"]["param"] > 0
@@ -139,6 +133,14 @@ def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert (
         len(RAN) == len(set(RAN)) == chosen(request, test_every_master_weight_of_a_resume_is_proven)
     )
+
+
+def refusals(ext: RankPool, world: int, **kwargs: Any) -> list[dict[str, Any]]:
+    """The error of each rank, none of which waits for another."""
+    found = ext.run("tests.support.policies:refused", world, policies=["{}"], **kwargs)
+    errors = [error for (error,) in found]
+    assert all(error["where"] == "load" and error["in step"] for error in errors)
+    return errors
 
 
 #: Formats that know parameters by position, on one rank and on two.
@@ -158,8 +160,8 @@ def test_state_of_another_layer_is_refused_on_every_rank(
     """Phase 1 trains layer 0, phase 2 layer 1, which has the same sizes."""
     layout = BY_POSITION[name]
     directory, _ = checkpoints.phase_1(replace(layout, trained=r"layers\.0\."), world)
-    found = ext.run(
-        "tests.support.proof_cases:refused",
+    found = refusals(
+        ext,
         world,
         layout=replace(layout, trained=r"layers\.1\."),
         hyper=SECOND,
@@ -215,7 +217,7 @@ def test_edited_weights_are_refused_or_give_the_master_weights(
     saved = stock.run(
         "tests.support.proof_stock:edited", 2, steps=STEPS, directory=directory, **run
     )
-    errors = ext.run("tests.support.proof_cases:refused", 2, directory=directory, **run)
+    errors = refusals(ext, 2, directory=directory, **run)
     assert {e["type"] for e in errors} <= {"CheckpointError", "AgreementError"}
     assert all("linear_fc1.weight: " in e["message"] for e in errors)
     assert not any("linear_proj.weight: " in e["message"] for e in errors)
@@ -223,15 +225,8 @@ def test_edited_weights_are_refused_or_give_the_master_weights(
     expected = stock.run(
         "tests.support.proof_stock:corrected", 2, directory=directory, more=MORE, **run
     )
-    found = ext.run(
-        "tests.support.subject:resume",
-        2,
-        directory=directory,
-        more=MORE,
-        policy={"master_weights": "model"},
-        save_to=second,
-        **run,
-    )
+    run["policy"] = {"master_weights": "model"}
+    found = resume(ext, 2, directory, more=MORE, save_to=second, **run)
     for ours, theirs, before in zip(found, expected, saved, strict=True):
         assert_same_state(ours["loaded"], theirs["loaded"])
         for one, other in zip(ours["loaded"]["shards"], before["shards"], strict=True):
@@ -240,14 +235,7 @@ def test_edited_weights_are_refused_or_give_the_master_weights(
         assert_same_state(ours["final"], theirs["final"])
         assert ours["report"]["optimizers"][0]["loaded"]["proven"] == 0
     # Once: a restart of the phase keeps the low bits of its own master weights.
-    again = ext.run(
-        "tests.support.subject:resume",
-        2,
-        directory=second,
-        more=0,
-        policy={"master_weights": "model"},
-        **run,
-    )
+    again = resume(ext, 2, second, more=0, **run)
     for restarted, ended in zip(again, found, strict=True):
         assert restarted["report"]["phase"]["state"] == "continued"
         assert_same_state(restarted["loaded"], ended["final"])

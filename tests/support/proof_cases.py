@@ -1,30 +1,15 @@
-"""Checkpoints whose master weights are not the model's weights, and resumes from them."""
+"""Resumes in which one bit of one element is another one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_ext.resume.members import members_of
 
 from . import harness, subject
 from .harness import Hyper, Layout
-
-
-def refused(
-    layout: Layout, hyper: Hyper, directory: str, policy: dict[str, Any] | None = None
-) -> dict[str, str]:
-    """The error of a resume on this rank, after a collective that shows that no rank waits."""
-    run = subject.build(layout, hyper, policy)
-    error = {"type": "", "message": ""}
-    try:
-        harness.load(run, directory)
-    except Exception as e:
-        error = {"type": type(e).__name__, "message": str(e)}
-    dist.barrier()
-    return error
 
 
 def flipped(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str, str]:
