@@ -10,7 +10,7 @@ from typing import Any
 
 from ..host.contract import CORE, TRAINING, check_contract, has_training
 from ..policy.flags import add_flags
-from . import data_position, preflight, running
+from . import data_position, metadata, preflight, running
 from .building import build_emerging, build_optimizer, chain
 from .directories import choose_directories
 from .loading import check_checkpoint_args, load_base_checkpoint, load_checkpoint
@@ -37,7 +37,9 @@ def install(*, arguments: bool = False) -> None:
     _rebind(chained, "__init__", chain)
     scheduler = importlib.import_module("megatron.core.optimizer_param_scheduler")
     _rebind(scheduler.OptimizerParamScheduler, "load_state_dict", load_scheduler)
-    _rebind(importlib.import_module("megatron.core.dist_checkpointing"), "load", load_sharded)
+    sharded = importlib.import_module("megatron.core.dist_checkpointing")
+    _rebind(sharded, "load", load_sharded)
+    _rebind(sharded, "load_content_metadata", metadata.content_metadata)
     if not has_training():
         return
     if arguments:
@@ -50,6 +52,7 @@ def install(*, arguments: bool = False) -> None:
     _rebind(checkpointing, "load_checkpoint", load_checkpoint)
     _rebind(checkpointing, "check_checkpoint_args", check_checkpoint_args)
     _rebind(checkpointing, "_load_base_checkpoint", load_base_checkpoint)
+    _rebind(checkpointing, "_build_sharded_state_dict_metadata", metadata.save_metadata)
     training = importlib.import_module(f"{TRAINING}.training")
     _rebind(training, "setup_model_and_optimizer", preflight.setup)
     _rebind(training, "load_checkpoint", load_checkpoint)

@@ -19,8 +19,11 @@ from ..checkpoint.stored import open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.phase import Mark, decide
 from ..resume import direct_read, selective_read, vocabulary
+from ..resume.other_optimizer import fit_chain
+from ..resume.parameter_map import Rewritten, separate
 from ..resume.session import Resume, current
 from ..resume.vocabulary import RowChanges
+from .mapped import rewrite_request
 
 #: Every checkpoint key of an optimizer's entries contains it (`chained_<i>.` may precede it).
 _OPTIMIZER_PREFIX = "optimizer."
@@ -47,27 +50,58 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
     dcp = importlib.import_module("torch.distributed.checkpoint.api")
     rows = RowChanges() if current.load is None else current.load.rows
+    rewritten = _mapped(call, requested)
     resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested, rows)
     if not requested:
         say(resized.lines())  # no optimizer is loaded whose report would have them
         rows.clear()
+    optimizers = dict(call["sharded_state_dict"].get("optimizer") or {})
     removed = _remove_overwritten(call)
+    if rewritten is not None:
+        separate(call["sharded_state_dict"], rewritten)
     try:
         result = original(*bound.args, **bound.kwargs)
         # With some values of `strict` the result is a tuple that has the keys that did not fit.
         loaded = result[0] if isinstance(result, tuple) else result
         removed.fill_with_zeros(loaded)
         resized.put_back(loaded)
+        if rewritten is not None:
+            fit_chain(optimizers, loaded["optimizer"])
+            rewritten.finish(loaded, functools.partial(_more, original, call["checkpoint_dir"]))
         return result
     except (Exception, dcp.CheckpointException) as e:
         rows.clear()
         stored = _stored_entries(call["checkpoint_dir"])
         lines = misfits(requested, stored)
-        if not lines:
+        if not lines or rewritten is not None:
             raise
         if not any(_OPTIMIZER_PREFIX in key for key in stored):
             raise no_optimizer_state(call["checkpoint_dir"]) from e
         raise does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
+
+
+def _mapped(call: dict[str, Any], requested: Mapping[str, Any]) -> Rewritten | None:
+    """Apply the parameter map, if the load fills optimizers whose state has parameters' names."""
+    load = current.load
+    # If only some ranks load, they cannot agree over the default group.
+    if load is None or not load.awaits_tensors or call.get("process_group") is not None:
+        return None
+    if vocabulary.by_bucket(requested):
+        return None
+    try:
+        stored = _stored_entries(call["checkpoint_dir"])
+    except Exception:  # not torch_dist, or damaged: the load itself raises an error
+        stored = {}
+    begins = functools.partial(_phase_begins, load.resume, call["checkpoint_dir"])
+    return rewrite_request(load, call, stored, begins)
+
+
+def _more(
+    original: Callable[..., Any], directory: Any, entries: dict[str, Any]
+) -> Mapping[str, Any]:
+    """Load further entries without a collective."""
+    result: Mapping[str, Any] = original(entries, directory, validate_access_integrity=False)
+    return result
 
 
 @contextlib.contextmanager

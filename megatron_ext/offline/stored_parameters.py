@@ -7,25 +7,16 @@ modules. The names are the same as those from `megatron_ext.resume.parameters` i
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..checkpoint import names
 from ..checkpoint.state_keys import parse_state_key
 from ..checkpoint.stored import StoredCheckpoint
 from ..plan.parameters import Parameter
 
-#: ``layers.``, but not if a number follows: such layers are stored separately.
-_LAYERS = re.compile(r"(?<![^.])layers\.(?!\d)")
-#: Experts of a layer are an axis or have a number (core/transformer/moe/experts.py:913, 1377).
-_EXPERTS = re.compile(r"(?<=\.mlp\.experts\.)experts\.(?:(?P<number>\d+)\.)?")
-#: Key of a fused module -> the local module's name (core/models/gpt/gpt_layer_specs.py:459).
-_FUSED = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 #: The two halves of a gated fc1, which are stored separately (core/transformer/mlp.py:465).
 _HALVES = ("_w", "_v")
 #: Tensors of a model that no optimizer updates.
@@ -155,35 +146,14 @@ def _place(
 
 def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> Iterator[Named]:
     """Yield the parameters of checkpoint keys that have lost the optimizer's prefix."""
-    local = args.get("transformer_impl") == "local"
-    grouped = bool(args.get("moe_grouped_gemm"))
+    style = names.Style(args.get("transformer_impl") == "local", bool(args.get("moe_grouped_gemm")))
     for key, shape in shapes.items():
         if key.endswith(_HALVES[1]) and key[:-2] + _HALVES[0] in shapes:
             continue
         if key.endswith(_HALVES[0]) and (other := key[:-2] + _HALVES[1]) in shapes:
-            key, shape = key[:-2], (shape[0] + shapes[other][0], *shape[1:])
-        if local:
-            for fused, name in _FUSED.items():
-                key = key.replace(fused, name)
-        yield from _unstacked(key, shape, grouped)
-
-
-def _unstacked(key: str, shape: tuple[int, ...], grouped: bool) -> Iterator[Named]:
-    """Yield one parameter per layer and expert of a stored tensor."""
-    layers, experts = _LAYERS.search(key), _EXPERTS.search(key)
-    by_axis = [layers is not None, experts is not None and experts["number"] is None]
-    if not (layers or experts) or sum(by_axis) >= len(shape):
-        yield Named(key, shape)
-        return
-    axes = shape[: sum(by_axis)]
-    for place in itertools.product(*map(range, axes)):
-        numbers = iter(place)
-        name = key
-        if layers is not None:
-            name = _LAYERS.sub(f"layers.{next(numbers)}.", name, count=1)
-        if experts is not None:
-            number = experts["number"] or next(numbers)
-            # TE's grouped weights have the expert's number at their end.
-            name = _EXPERTS.sub("" if grouped else f"local_experts.{number}.", name, count=1)
-            name += str(number) if grouped else ""
-        yield Named(name, shape[len(axes) :])
+            # The halves of layers that are an axis have one more axis before their rows.
+            axis = names.leading_axes(key)
+            rows = shape[axis] + shapes[other][axis]
+            key, shape = key[:-2], (*shape[:axis], rows, *shape[axis + 1 :])
+        for place in names.unstacked(key, shape):
+            yield Named(names.name_of(key, place.lead, style), place.shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
 
 from ..errors import PolicyError
 
@@ -55,3 +57,64 @@ def all_of(kind: type, found: Any, where: str) -> tuple[Any, ...]:
 def is_number(value: Any) -> bool:
     """Whether a value is a number. A bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def mapping(
+    found: Any, where: str, declared: type | Sequence[str] | None = None
+) -> Mapping[str, Any]:
+    """Return a mapping of plain data.
+
+    Args:
+        found: The data.
+        where: Its place, for errors.
+        declared: The TypedDict that has its keys, or the keys; None for any.
+
+    Raises:
+        PolicyError: It is no mapping, or has another key or one without a value.
+    """
+    if not isinstance(found, Mapping):
+        raise PolicyError(f"{where}: expected a mapping, found {found!r}")
+    known = tuple(get_type_hints(declared)) if isinstance(declared, type) else declared
+    for key in found:
+        if not isinstance(key, str):
+            raise PolicyError(f"{where}: expected names as keys, found {key!r}")
+        if known is not None and key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise PolicyError(f"{where}: unknown key {key!r}; {hint}Known: {', '.join(known)}")
+        if known is not None and found[key] is None:
+            raise PolicyError(f"{where}: {key}: expected a value, found nothing")
+    return found
+
+
+def listed(found: Any, where: str) -> Sequence[Any]:
+    """Return a list of plain data, or raise."""
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise PolicyError(f"{where}: expected a list, found {found!r}")
+    return found
+
+
+def strings(found: Any, where: str) -> tuple[str, ...]:
+    """Return texts that differ, or raise."""
+    items = listed(found, where)
+    for item in items:
+        if not isinstance(item, str):
+            raise PolicyError(f"{where}: expected names, found {item!r}")
+        if items.count(item) > 1:
+            raise PolicyError(f"{where}: {item!r} is given twice; expected once")
+    return tuple(items)
+
+
+def text(found: Any, where: str) -> str:
+    """Return a text, or raise."""
+    if not isinstance(found, str):
+        quoted = f"; write '{found}' in quotes" if isinstance(found, int | float) else ""
+        raise PolicyError(f"{where}: expected a text, found {found!r}{quoted}")
+    return found
+
+
+def boolean(found: Any, where: str) -> bool:
+    """Return a boolean, or raise."""
+    if not isinstance(found, bool):
+        raise PolicyError(f"{where}: expected true or false, found {found!r}")
+    return found

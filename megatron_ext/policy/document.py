@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from ..errors import PolicyError
 from ..rules.registry import parse, write
+from .checks import boolean, listed, mapping, strings, text
 from .match import GroupRule, Match, MomentRule
+from .parameter_document import parameters_content, parameters_from
 from .policy import ResumePolicy
 from .presets import CATALOGUE, KEEP_ALL, Preset
 from .schema import (
@@ -33,28 +34,29 @@ def from_dict(content: Any) -> ResumePolicy:
     Raises:
         PolicyError: The data is not a policy. The error names the place.
     """
-    content = _mapping(content, "policy", PolicyDocument)
+    content = mapping(content, "policy", PolicyDocument)
     found = content.get("hyperparameters", {})
-    hyper = _mapping(found, "hyperparameters", HyperparametersDocument)
+    hyper = mapping(found, "hyperparameters", HyperparametersDocument)
     return ResumePolicy(
-        keep_hyperparameters=_strings(hyper.get("keep", ()), "hyperparameters.keep"),
-        take_hyperparameters=_strings(hyper.get("take", ()), "hyperparameters.take"),
+        keep_hyperparameters=strings(hyper.get("keep", ()), "hyperparameters.keep"),
+        take_hyperparameters=strings(hyper.get("take", ()), "hyperparameters.take"),
         hyperparameters=hyper.get("source", "args"),
         groups=tuple(
             _group_rule(g, f"hyperparameters.groups[{i}]")
-            for i, g in enumerate(_list(hyper.get("groups", ()), "hyperparameters.groups"))
+            for i, g in enumerate(listed(hyper.get("groups", ()), "hyperparameters.groups"))
         ),
         schedule=content.get("schedule", "args"),
         preset=_preset(content.get("preset", "keep")),
         rules=tuple(
             _rule(r, f"moments[{i}]")
-            for i, r in enumerate(_list(content.get("moments", ()), "moments"))
+            for i, r in enumerate(listed(content.get("moments", ()), "moments"))
         ),
         step=content.get("step"),
         nonfinite=content.get("nonfinite", "error"),
         master_weights=content.get("master_weights", "checkpoint"),
-        strict=_boolean(content.get("strict", True), "strict"),
-        phase=_text(content.get("phase", ""), "phase"),
+        parameters=parameters_from(content.get("parameters", {})),
+        strict=boolean(content.get("strict", True), "strict"),
+        phase=text(content.get("phase", ""), "phase"),
         **_counters(content.get("counters", {})),
     )
 
@@ -83,6 +85,8 @@ def to_dict(policy: ResumePolicy) -> PolicyDocument:
         out["nonfinite"] = policy.nonfinite
     if policy.master_weights != "checkpoint":
         out["master_weights"] = policy.master_weights
+    if policy.parameters:
+        out["parameters"] = parameters_content(policy.parameters)
     if not policy.strict:
         out["strict"] = False
     counters: CountersDocument = {}
@@ -124,7 +128,7 @@ def _group_content(rule: GroupRule) -> GroupRuleDocument:
 
 
 def _counters(found: Any) -> dict[str, Any]:
-    content = _mapping(found, "counters", CountersDocument)
+    content = mapping(found, "counters", CountersDocument)
     for key, value in content.items():
         if value not in _COUNTERS[key]:
             raise PolicyError(
@@ -148,11 +152,11 @@ def _preset(found: Any) -> Preset:
         return Preset(name)
     arguments = tuple(a.lower() for a in CATALOGUE[name].arguments)
     decline = ("decline",) if CATALOGUE[name].declinable else ()
-    _mapping(found, f"preset {name}", ("name", *arguments, *decline))
+    mapping(found, f"preset {name}", ("name", *arguments, *decline))
     return Preset(
         name,
         tuple(found[a] for a in arguments if a in found),
-        _strings(found.get("decline", ()), "preset.decline"),
+        strings(found.get("decline", ()), "preset.decline"),
     )
 
 
@@ -167,16 +171,16 @@ def _preset_dict(preset: Preset) -> str | dict[str, Any]:
 
 
 def _group_rule(found: Any, where: str) -> GroupRule:
-    rule = _mapping(found, where, GroupRuleDocument)
+    rule = mapping(found, where, GroupRuleDocument)
     return GroupRule(
-        tuple(_mapping(rule.get("match", {}), f"{where}.match").items()),
-        _strings(rule.get("keep", ()), f"{where}.keep"),
-        _strings(rule.get("take", ()), f"{where}.take"),
+        tuple(mapping(rule.get("match", {}), f"{where}.match").items()),
+        strings(rule.get("keep", ()), f"{where}.keep"),
+        strings(rule.get("take", ()), f"{where}.take"),
     )
 
 
 def _rule(found: Any, where: str) -> MomentRule:
-    rule = _mapping(found, where, MomentRuleDocument)
+    rule = mapping(found, where, MomentRuleDocument)
     if "match" not in rule:
         raise PolicyError(f"{where}: expected 'match', found only {', '.join(map(repr, rule))}")
     try:
@@ -194,12 +198,12 @@ def _match(found: Any, where: str) -> Match:
         return Match.parse(found)
     if not isinstance(found, Mapping):
         raise PolicyError(f"{where}: expected a text or a mapping, found {found!r}")
-    content = _mapping(found, where, MatchDocument)
+    content = mapping(found, where, MatchDocument)
     return Match(
         content.get("name", "*"),
         _rows(content["rows"], f"{where}.rows") if "rows" in content else None,
         content.get("ndim"),
-        tuple(_mapping(content.get("group", {}), f"{where}.group").items()),
+        tuple(mapping(content.get("group", {}), f"{where}.group").items()),
     )
 
 
@@ -228,50 +232,3 @@ def _rows(found: Any, where: str) -> tuple[int | None, int | None]:
         )
     first, last = (int(e) if e else None for e in ends.groups())
     return first, last
-
-
-def _mapping(
-    found: Any, where: str, declared: type | Sequence[str] | None = None
-) -> Mapping[str, Any]:
-    if not isinstance(found, Mapping):
-        raise PolicyError(f"{where}: expected a mapping, found {found!r}")
-    known = tuple(get_type_hints(declared)) if isinstance(declared, type) else declared
-    for key in found:
-        if not isinstance(key, str):
-            raise PolicyError(f"{where}: expected names as keys, found {key!r}")
-        if known is not None and key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise PolicyError(f"{where}: unknown key {key!r}; {hint}Known: {', '.join(known)}")
-        if known is not None and found[key] is None:
-            raise PolicyError(f"{where}: {key}: expected a value, found nothing")
-    return found
-
-
-def _list(found: Any, where: str) -> Sequence[Any]:
-    if not isinstance(found, Sequence) or isinstance(found, str):
-        raise PolicyError(f"{where}: expected a list, found {found!r}")
-    return found
-
-
-def _strings(found: Any, where: str) -> tuple[str, ...]:
-    items = _list(found, where)
-    for item in items:
-        if not isinstance(item, str):
-            raise PolicyError(f"{where}: expected names, found {item!r}")
-        if items.count(item) > 1:
-            raise PolicyError(f"{where}: {item!r} is given twice; expected once")
-    return tuple(items)
-
-
-def _text(found: Any, where: str) -> str:
-    if not isinstance(found, str):
-        quoted = f"; write '{found}' in quotes" if isinstance(found, int | float) else ""
-        raise PolicyError(f"{where}: expected a text, found {found!r}{quoted}")
-    return found
-
-
-def _boolean(found: Any, where: str) -> bool:
-    if not isinstance(found, bool):
-        raise PolicyError(f"{where}: expected true or false, found {found!r}")
-    return found

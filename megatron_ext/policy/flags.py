@@ -109,6 +109,30 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Source of the fp32 master weights. model: they are made from the weights that the "
         "model has loaded, which were edited or averaged after the save. Default: checkpoint.",
     )
+    for flag, what in (
+        (
+            "--selective-new-parameters",
+            "Parameters of the model whose state the checkpoint lacks, for example: "
+            "'mtp.*' output_layer.weight. Their weights stay as initialised unless the checkpoint "
+            "has them, and their moments start at 0 unless a rule fills them.",
+        ),
+        (
+            "--selective-drop-parameters",
+            "Parameters of the checkpoint that the model does not have, whose state is left "
+            "behind.",
+        ),
+    ):
+        group.add_argument(flag, metavar="PATTERN", nargs="+", default=[], help=what)
+    group.add_argument(
+        "--selective-copy-parameters",
+        metavar="WORD",
+        nargs="+",
+        action="append",
+        default=[],
+        help="TO FROM: parameters TO take weights and moments from the checkpoint's FROM, for "
+        "example: 'decoder.layers.{n}.*' 'decoder.layers.{n-12}.*'. A third word, weights or "
+        "moments, copies only these. Can be repeated.",
+    )
     group.add_argument(
         "--no-selective-strict",
         dest="selective_strict",

@@ -12,6 +12,7 @@ from ..rules import registry
 from . import presets, yaml_file
 from .flags import flag_of, policy_defaults
 from .match import GroupRule, Match, MomentRule
+from .parameter_map import Copy, ParameterMap
 from .policy import ResumePolicy
 from .request import Request
 
@@ -95,6 +96,11 @@ def _from_flags(values: dict[str, Any]) -> ResumePolicy:
         step=int(step) if isinstance(step, str) and step.isdecimal() else step,
         nonfinite=values["selective_nonfinite"],
         master_weights=values["selective_master_weights"],
+        parameters=ParameterMap(
+            tuple(values["selective_new_parameters"]),
+            tuple(values["selective_drop_parameters"]),
+            tuple(_copy(words) for words in values["selective_copy_parameters"]),
+        ),
         strict=values["selective_strict"],
         schedule_position=values["selective_schedule"],
         grad_scaler=values["selective_grad_scaler"],
@@ -102,6 +108,15 @@ def _from_flags(values: dict[str, Any]) -> ResumePolicy:
         reset_dataloader=values["reset_dataloader"],
         phase=values["selective_phase"] or "",
     )
+
+
+def _copy(words: list[str]) -> Copy:
+    if not 2 <= len(words) <= len(("TO", "FROM", "STATE")):
+        raise PolicyError(
+            f"--selective-copy-parameters {' '.join(words)}: expected TO FROM, or TO FROM and "
+            "weights or moments"
+        )
+    return Copy(*words)  # type: ignore[arg-type]
 
 
 def _group_rule(words: list[str]) -> GroupRule:

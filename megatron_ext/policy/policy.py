@@ -13,6 +13,7 @@ from ..rules.base import Rule
 from ..rules.elementwise import KEEP
 from .checks import all_of, is_number, unique_keys
 from .match import GroupRule, MomentRule, Scalar
+from .parameter_map import NO_MAP, ParameterMap
 from .presets import KEEP_ALL, Preset, Step
 from .schema import PHASE_NAME, KeepOrReset, Masters, Nonfinite, Origin, Position
 
@@ -54,6 +55,7 @@ class ResumePolicy:
             ``"reset"`` (those elements to 0) or ``"keep"``.
         master_weights: ``"checkpoint"``, or ``"model"``: the fp32 master weights are made from the
             weights that the model has loaded, for weights that were edited after the save.
+        parameters: What is said about parameters that differ between checkpoint and model.
         strict: Whether a rule that matches nothing is an error (else a warning).
         schedule_position: ``"continue"`` or ``"restart"`` (num_steps = 0: a re-warm-up with kept
             moments); None restarts if and only if the iteration is reset.
@@ -78,6 +80,7 @@ class ResumePolicy:
     step: Step | None = None
     nonfinite: Nonfinite = "error"
     master_weights: Masters = "checkpoint"
+    parameters: ParameterMap = NO_MAP
     strict: bool = True
     schedule_position: Position | None = None
     grad_scaler: KeepOrReset = "keep"
@@ -114,6 +117,7 @@ class ResumePolicy:
         for name, kind in (("groups", GroupRule), ("rules", MomentRule)):
             object.__setattr__(self, name, all_of(kind, getattr(self, name), name))
         all_of(Preset, (self.preset,), "preset")
+        all_of(ParameterMap, (self.parameters,), "parameters")
         step = self.step
         number = isinstance(step, int) and not isinstance(step, bool) and step >= 0
         if not (step is None or step in ("keep", "reset") or number):
@@ -196,6 +200,7 @@ class ResumePolicy:
             out.append(f"preset {self.preset}{kept}")
         changing = (r for r in self.rules if not (r.exp_avg == r.exp_avg_sq == KEEP))
         out += sorted(f"rule {_with_plain_numbers(rule)}" for rule in changing)
+        out += self.parameters.operations()
         others = {
             f"step {self.step}": self.step not in (None, "keep"),
             "master weights from the model": self.master_weights == "model",
@@ -222,6 +227,7 @@ class ResumePolicy:
             rules=(),
             step=None,
             master_weights="checkpoint",
+            parameters=NO_MAP,
             schedule_position="continue",
             grad_scaler="keep",
             reset_iteration=False,

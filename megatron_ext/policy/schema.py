@@ -9,6 +9,7 @@ from ..base.schema import INLINE, Count, Keywords
 from ..rules import registry
 from .checks import NOT_A_CHOICE
 from .match import Scalar
+from .parameter_map import Copied
 from .preset_schema import presets
 
 Origin = Literal["args", "checkpoint"]
@@ -140,6 +141,43 @@ class MomentRuleDocument(_RuleMatch, total=False):
     exp_avg_sq: Operation
 
 
+_CopyNames = TypedDict(
+    "_CopyNames",
+    {"to": Annotated[str, Keywords(minLength=1)], "from": Annotated[str, Keywords(minLength=1)]},
+)
+_CopyNames.__doc__ = """Which parameters, and where their state comes from.
+
+Attributes:
+    to: The current parameters: * is any text, {n} a number; or re: and a regular expression.
+    from: The checkpoint's parameter: * is the text of the same * of `to`, {n-2} arithmetic on its
+        numbers.
+"""
+
+
+class CopyDocument(_CopyNames, total=False):
+    """Parameters that take their state from others.
+
+    Attributes:
+        state: What is copied. Default: all.
+    """
+
+    state: Copied
+
+
+class ParametersDocument(TypedDict, total=False):
+    """What is said about parameters that differ between the checkpoint and the model.
+
+    Attributes:
+        new: Patterns of the model's parameters whose state the checkpoint may lack.
+        drop: Patterns of the checkpoint's parameters whose state may be left behind.
+        copies: Parameters that take their state from other parameters of the checkpoint.
+    """
+
+    new: list[Annotated[str, Keywords(minLength=1)]]
+    drop: list[Annotated[str, Keywords(minLength=1)]]
+    copies: list[Annotated[CopyDocument, INLINE]]
+
+
 class PolicyDocument(TypedDict, total=False):
     """What a resume does to hyperparameters, moments and step (--selective-policy FILE).
 
@@ -155,6 +193,8 @@ class PolicyDocument(TypedDict, total=False):
         nonfinite: What to do about NaN and infinite moments in the checkpoint. Default: error.
         master_weights: The source of the fp32 master weights. model: they are made from the
             model's weights, once, and the moments are kept. Default: checkpoint.
+        parameters: What is said about parameters that differ between the checkpoint and the
+            model. It applies once, when the phase begins.
         strict: Whether a rule that matches nothing is an error. Default: true.
         counters: The counters of the run, each by itself. What is reset is reset once: a restart
             from the phase's own checkpoint goes on.
@@ -168,6 +208,7 @@ class PolicyDocument(TypedDict, total=False):
     step: KeepOrReset | Count
     nonfinite: Nonfinite
     master_weights: Masters
+    parameters: Annotated[ParametersDocument, INLINE]
     strict: bool
     counters: Annotated[CountersDocument, INLINE]
     phase: Annotated[str, Keywords(pattern=f"^{PHASE_NAME}$")]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..base.values import as_json, fields_as_json
 from ..plan.decisions import Decision, GroupPlan, ResumePlan
+from ..plan.mapped import Mapped
 from ..plan.resized import ResizedParameter
 from ..policy.counters import Counters
 from ..policy.document import to_dict
@@ -24,6 +25,7 @@ from .schema_parts import (
     CounterDocument,
     DecisionDocument,
     GroupDocument,
+    ParametersReportDocument,
     PhaseDocument,
     RunCountersDocument,
     StepDocument,
@@ -69,6 +71,15 @@ def counters_json(counters: tuple[Counters, Counters] | None) -> RunCountersDocu
         "skipped_train_samples": both("skipped_train_samples"),
         "consumed_valid_samples": both("consumed_valid_samples"),
         "num_steps": both("num_steps"),
+    }
+
+
+def parameters_json(mapped: Mapped) -> ParametersReportDocument:
+    """Build the document of the parameters that differ from the checkpoint's."""
+    return {
+        "new": [fields_as_json(one) for one in mapped.new],
+        "copied": [fields_as_json(one) for one in mapped.copied],
+        "left": [fields_as_json(one) for one in mapped.left],
     }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..base.text import first_of
 from ..plan.decisions import Decision
+from ..plan.mapped import LeftParameter, Mapped, NewParameter
 from ..policy.counters import Counters
 from ..policy.phase import Phase
 from .model import MomentReport, OptimizerReport
@@ -67,6 +70,32 @@ def phase_lines(phase: Phase | None) -> list[str]:
     title = {"applied": "TRANSITION APPLIED", "continued": "CONTINUED"}[phase.state]
     name = f" (phase {phase.mark.phase})" if phase.mark is not None and phase.mark.phase else ""
     return [f"megatron_ext: {title}{name}: {phase.why}"]
+
+
+def parameter_lines(mapped: Mapped) -> list[str]:
+    """Format the parameters whose state has another name in the checkpoint, or is not used."""
+    initial = [one for one in mapped.new if one.weights]
+    groups = {
+        "new, weights as initialised": initial,
+        "new to the optimizer": [one for one in mapped.new if not one.weights],
+    }
+    lines = [_named(f"parameters {what}", found) for what, found in groups.items()]
+    if mapped.copied:
+        shown = [
+            f"{one.name} from {one.source}" + ("" if one.state == "all" else f" ({one.state})")
+            for one in mapped.copied
+        ]
+        lines.append([f" > parameters copied: {len(shown)}: {first_of(shown)}"])
+    for why in ("frozen", "replaced", "dropped"):
+        found = [one for one in mapped.left if one.why == why]
+        lines.append(_named(f"state that is left behind, {why} parameters", found))
+    return [line for of_one in lines for line in of_one]
+
+
+def _named(what: str, found: Sequence[NewParameter | LeftParameter]) -> list[str]:
+    elements = sum(one.elements for one in found)
+    names = first_of([one.name for one in found])
+    return [f" > {what}: {len(found)} ({elements} elements): {names}"] if found else []
 
 
 #: Counter -> its name in Megatron's log, and the flag that resets it.

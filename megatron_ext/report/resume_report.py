@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..plan.mapped import Mapped
 from ..policy.counters import Counters
 from ..policy.phase import Phase
 from ..version import __version__
-from .document import counters_json, optimizer_json, phase_json, policy_json
-from .log_lines import counter_lines, optimizer_lines, phase_lines
+from .document import (
+    counters_json,
+    optimizer_json,
+    parameters_json,
+    phase_json,
+    policy_json,
+)
+from .log_lines import counter_lines, optimizer_lines, parameter_lines, phase_lines
 from .model import OptimizerReport
 from .schema import EnvironmentDocument, ReportDocument, SchedulerDocument
 
@@ -26,6 +33,7 @@ class ResumeReport:
             decay per group, ``num_steps`` in samples, and the source of every attribute.
         counters: The counters in the checkpoint and after the load; None without Megatron's
             training loop.
+        mapped: The sources of the parameters.
         environment: Versions of Python and torch, number of ranks and time; None for a live
             optimizer.
     """
@@ -35,6 +43,7 @@ class ResumeReport:
     scheduler: SchedulerDocument | None = None
     counters: tuple[Counters, Counters] | None = None
     environment: EnvironmentDocument | None = None
+    mapped: Mapped = field(default_factory=Mapped)
 
     @property
     def phase(self) -> Phase | None:
@@ -48,6 +57,7 @@ class ResumeReport:
             rank: The rank on which the parameters were counted.
         """
         out = [*phase_lines(self.phase), *counter_lines(self.counters, self.phase)]
+        out += parameter_lines(self.mapped)
         for number, report in enumerate(self.optimizers):
             out += optimizer_lines(number, len(self.optimizers), report, rank)
         return out
@@ -73,6 +83,7 @@ class ResumeReport:
             "policy": policy_json(self.optimizers),
             "phase": phase_json(self.phase),
             "counters": counters_json(self.counters),
+            "parameters": parameters_json(self.mapped),
             "optimizers": [optimizer_json(r) for r in self.optimizers],
             "scheduler": self.scheduler,
         }

@@ -11,6 +11,7 @@ from .schema_optimizer import OptimizerDocument
 from .schema_parts import (
     CounterDocument,
     FirstStepDocument,
+    ParametersReportDocument,
     PhaseDocument,
     RunCountersDocument,
     ScheduledValueDocument,
@@ -75,6 +76,7 @@ class ReportDocument(Versioned):
             optimizer.
         counters: The counters in the checkpoint and after the load; null without Megatron's
             training loop.
+        parameters: The parameters that differ between the checkpoint and the model.
         optimizers: One entry per Megatron optimizer, in the order of the chain.
         scheduler: The learning rate and weight decay scheduler after its state was loaded; null
             until then.
@@ -86,5 +88,6 @@ class ReportDocument(Versioned):
     policy: PolicyDocument | None
     phase: PhaseDocument | None
     counters: RunCountersDocument | None
+    parameters: ParametersReportDocument
     optimizers: list[OptimizerDocument]
     scheduler: SchedulerDocument | None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
-from ..base.schema import Count, Keywords
+from ..base.schema import INLINE, Count, Keywords
 from ..plan.decisions import Source
+from ..plan.mapped import CopiedParameter, LeftParameter, NewParameter
 
 _WHAT_VALUES_ARE = (
     "A hyperparameter as JSON: null where that side has none, a list for a tuple such as betas, "
@@ -22,6 +23,20 @@ Value = Annotated[
         items={"$ref": "#/$defs/value"},
     ),
 ]
+
+
+class ParametersReportDocument(TypedDict):
+    """The parameters that differ between the checkpoint and the model.
+
+    Attributes:
+        new: Those of which the checkpoint lacks something.
+        copied: Those that take their state from another parameter of the checkpoint.
+        left: Those of the checkpoint whose moments are not used.
+    """
+
+    new: list[Annotated[NewParameter, INLINE]]
+    copied: list[Annotated[CopiedParameter, INLINE]]
+    left: list[Annotated[LeftParameter, INLINE]]
 
 
 class StepDocument(TypedDict):

@@ -27,7 +27,9 @@ from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
-from . import merge, selective_read, vocabulary
+from . import merge, saving, selective_read, vocabulary
+from .other_optimizer import for_distributed
+from .parameter_map import Slot
 from .proof import Proof
 from .selective import Selective, allocate_torch_adam_state, moments_of
 from .session import Resume
@@ -66,6 +68,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self.resume_chunks = self.model_chunks
         self._tally, self._proof = LoadedState(), Proof()
         self._masters_from_model = False
+        self._gathered: list[Any] | None = None
         self._awaiting_parameter_state: ResumePlan | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,8 +98,34 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
         load.awaits_tensors = True
+        load.slots += (
+            Slot(param, entries, "param")
+            for param, entries, _ in selective_read.entries_of(self, state_dict)
+            if param is not None and "param" in entries
+        )
         selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
+        """Return the stock state by parameter, with every parameter's own elements."""
+        self._gathered = []
+        with saving.without_the_warning():
+            state = super().sharded_param_state_fully_reshardable(
+                model_sharded_state_dict, is_loading, metadata
+            )
+        gathered, self._gathered = self._gathered, None
+        if state is not None and not is_loading:
+            saving.put_right(self, state, *gathered)
+        return state
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the stock state by buffer, and remember it for a save by parameter."""
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if self._gathered is not None:
+            self._gathered.append(state)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Merge selectively, then load with the stock loader.
@@ -109,6 +138,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         if self._allocating:
             super().load_state_dict(state_dict)
             return
+        state_dict = for_distributed(state_dict)
         plan = self._agreed_plan(state_dict)
         self._tally, self._proof = LoadedState(), Proof()
         self._masters_from_model = plan.policy.master_weights == "model"
@@ -185,7 +215,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self._tally.add(tensors)
         tensors = self._with_new_rows(model_param, tensors)
         shard = self._get_model_param_range_map(model_param)["param"]
-        if self._masters_from_model:
+        if self._masters_from_model or self._is_new(model_param):
             weight = model_param.data.view(-1)[shard.start : shard.end]
             tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
         elif self.config.main_params_dtype == torch.float32:
@@ -197,6 +227,10 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             main_param = self.optimizer.param_groups[group]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
         super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def _is_new(self, model_param: torch.nn.Parameter) -> bool:
+        load = self.resume.load
+        return load is not None and id(model_param) in load.new
 
     def _with_new_rows(
         self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]

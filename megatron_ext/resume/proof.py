@@ -100,10 +100,16 @@ def compare_all(proof: Proof, optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def masters_from_model(optimizer: Any) -> None:
-    """Make the master weights of an optimizer that is not distributed from the model's weights."""
+def masters_from_model(optimizer: Any, only: frozenset[int] | None = None) -> None:
+    """Make the master weights of an optimizer that is not distributed from the model's weights.
+
+    Args:
+        optimizer: A Float16OptimizerWithFloat16Params.
+        only: Ids of the model parameters; None for all.
+    """
     for held in _with_masters(optimizer):
-        held.key.copy_(held.model_param)
+        if only is None or id(held.model_param) in only:
+            held.key.copy_(held.model_param)
 
 
 def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]) -> None:

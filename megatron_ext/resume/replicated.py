@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -13,10 +13,12 @@ from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from . import merge, selective_read
+from .other_optimizer import for_replicated
+from .parameter_map import Slot
 from .proof import Proof, compare_all, masters_from_model
 from .selective import Selective, kind_of, moments_of
 from .session import Resume
-from .steps import is_adam
+from .steps import is_adam, is_torch_adam
 
 
 class _SelectiveReplicated(Selective):
@@ -49,7 +51,9 @@ class _SelectiveReplicated(Selective):
             self._ids_are_live = True
             _, section = optimizer_section(state_dict)
             section.pop("param_groups")  # type: ignore[attr-defined]
-            self.resume.enter("allocate", self).awaits_tensors = True
+            load = self.resume.enter("allocate", self)
+            load.awaits_tensors = True
+            load.slots += _master_slots(self, state_dict)
             selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
 
@@ -60,6 +64,12 @@ class _SelectiveReplicated(Selective):
             state_dict: The saved state dict of the stock class, from torch_dist or legacy torch.
                 It is not modified.
         """
+        if self._ids_are_live:
+            state_dict = for_replicated(
+                state_dict,
+                masters=hasattr(self, "fp32_from_float16_groups"),
+                step_in_state=is_torch_adam(self.optimizer),
+            )
         plan = self._agreed_plan(state_dict)
         live_ids = [g["params"] for g in self.optimizer.state_dict()["param_groups"]]
         merged, error = None, None
@@ -88,11 +98,24 @@ class _SelectiveReplicated(Selective):
                     {"param": param, **(moments_of(self.optimizer, param) if adam else state)}
                 )
         proof = Proof()
+        load = self.resume.load
         if plan.policy.master_weights == "model":
             masters_from_model(self)
         else:
+            masters_from_model(self, frozenset() if load is None else load.new)
             compare_all(proof, self)
         self._finish(plan, loaded, proof)
+
+
+def _master_slots(optimizer: Any, state_dict: Mapping[str, Any]) -> Iterator[Slot]:
+    """Yield the place of each parameter's master weights (core/optimizer/optimizer.py:1162)."""
+    groups = zip(
+        getattr(optimizer, "float16_groups", ()),
+        state_dict.get("fp32_from_fp16_params", ()),
+        strict=True,
+    )
+    for of_model, entries in groups:
+        yield from (Slot(param, entries, i) for i, param in enumerate(of_model))
 
 
 class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat16Params):

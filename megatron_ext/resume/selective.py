@@ -12,10 +12,12 @@ import torch
 
 from ..base.ranks import agree, gather
 from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
-from ..errors import MegatronExtError
+from ..errors import MegatronExtError, PlanError
 from ..plan import resized
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
+from ..plan.mapped import new_warnings
+from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from ..report.model import OptimizerReport
 from . import apply_rules, merge, nonfinite, prepare_rules
@@ -90,6 +92,7 @@ class Selective:
                 load.unread,
             )
             found = resized_of(self, self.resume_chunks, plan, saved.groups)
+            self._require_names(phase.policy, load)
         except MegatronExtError as e:
             error = e
         digest = "" if plan is None else plan.digest()
@@ -98,7 +101,20 @@ class Selective:
         assert plan is not None
         self._moment_work = None if work is None else prepare_rules.exchange_with_ranks(work)
         self._resized = found
-        return replace(plan, warnings=(*plan.warnings, *resized.warnings_of(plan, found)))
+        warnings = (*resized.warnings_of(plan, found), *new_warnings(plan, load.mapped))
+        return replace(plan, warnings=(*plan.warnings, *warnings))
+
+    def _require_names(self, policy: ResumePolicy, load: Load) -> None:
+        """Refuse a parameter map for a checkpoint that does not name what it stores."""
+        if policy.parameters and load.mapped is None:
+            raise PlanError(
+                f"{', '.join(policy.parameters.operations())}: the checkpoint's optimizer state "
+                "does not name parameters (dp_reshardable and legacy torch store it by position), "
+                "so that it cannot be mapped; expected --ckpt-format torch_dist with "
+                "--dist-ckpt-optim-fully-reshardable, or without the distributed optimizer. Run "
+                "the configuration of the checkpoint for one more save with these flags, and "
+                "resume from that"
+            )
 
     def _circumstances(self, load: Load) -> Circumstances:
         if self._argument_clip_grad is None:

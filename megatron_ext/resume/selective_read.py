@@ -93,7 +93,7 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
         return
     names = locate_parameters(model_chunks)
     groups = _groups(optimizer)
-    for model_param, entries, shared in _parameters(optimizer, state_dict):
+    for model_param, entries, shared in entries_of(optimizer, state_dict):
         name, chosen = "", frozenset(_KEYS)
         if model_param is not None:
             if id(model_param) not in names:
@@ -134,7 +134,7 @@ def _groups(optimizer: Any) -> dict[int, Mapping[str, Any]]:
     return {id(h.model_param): groups[h.group] for h in held_parameters(optimizer)}
 
 
-def _parameters(
+def entries_of(
     optimizer: Any, state_dict: Mapping[str, Any]
 ) -> Iterator[tuple[Any, dict[str, Any], bool]]:
     """Yield each model parameter, its entries, and whether the loader copies from them.

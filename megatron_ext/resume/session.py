@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ..base.log import say
 from ..checkpoint.state import DirectoryRole, SavedOptimizer
 from ..errors import CheckpointError
+from ..plan.mapped import Mapped
 from ..plan.preflight import Preflight
 from ..policy.counters import Counters
 from ..policy.phase import Mark, Phase, decide, identity
@@ -49,6 +50,10 @@ class Load:
         unread: For each moment, the parameters on this rank whose moment was not read because the
             policy overwrites it (`megatron_ext.resume.selective_read`).
         rows: The model parameters whose number of rows differs from the checkpoint's.
+        slots: Where the load puts what only the optimizers have
+            (`megatron_ext.resume.parameter_map.Slot`).
+        new: Ids of the model parameters whose master weights are not in the checkpoint.
+        mapped: The sources of the parameters; None if the load does not name parameters.
         reports: The reports of the loaded optimizers, by position in the chain.
     """
 
@@ -61,6 +66,9 @@ class Load:
     awaits_tensors: bool = False
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     rows: RowChanges = field(default_factory=RowChanges)
+    slots: list[Any] = field(default_factory=list)
+    new: frozenset[int] = frozenset()
+    mapped: Mapped | None = None
     reports: dict[int, OptimizerReport] = field(default_factory=dict)
     _entered: set[tuple[str, int]] = field(default_factory=set)
 
@@ -87,6 +95,7 @@ class Session:
         preflight: The result of the preflight before the script or before the model was built.
         agreed: Whether all ranks have agreed on the preflight's result.
         built: Number of optimizers that were built by request.
+        chunks: The model that the last of them was built for.
         load: The current load, until it ends.
         resumed: The resume of the running training; None if its optimizer was not loaded.
         watch: The guard's record of the steps since the load; None if the guard is off or done.
@@ -98,6 +107,7 @@ class Session:
     preflight: Preflight | None = None
     agreed: bool = False
     built: int = 0
+    chunks: Sequence[Any] = ()
     load: Load | None = None
     resumed: Resume | None = None
     watch: Watch | None = None
@@ -223,6 +233,7 @@ class Resume:
             [load.reports[i] for i in range(len(self.members))],
             counters=load.counters,
             environment=_environment(),
+            mapped=load.mapped or Mapped(),
         )
         if not load.scoped:
             self.end_load()

@@ -20,6 +20,7 @@ from megatron_ext.policy import flags
 from megatron_ext.policy.document import from_dict, to_dict
 from megatron_ext.policy.from_flags import request_from_args
 from megatron_ext.policy.match import GroupRule, Match, MomentRule
+from megatron_ext.policy.parameter_map import Copy, ParameterMap
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import CATALOGUE, Preset
 from megatron_ext.policy.yaml_file import dumps, loads, read
@@ -64,6 +65,14 @@ RICH = ResumePolicy(
     step=1000,
     nonfinite="reset",
     master_weights="model",
+    parameters=ParameterMap(
+        ("mtp.*", "output_layer.weight"),
+        ("*_layernorm.weight",),
+        (
+            Copy("decoder.layers.{n}.*", "decoder.layers.{n-2}.*"),
+            Copy(r"re:a\.(?P<b>.*)", "c.{b}", "weights"),
+        ),
+    ),
     strict=False,
     schedule_position="continue",
     grad_scaler="reset",
@@ -88,6 +97,10 @@ FLAGS = [
     *"--selective-master-weights model".split(),
     *"--selective-schedule continue --selective-grad-scaler reset".split(),
     *"--reset-iteration --reset-dataloader --selective-phase long-context_2.1".split(),
+    *"--selective-new-parameters mtp.* output_layer.weight".split(),
+    *"--selective-drop-parameters *_layernorm.weight".split(),
+    *"--selective-copy-parameters decoder.layers.{n}.* decoder.layers.{n-2}.*".split(),
+    *r"--selective-copy-parameters re:a\.(?P<b>.*) c.{b} weights".split(),
 ]
 
 YAML = """
@@ -117,6 +130,15 @@ moments:
 step: 1000
 nonfinite: reset
 master_weights: model
+parameters:
+  new: ["mtp.*", output_layer.weight]
+  drop: ["*_layernorm.weight"]
+  copies:
+    - to: decoder.layers.{n}.*
+      from: decoder.layers.{n-2}.*
+    - to: re:a\\.(?P<b>.*)
+      from: c.{b}
+      state: weights
 strict: false
 counters: {iteration: reset, dataloader: reset, schedule: continue, grad_scaler: reset}
 phase: long-context_2.1

@@ -74,6 +74,11 @@ class Layout:
     tied: bool = False
     parallel_load: bool = False
     trained: str = ""  # a regular expression of names; other parameters are frozen
+    qk_norm: bool = False
+    mtp: int | None = None
+    rope: bool = False
+    bias: bool = True
+    by_layer: bool = False  # layers are stored separately
 
 
 @dataclass
@@ -354,7 +359,10 @@ def _model(layout: Layout) -> list[Any]:
         finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
@@ -365,7 +373,7 @@ def _model(layout: Layout) -> list[Any]:
         hidden_size=layout.hidden,
         num_attention_heads=4,
         ffn_hidden_size=2 * layout.hidden,
-        add_bias_linear=not layout.experts,
+        add_bias_linear=layout.bias and not layout.experts,
         gated_linear_unit=bool(layout.experts) or layout.gated,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -388,6 +396,8 @@ def _model(layout: Layout) -> list[Any]:
         deterministic_mode=False,
         use_cpu_initialization=True,
         init_method_std=0.1,
+        qk_layernorm=layout.qk_norm,
+        mtp_num_layers=layout.mtp,
     )
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=layout.distributed,
@@ -401,13 +411,20 @@ def _model(layout: Layout) -> list[Any]:
     for stage in range(layout.vpp or 1):
         if layout.vpp and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-        first = {"vp_stage": stage} if layout.vpp else {}
+        first: dict[str, Any] = {"vp_stage": stage} if layout.vpp else {}
         flags = {} if not layout.vpp else {"ignore_virtual": False, "vp_stage": stage}
+        spec = get_gpt_layer_local_spec(
+            num_experts=layout.experts, moe_grouped_gemm=False, qk_layernorm=layout.qk_norm
+        )
+        if layout.mtp:
+            first["mtp_block_spec"] = get_gpt_mtp_block_spec(
+                config, spec, use_transformer_engine=False
+            )
+        if layout.mtp or layout.rope:
+            first["position_embedding_type"] = "rope"  # MTP needs it
         chunk: Any = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                num_experts=layout.experts, moe_grouped_gemm=False
-            ),
+            transformer_layer_spec=spec,
             vocab_size=layout.vocab,
             max_sequence_length=SEQUENCE,
             pre_process=parallel_state.is_pipeline_first_stage(**flags),
@@ -517,6 +534,8 @@ def _metadata(layout: Layout) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    if layout.by_layer:
+        metadata["non_homogeneous_layers"] = True
     if layout.distributed:
         metadata["distrib_optim_sharding_type"] = layout.format
     return metadata

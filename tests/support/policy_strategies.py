@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import PolicyError
 from megatron_ext.policy.match import GroupRule, Match, MomentRule
+from megatron_ext.policy.parameter_map import Copy, ParameterMap
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
 from megatron_ext.rules import registry
@@ -115,6 +116,18 @@ PRESETS = st.one_of(
     ),
     st.builds(lambda p: Preset("relora", (p,)), _FRACTIONS),
 )
+COPIES = st.builds(
+    Copy,
+    st.sampled_from(("decoder.layers.{n}.*", "a.{n}.b.{m}.*")),
+    st.sampled_from(("decoder.layers.{n-12}.*", "{n}", "x.{(n+1)*2//3%4}", "output_layer.weight")),
+    st.sampled_from(("all", "weights", "moments")),
+)
+PARAMETERS = st.builds(
+    ParameterMap,
+    st.lists(_NAMES, unique=True, max_size=2).map(tuple),
+    st.lists(_NAMES, unique=True, max_size=2).map(tuple),
+    st.lists(COPIES, max_size=2).map(tuple),
+)
 POLICIES = st.builds(
     lambda keys, **fields: ResumePolicy(
         keep_hyperparameters=keys[0], take_hyperparameters=keys[1], **fields
@@ -130,6 +143,7 @@ POLICIES = st.builds(
     step=st.none() | st.sampled_from(("keep", "reset")) | st.integers(0, 10**9),
     nonfinite=st.sampled_from(("error", "reset", "keep")),
     master_weights=st.sampled_from(("checkpoint", "model")),
+    parameters=PARAMETERS,
     strict=st.booleans(),
     schedule_position=st.sampled_from((None, "continue", "restart")),
     grad_scaler=st.sampled_from(("keep", "reset")),
