@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..checkpoint.bucket_layout import BucketLayout
     from ..checkpoint.stored import StoredCheckpoint
     from ..offline.comparison import Difference
+    from ..offline.master_proof import MasterProof
     from ..offline.moment_scan import TensorDistance
 
 
@@ -22,7 +25,8 @@ def add_to(commands: Any) -> None:
         "diff",
         help="compare two checkpoints: groups, step, scheduler, arguments, layout, moments",
         description="Compare two checkpoints. Groups are paired as in a resume. Exit status: 0 if "
-        "nothing differs, 1 if something does, 2 if a checkpoint cannot be read.",
+        "nothing differs, 1 if something does or with --moments if master weights are not the "
+        "model's weights, 2 if a checkpoint cannot be read.",
     )
     parser.add_argument("a", help="the directory given to --load, or that of one iteration")
     parser.add_argument("b", help="the other checkpoint")
@@ -31,7 +35,8 @@ def add_to(commands: Any) -> None:
         "--moments",
         action="store_true",
         help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print the "
-        "distance between tensors of the same key and shape",
+        "distance between tensors of the same key and shape; compare each checkpoint's master "
+        "weights with its model's weights",
     )
     output.add_layout_to(parser)
     parser.set_defaults(run=run)
@@ -52,11 +57,16 @@ def _diff(options: argparse.Namespace) -> int:
     changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
     layout = output.read_layout(options)
     distances = _distances(a, b, layout) if options.moments else None
+    proofs = _proofs(a, b) if options.moments else None
     if options.json:
-        output.print_json(diff_document(a, b, changes, distances))
+        output.print_json(diff_document(a, b, changes, distances, proofs))
     else:
-        _print(a, b, changes, distances)
-    return int(bool(changes) or any(d.different for d in distances or ()))
+        to = output.console()
+        _print(to, a, b, changes, distances)
+        for side, stored, proof in zip(("a: ", "b: "), (a, b), proofs or (), strict=False):
+            output.print_proof(to, side, stored, proof)
+    wrong = any(proof.differences for proof in proofs or ())
+    return int(wrong or bool(changes) or any(d.different for d in distances or ()))
 
 
 def _distances(
@@ -70,13 +80,20 @@ def _distances(
         return distances(a, b, progress, layout)
 
 
+def _proofs(a: StoredCheckpoint, b: StoredCheckpoint) -> tuple[MasterProof, MasterProof]:
+    from ..offline.master_proof import bytes_of, prove
+
+    with output.progress_bar(bytes_of(a) + bytes_of(b), "master weights") as progress:
+        return prove(a, progress), prove(b, progress)
+
+
 def _print(
+    to: Console,
     a: StoredCheckpoint,
     b: StoredCheckpoint,
     changes: Sequence[Difference],
     distances: Sequence[TensorDistance] | None,
 ) -> None:
-    to = output.console()
     to.print(output.cell(f"a: {a.directory}"))
     to.print(output.cell(f"b: {b.directory}"))
     rows = [(c.section, c.name, _side(c, "a"), _side(c, "b")) for c in changes]

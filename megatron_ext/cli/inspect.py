@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import output
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..offline.inspection import Inspection
     from ..offline.moment_scan import TensorStatistics
 
@@ -20,8 +22,8 @@ def add_to(commands: Any) -> None:
         "inspect",
         help="print the content of a checkpoint: groups, step, scheduler, layout, moments",
         description="Print the content of a checkpoint. No pickle is run, and no tensor is read "
-        "without --moments. Exit status: 0; 1 if --moments finds NaN or infinite values; 2 if the "
-        "checkpoint cannot be read.",
+        "without --moments. Exit status: 0; 1 if --moments finds NaN or infinite values, or master "
+        "weights that are not the model's weights; 2 if the checkpoint cannot be read.",
     )
     parser.add_argument(
         "checkpoint", help="the directory given to --load, or that of one iteration"
@@ -32,7 +34,8 @@ def add_to(commands: Any) -> None:
         "--moments",
         action="store_true",
         help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print norm, "
-        "largest absolute value and number of non-finite elements of each",
+        "largest absolute value and number of non-finite elements of each; compare the master "
+        "weights with the model's weights, where both have names",
     )
     output.add_layout_to(parser)
     parser.set_defaults(run=run)
@@ -47,25 +50,30 @@ def _inspect(options: argparse.Namespace) -> int:
     from ..checkpoint.stored import open_checkpoint
     from ..offline.documents import inspect_document
     from ..offline.inspection import inspect_checkpoint
+    from ..offline.master_proof import bytes_of, prove
     from ..offline.moment_scan import scan
     from ..offline.slabs import total_bytes
 
     stored = open_checkpoint(options.checkpoint, options.iteration)
     found = inspect_checkpoint(stored)
     layout = output.read_layout(options)
-    statistics = None
+    statistics, proof = None, None
     if options.moments:
-        with output.progress_bar(total_bytes(stored), "moments") as progress:
+        total = total_bytes(stored) + bytes_of(stored)
+        with output.progress_bar(total, "moments") as progress:
             statistics = scan(stored, progress, layout)
+            proof = prove(stored, progress)
     if options.json:
-        output.print_json(inspect_document(found, statistics))
+        output.print_json(inspect_document(found, statistics, proof))
     else:
-        _print(found, statistics)
-    return int(any(s.nonfinite for s in statistics or ()))
+        to = output.console()
+        _print(to, found, statistics)
+        if proof is not None:
+            output.print_proof(to, "", stored, proof)
+    return int(any(s.nonfinite for s in statistics or ()) or bool(proof and proof.differences))
 
 
-def _print(found: Inspection, statistics: Iterable[TensorStatistics] | None) -> None:
-    to = output.console()
+def _print(to: Console, found: Inspection, statistics: Iterable[TensorStatistics] | None) -> None:
     output.print_table(to, "checkpoint", ("", ""), _summary(found))
     for number, optimizer in enumerate(found.optimizers):
         keys = dict.fromkeys(k for g in optimizer.groups for k in g)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from ..checkpoint.bucket_layout import BucketLayout
+    from ..checkpoint.stored import StoredCheckpoint
+    from ..offline.master_proof import MasterProof
 
 #: Width in columns if stdout is not a terminal, so that lines in a log are not broken.
 _WIDE = 200
@@ -92,6 +94,24 @@ def print_table(
         table.add_row(*map(cell, row))
     if table.row_count:
         to.print(table)
+
+
+def print_proof(to: Console, side: str, stored: StoredCheckpoint, proof: MasterProof) -> None:
+    """Print whether a checkpoint's master weights are its model's weights.
+
+    Args:
+        to: The console.
+        side: Text before each line.
+        stored: The checkpoint.
+        proof: The comparison.
+    """
+    from ..offline.master_proof import explain
+
+    for line in explain(stored, proof):
+        to.print(cell(f"{side}{line}"))
+    columns = ("tensor", "elements that differ", "of", "largest difference")
+    rows = [(d.name, d.elements, d.of, d.largest) for d in proof.differences]
+    print_table(to, f"{side}master weights that are not the model's weights", columns, rows)
 
 
 def cell(value: Any) -> Text:

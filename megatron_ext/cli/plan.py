@@ -109,11 +109,15 @@ def _own_options(options: argparse.Namespace) -> list[str]:
 
 
 def _print(found: Forecast) -> None:
+    from ..report.log_lines import parameter_lines
+
     to = output.console()
     output.print_table(to, "plan", ("", ""), _summary(found))
     for number, error in enumerate(found.errors, 1):
         to.print(output.cell(f"refused, {number}: {error}"))
     output.print_table(to, "counters", ("", "checkpoint", "resumed run"), _counters(found))
+    for line in parameter_lines(found.mapped):
+        to.print(output.cell(line.removeprefix(" > ")))
     for number, one in enumerate(found.optimizers):
         _print_optimizer(to, number, one)
     columns = ("scheduler", "checkpoint", "argument", "value", "taken from")

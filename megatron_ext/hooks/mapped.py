@@ -49,6 +49,10 @@ def rewrite_request(
         rewritten = parameter_map.rewrite(call["sharded_state_dict"], mapped)
         # Megatron's check counts the layers that it would request.
         call["validate_access_integrity"] = False
-    load.new = frozenset(id(slot.model_param) for slot in load.slots if slot.is_new)
+    new: dict[str, set[int]] = {}
+    for slot in load.slots:
+        if slot.is_new:
+            new.setdefault(slot.state, set()).add(id(slot.model_param))
+    load.new = {state: frozenset(ids) for state, ids in new.items()}
     load.slots.clear()
     return rewritten

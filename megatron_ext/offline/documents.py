@@ -10,6 +10,7 @@ from ..base.values import fields_as_json
 from ..checkpoint.stored import StoredCheckpoint
 from .comparison import Difference
 from .inspection import Inspection
+from .master_proof import MasterProof
 from .moment_scan import TensorDistance, TensorStatistics
 
 INSPECT = "megatron_ext/inspect/1"
@@ -21,9 +22,11 @@ class StatisticsDocument(TypedDict, total=False):
 
     Attributes:
         statistics: With --moments: one entry per tensor, in the order of the index or of --layout.
+        master_weights: With --moments: whether the master weights are the model's weights.
     """
 
     statistics: list[TensorStatistics]
+    master_weights: MasterProof
 
 
 class _Differences(Versioned):
@@ -48,23 +51,31 @@ class DiffDocument(_Differences, total=False):
     Attributes:
         distances: With --moments: the tensors that both have with the same key and shape, or the
             parameters of --layout.
+        master_weights: With --moments: of a and of b, whether the master weights are the model's
+            weights.
     """
 
     distances: list[TensorDistance]
+    master_weights: list[MasterProof]
 
 
 def inspect_document(
-    found: Inspection, statistics: Iterable[TensorStatistics] | None
+    found: Inspection,
+    statistics: Iterable[TensorStatistics] | None,
+    proof: MasterProof | None = None,
 ) -> dict[str, Any]:
     """What ``inspect --json`` prints: the fields of `Inspection`, and `StatisticsDocument`.
 
     Args:
         found: What a checkpoint says of itself.
         statistics: Of its moments; None where they were not read.
+        proof: Of its master weights; None where they were not read.
     """
     more: StatisticsDocument = {}
     if statistics is not None:
         more["statistics"] = [fields_as_json(s) for s in statistics]
+    if proof is not None:
+        more["master_weights"] = fields_as_json(proof)
     fields: Any = fields_as_json(found)
     return {"schema": INSPECT, **fields, **more}
 
@@ -74,6 +85,7 @@ def diff_document(
     b: StoredCheckpoint,
     differences: Sequence[Difference],
     distances: Sequence[TensorDistance] | None,
+    proofs: Sequence[MasterProof] | None = None,
 ) -> DiffDocument:
     """What ``diff --json`` prints.
 
@@ -82,6 +94,7 @@ def diff_document(
         b: The second.
         differences: Between them.
         distances: Of their moments; None where they were not read.
+        proofs: Of the master weights of both; None where they were not read.
     """
     out: DiffDocument = {
         "schema": DIFF,
@@ -91,4 +104,6 @@ def diff_document(
     }
     if distances is not None:
         out["distances"] = [fields_as_json(d) for d in distances]
+    if proofs is not None:
+        out["master_weights"] = [fields_as_json(p) for p in proofs]
     return out

@@ -44,3 +44,11 @@ class Findings:
     def accepted(self, call: Callable[[], T]) -> T | None:
         """Call Megatron's scheduler; its error becomes a note if there are errors already."""
         return self.tried(call, self.notes if self.errors else None)
+
+
+def quietly(call: Callable[[], T]) -> T | None:
+    """Call a function; None for an error, which the preflight has reported already."""
+    try:
+        return call()
+    except MegatronExtError:
+        return None

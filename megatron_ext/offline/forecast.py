@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..checkpoint.pickles import gc_disabled
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
-from ..errors import CheckpointError, MegatronExtError
+from ..errors import CheckpointError
 from ..host.arguments import dropping_flag
 from ..host.schedule import (
     NOT_SAVED,
@@ -22,6 +22,7 @@ from ..host.schedule import (
 )
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
+from ..plan.mapped import Mapped
 from ..plan.parameters import ParameterPlan
 from ..plan.preflight import examine
 from ..plan.preflight_checkpoint import padded_rows
@@ -33,13 +34,12 @@ from ..policy.phase import Mark, Phase, decide
 from ..policy.policy import ResumePolicy
 from .command_line import CommandLine, Place, locate, parse
 from .current_groups import current_groups
-from .findings import Findings
+from .findings import Findings, quietly
 from .forecast_curves import curves_of, saved_counters
 from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
 from .moments_forecast import forecast_moments, rules_of
+from .parameter_forecast import forecast_parameters
 from .planned_arguments import complete, state_of
-
-T = TypeVar("T")
 
 
 def forecast(
@@ -104,7 +104,7 @@ class _Forecaster:
         self._check_length()
         for error in examine(self._as_given(), stored).errors:
             self.found.refuse(error)
-        request = _quietly(lambda: request_from_args(now))
+        request = quietly(lambda: request_from_args(now))
         policy = None if request is None else request.policy
         dropped = dropping_flag(now)
         if dropped:
@@ -115,6 +115,11 @@ class _Forecaster:
         values = self.found.tried(lambda: values_of(now), self.found.notes)
         groups = self._current_groups(values)
         optimizers = () if phase is None else self._optimizers(phase, groups)
+        mapped = (
+            Mapped()
+            if phase is None
+            else forecast_parameters(stored, now, phase.policy, self.found)
+        )
         scheduler, after = self._scheduler(policy, values, dropped)
         curves = curves_of(
             self.found, self.stored, (self.before, now), after, optimizers, groups, counters
@@ -126,6 +131,7 @@ class _Forecaster:
             policy=policy,
             phase=phase,
             counters=counters,
+            mapped=mapped,
             optimizers=optimizers,
             scheduler=scheduler,
             curves=curves,
@@ -289,11 +295,3 @@ class _Forecaster:
             )
             for name in (*SCHEDULER_VALUES, *NOT_SAVED)
         }, after
-
-
-def _quietly(call: Callable[[], T]) -> T | None:
-    """Call a function; None for an error, which the preflight has reported already."""
-    try:
-        return call()
-    except MegatronExtError:
-        return None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import MegatronExtError
 from ..plan.decisions import ResumePlan
+from ..plan.mapped import Mapped
 from ..plan.resized import ResizedParameter
 from ..policy.counters import Counters
 from ..policy.phase import Phase
@@ -59,6 +60,7 @@ class Forecast:
         policy: The user's policy; None if it cannot be read.
         phase: The phase that begins or continues; None if no optimizer is loaded.
         counters: The counters of the checkpoint and of the resumed run.
+        mapped: The sources of the parameters, as far as they are known.
         optimizers: One per optimizer of the chain; empty if no optimizer is loaded.
         scheduler: The scheduler's values after the load.
         curves: Curves of the checkpoint's run up to the checkpoint, then of the resumed run.
@@ -73,6 +75,7 @@ class Forecast:
     policy: ResumePolicy | None = None
     phase: Phase | None = None
     counters: tuple[Counters, Counters] | None = None
+    mapped: Mapped = field(default_factory=Mapped)
     optimizers: tuple[OptimizerForecast, ...] = ()
     scheduler: Mapping[str, ScheduledValue] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()

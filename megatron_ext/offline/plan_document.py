@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from ..base.values import as_json, fields_as_json
 from ..policy.document import to_dict
-from ..report.document import counters_json, decision_json, group_json, phase_json, step_json
+from ..report.document import (
+    counters_json,
+    decision_json,
+    group_json,
+    parameters_json,
+    phase_json,
+    step_json,
+)
 from ..version import __version__
 from .forecast_model import Forecast, OptimizerForecast
 from .plan_schema import PlanDocument, PlannedOptimizerDocument
@@ -41,6 +48,7 @@ def document(found: Forecast) -> PlanDocument:
         "policy": None if found.policy is None else to_dict(found.policy),
         "phase": phase_json(found.phase),
         "counters": counters_json(found.counters),
+        "parameters": parameters_json(found.mapped),
         "optimizers": [_optimizer_json(one) for one in found.optimizers],
         "scheduler": {
             "num_steps": None if found.counters is None else found.counters[1].num_steps,

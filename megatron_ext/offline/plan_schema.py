@@ -13,6 +13,7 @@ from ..report.schema_parts import (
     DecisionDocument,
     FirstStepDocument,
     GroupDocument,
+    ParametersReportDocument,
     PhaseDocument,
     RunCountersDocument,
     ScheduledValueDocument,
@@ -112,6 +113,7 @@ class PlanDocument(Versioned):
         policy: As in a policy file; null where it cannot be read.
         phase: As in the resume report.
         counters: As in the resume report.
+        parameters: As in the resume report, as far as arguments tell.
         optimizers: One entry per Megatron optimizer, in the order of the chain; empty where nothing
             is loaded.
         scheduler: The scheduler after the load.
@@ -128,6 +130,7 @@ class PlanDocument(Versioned):
     policy: PolicyDocument | None
     phase: PhaseDocument | None
     counters: RunCountersDocument | None
+    parameters: ParametersReportDocument
     optimizers: list[PlannedOptimizerDocument]
     scheduler: PlannedSchedulerDocument
     curves: list[Curve]

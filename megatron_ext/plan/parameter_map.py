@@ -68,9 +68,11 @@ class _Planner:
         self.changed: dict[str, str] = {}
         self.copied: dict[tuple[str, str], set[str]] = {}
         self.matched: set[str] = set()
+        self.asked_kinds: set[str] = set()
         self.names: set[str] = set()
 
     def plan(self, wanted: list[Wanted], strict: bool) -> Mapped:
+        self.asked_kinds = {one.kind for one in wanted}
         for one in sorted(wanted, key=lambda w: w.kind == OBJECT):  # objects follow their modules
             for lead in one.leads:
                 self._object(one, lead) if one.kind == OBJECT else self._tensor(one, lead)
@@ -181,8 +183,8 @@ class _Planner:
         """Split the stored moments that are not used into those that may be left and others."""
         moments = sorted(self.kinds - {WEIGHTS, MASTER, OBJECT})
         left, unknown = [], []
-        if not any(kind in moments for kind, _ in self.used):
-            return [], []
+        if not self.asked_kinds & set(moments):
+            return [], []  # state that is stored by bucket, or another optimizer's
         replaced = {to for to, _ in self.copied} | set(self.changed)
         for kind, name in sorted(self.places):
             if kind not in moments[:1] or (kind, name) in self.used:

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, MegatronExtError
 from ..host import arguments
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
+from .preflight_parameters import check_parameters, is_by_position
 from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
 
 #: Saved argument -> its flag, for the parallel sizes that only a fully reshardable checkpoint may
@@ -79,6 +80,7 @@ def examine_checkpoint(
         if phase is not None:
             found = Found(stored.directory, phase, stored.optimizers[0].mark)
             check_save_directory(context, phase)
+            check_parameters(stored, phase.policy.parameters)
             check_length(context, phase)
     except MegatronExtError as e:
         wrong.append(e)
@@ -106,12 +108,15 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
     if reason := unreadable_sharding(stored.sharding_type):
         yield f"{stored.directory}: {reason}"
     saved_kind = bool(stored.args.get("use_distributed_optimizer", False))
-    if stored.args and saved_kind != bool(args.use_distributed_optimizer):
+    changed = stored.args and saved_kind != bool(args.use_distributed_optimizer)
+    if changed and is_by_position(stored):
         names = {True: "with", False: "without"}
         yield (
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "
             f"--use-distributed-optimizer and this run is {names[not saved_kind]} it: their states "
-            "have different forms. Give the flag as it was"
+            f"have different forms in a {stored.sharding_type or stored.format} checkpoint. Give "
+            "the flag as it was, or resume once as it was saved, save with --ckpt-format "
+            "torch_dist --dist-ckpt-optim-fully-reshardable, and then change it"
         )
     yield from _layout_problems(stored, args)
 
@@ -125,14 +130,10 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
         if saved is not None and current is not None and saved != current:
             changed.append(f"{flag} {saved} -> {current}")
     kind = stored.sharding_type or stored.format
-    fixed = stored.format == "torch" or stored.sharding_type in (
-        "dp_reshardable",
-        "dp_zero_gather_scatter",
-    )
     rows = None if taken else padded_rows(stored.args, args)
     if rows is not None and rows[0] != rows[1]:
         changed.append(f"padded vocabulary {rows[0]} -> {rows[1]}")
-    if changed and fixed:
+    if changed and is_by_position(stored):
         yield (
             f"{', '.join(changed)}: a {kind} checkpoint cannot be loaded into another parallel "
             f"layout ({stored.directory}). Resume once as it was saved, save with --ckpt-format "

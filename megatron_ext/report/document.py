@@ -107,6 +107,7 @@ def optimizer_json(report: OptimizerReport) -> OptimizerDocument:
         "loaded": {
             "tensors": dict(report.loaded.tensors),
             "elements": dict(report.loaded.elements),
+            "new": {key: report.loaded.made.get(key, 0) for key in report.loaded.keys},
             "proven": report.loaded.proven,
         },
         "resized": [_resized_json(one) for one in report.resized],

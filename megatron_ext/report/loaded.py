@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ class LoadedState:
     Args:
         tensors: State key -> number of shards written on this rank, or on all ranks after `summed`.
         elements: State key -> number of elements in these shards.
+        made: State key -> number of elements that are new: no checkpoint value is used for them.
         nonfinite: Number of NaN and infinite elements of the moments.
         proven: Number of elements of the master weights that are the model's weights.
         differing: Number of elements of the master weights that are not.
@@ -29,15 +30,23 @@ class LoadedState:
 
     tensors: dict[str, int] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    made: dict[str, int] = field(default_factory=dict)
     nonfinite: int = 0
     proven: int = 0
     differing: int = 0
     keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
 
-    def add(self, tensors: Mapping[str, Any]) -> None:
-        """Count the tensors of one parameter shard: ``param`` and the moments, but not ``step``."""
+    def add(self, tensors: Mapping[str, Any], made: Collection[str] = ()) -> None:
+        """Count the tensors of one parameter shard: ``param`` and the moments, but not ``step``.
+
+        Args:
+            tensors: State key -> tensor.
+            made: The keys of new tensors, which are not from the checkpoint.
+        """
         for key, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and key != "step":
+            if isinstance(tensor, torch.Tensor) and key in made:
+                self.made[key] = self.made.get(key, 0) + tensor.numel()
+            elif isinstance(tensor, torch.Tensor) and key != "step":
                 key = key if key in self.keys or "state" not in self.keys else "state"
                 self.tensors[key] = self.tensors.get(key, 0) + 1
                 self.elements[key] = self.elements.get(key, 0) + tensor.numel()
@@ -49,11 +58,13 @@ class LoadedState:
         rank that holds them.
         """
         keys, n = self.keys, len(self.keys)
-        flat = [self.tensors.get(k, 0) for k in keys] + [self.elements.get(k, 0) for k in keys]
+        counts = (self.tensors, self.elements, self.made)
+        flat = [of_kind.get(key, 0) for of_kind in counts for key in keys]
         sums = ranks.total([*flat, self.nonfinite, self.proven, self.differing])
         return LoadedState(
             tensors=dict(zip(keys, sums[:n], strict=True)),
             elements=dict(zip(keys, sums[n : 2 * n], strict=True)),
+            made=dict(zip(keys, sums[2 * n : 3 * n], strict=True)),
             nonfinite=sums[-3],
             proven=sums[-2],
             differing=sums[-1],
@@ -66,7 +77,7 @@ class LoadedState:
         Raises:
             CheckpointError: A moment has no loaded element on any rank.
         """
-        missing = [k for k in self.keys[1:] if not self.elements.get(k)]
+        missing = [k for k in self.keys[1:] if not self.elements.get(k) and not self.made.get(k)]
         if missing:
             raise CheckpointError(
                 f"no element of {' and '.join(missing)} was loaded on any rank, but the policy "

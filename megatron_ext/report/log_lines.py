@@ -11,6 +11,7 @@ from ..plan.decisions import Decision
 from ..plan.mapped import LeftParameter, Mapped, NewParameter
 from ..policy.counters import Counters
 from ..policy.phase import Phase
+from .loaded import LoadedState
 from .model import MomentReport, OptimizerReport
 
 _STATE_NAMES = {
@@ -28,7 +29,7 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
     lines = [f"megatron_ext: {title}"]
     lines += [
         f" > {name}: using checkpoint value ({loaded.tensors.get(key, 0)} shards, "
-        f"{loaded.elements.get(key, 0)} elements on all ranks)"
+        f"{loaded.elements.get(key, 0)} elements on all ranks{_new(loaded, key)})"
         for key, name in _STATE_NAMES.items()
         if key in loaded.keys
     ]
@@ -53,6 +54,11 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
     for index in plan.unused_saved_groups:
         lines.append(f" > saved param_group {index} corresponds to no current one: not used")
     return lines
+
+
+def _new(loaded: LoadedState, key: str) -> str:
+    count = loaded.made.get(key, 0)
+    return f"; {count} are new" if count else ""
 
 
 def _master_lines(report: OptimizerReport) -> list[str]:

@@ -56,12 +56,14 @@ class LoadedDocument(TypedDict):
     Attributes:
         tensors: Number of shards, by state tensor.
         elements: Number of elements in these shards, by state tensor.
+        new: Number of elements that are not from the checkpoint, by state tensor.
         proven: Number of elements of the master weights that round to the weights that the model
             has loaded. Quantized weights and those without a master are not compared.
     """
 
     tensors: _PerStateTensor
     elements: _PerStateTensor
+    new: _PerStateTensor
     proven: Count
 
 

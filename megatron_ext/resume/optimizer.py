@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from ..base.ranks import stop_together
 from ..checkpoint.state import (
     FLATTENED,
+    MOMENT_KEYS,
     does_not_fit,
     misfits,
     optimizer_section,
@@ -52,7 +53,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     Note:
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
         group: one all_reduce of 40 bytes per rank before any change (see
-        `megatron_ext.base.ranks`), and one of 72 bytes for the report. The training step adds no
+        `megatron_ext.base.ranks`), and one of 96 bytes for the report. The training step adds no
         collective.
 
     Raises (at load):
@@ -99,9 +100,10 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             state_dict = super().sharded_state_dict(*args, **kwargs)
         load.awaits_tensors = True
         load.slots += (
-            Slot(param, entries, "param")
+            Slot(param, key, entries, key)
             for param, entries, _ in selective_read.entries_of(self, state_dict)
-            if param is not None and "param" in entries
+            for key in ("param", *MOMENT_KEYS)
+            if param is not None and key in entries
         )
         selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
@@ -212,10 +214,12 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         (distrib_optimizer.py, 0.19.2 lines 467 and 1225). torch AdamW's live ``step`` is passed on:
         without it stock raises a KeyError or writes a stale one.
         """
-        self._tally.add(tensors)
+        load = self.resume.load
+        made = frozenset() if load is None else load.made(model_param)
+        self._tally.add(tensors, made)
         tensors = self._with_new_rows(model_param, tensors)
         shard = self._get_model_param_range_map(model_param)["param"]
-        if self._masters_from_model or self._is_new(model_param):
+        if self._masters_from_model or "param" in made:
             weight = model_param.data.view(-1)[shard.start : shard.end]
             tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
         elif self.config.main_params_dtype == torch.float32:
@@ -227,10 +231,6 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             main_param = self.optimizer.param_groups[group]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
         super()._set_main_param_and_optimizer_states(model_param, tensors)
-
-    def _is_new(self, model_param: torch.nn.Parameter) -> bool:
-        load = self.resume.load
-        return load is not None and id(model_param) in load.new
 
     def _with_new_rows(
         self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]

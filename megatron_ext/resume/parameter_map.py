@@ -29,15 +29,17 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """The entry that a load fills with the master weights of one parameter, or its first moment.
+    """The entry that a load fills with the master weights or a moment of one parameter.
 
     Args:
         model_param: The model's parameter.
+        state: ``param`` or the moment.
         container: The dict or list of the sharded state dict that holds the entry.
         key: Its key or position there.
     """
 
     model_param: torch.Tensor
+    state: str
     container: Any
     key: Any
 

@@ -8,13 +8,14 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from ..base.ranks import stop_together
-from ..checkpoint.state import optimizer_section
+from ..checkpoint.state import MOMENT_KEYS, optimizer_section
 from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from . import merge, selective_read
 from .other_optimizer import for_replicated
 from .parameter_map import Slot
+from .parameters import held_parameters
 from .proof import Proof, compare_all, masters_from_model
 from .selective import Selective, kind_of, moments_of
 from .session import Resume
@@ -53,7 +54,7 @@ class _SelectiveReplicated(Selective):
             section.pop("param_groups")  # type: ignore[attr-defined]
             load = self.resume.enter("allocate", self)
             load.awaits_tensors = True
-            load.slots += _master_slots(self, state_dict)
+            load.slots += _slots(self, state_dict)
             selective_read.mark_unread(self, state_dict, self.resume_chunks)
         return state_dict
 
@@ -91,31 +92,37 @@ class _SelectiveReplicated(Selective):
         self._write_back(plan)
         adam = is_adam(self.optimizer)
         loaded = LoadedState() if adam else LoadedState(keys=("param", "state"))
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                state = self.optimizer.state.get(param, {})
-                loaded.add(
-                    {"param": param, **(moments_of(self.optimizer, param) if adam else state)}
-                )
-        proof = Proof()
         load = self.resume.load
+        for held in held_parameters(self):
+            state = self.optimizer.state.get(held.key, {})
+            tensors = moments_of(self.optimizer, held.key) if adam else state
+            made = () if load is None else load.made(held.model_param)
+            loaded.add({"param": held.key, **tensors}, made)
+        proof = Proof()
         if plan.policy.master_weights == "model":
             masters_from_model(self)
         else:
-            masters_from_model(self, frozenset() if load is None else load.new)
+            masters_from_model(
+                self, frozenset() if load is None else load.new.get("param", frozenset())
+            )
             compare_all(proof, self)
         self._finish(plan, loaded, proof)
 
 
-def _master_slots(optimizer: Any, state_dict: Mapping[str, Any]) -> Iterator[Slot]:
-    """Yield the place of each parameter's master weights (core/optimizer/optimizer.py:1162)."""
+def _slots(optimizer: Any, state_dict: Mapping[str, Any]) -> Iterator[Slot]:
+    """Yield the places of each parameter's master weights and moments.
+
+    The master weights are in a list for each group (core/optimizer/optimizer.py:1162, 0.19.2).
+    """
+    for param, entries, _ in selective_read.entries_of(optimizer, state_dict):
+        yield from (Slot(param, key, entries, key) for key in MOMENT_KEYS if key in entries)
     groups = zip(
         getattr(optimizer, "float16_groups", ()),
         state_dict.get("fp32_from_fp16_params", ()),
         strict=True,
     )
     for of_model, entries in groups:
-        yield from (Slot(param, entries, i) for i, param in enumerate(of_model))
+        yield from (Slot(param, "param", entries, i) for i, param in enumerate(of_model))
 
 
 class SelectiveFloat16Optimizer(_SelectiveReplicated, Float16OptimizerWithFloat16Params):

@@ -12,11 +12,12 @@ import torch
 
 from ..base.ranks import agree, gather
 from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
-from ..errors import MegatronExtError, PlanError
+from ..errors import MegatronExtError
 from ..plan import resized
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
 from ..plan.mapped import new_warnings
+from ..plan.preflight_parameters import unnamed
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from ..report.model import OptimizerReport
@@ -107,14 +108,7 @@ class Selective:
     def _require_names(self, policy: ResumePolicy, load: Load) -> None:
         """Refuse a parameter map for a checkpoint that does not name what it stores."""
         if policy.parameters and load.mapped is None:
-            raise PlanError(
-                f"{', '.join(policy.parameters.operations())}: the checkpoint's optimizer state "
-                "does not name parameters (dp_reshardable and legacy torch store it by position), "
-                "so that it cannot be mapped; expected --ckpt-format torch_dist with "
-                "--dist-ckpt-optim-fully-reshardable, or without the distributed optimizer. Run "
-                "the configuration of the checkpoint for one more save with these flags, and "
-                "resume from that"
-            )
+            raise unnamed(policy.parameters)
 
     def _circumstances(self, load: Load) -> Circumstances:
         if self._argument_clip_grad is None:

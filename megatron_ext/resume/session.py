@@ -52,7 +52,7 @@ class Load:
         rows: The model parameters whose number of rows differs from the checkpoint's.
         slots: Where the load puts what only the optimizers have
             (`megatron_ext.resume.parameter_map.Slot`).
-        new: Ids of the model parameters whose master weights are not in the checkpoint.
+        new: State key -> ids of the model parameters whose tensor is not in the checkpoint.
         mapped: The sources of the parameters; None if the load does not name parameters.
         reports: The reports of the loaded optimizers, by position in the chain.
     """
@@ -67,10 +67,14 @@ class Load:
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     rows: RowChanges = field(default_factory=RowChanges)
     slots: list[Any] = field(default_factory=list)
-    new: frozenset[int] = frozenset()
+    new: Mapping[str, frozenset[int]] = field(default_factory=dict)
     mapped: Mapped | None = None
     reports: dict[int, OptimizerReport] = field(default_factory=dict)
     _entered: set[tuple[str, int]] = field(default_factory=set)
+
+    def made(self, model_param: torch.Tensor) -> frozenset[str]:
+        """The state keys of a model parameter that are new."""
+        return frozenset(key for key, ids in self.new.items() if id(model_param) in ids)
 
     def enter(self, step: str, member: int) -> bool:
         """Record that an optimizer takes a step of this load; return whether it is the first time.

@@ -370,7 +370,7 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     assert seen("preset: reset") == [
         "broadcast 8",
         "all_reduce 40",
-        "all_reduce 72",
+        "all_reduce 96",
         f"all_reduce {report}",
     ]
     assert seen("preset: gradient-scale 0.5")[0] == "all_reduce 40"
@@ -381,7 +381,7 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     )
     means = (1 + BF16.hidden) * 33 * 8
     histograms = [f"all_reduce {bins * 8}" for bins in (2048, 1024, 1024)]
-    assert fills[:3] == ["all_reduce 40", "gather", "all_reduce 72"]
+    assert fills[:3] == ["all_reduce 40", "gather", "all_reduce 96"]
     assert fills[3] == f"all_reduce {means}"
     assert len(fills[4:-1]) == len(histograms)
     assert fills[-1] == f"all_reduce {report + 16}"
