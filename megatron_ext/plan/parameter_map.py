@@ -194,7 +194,7 @@ class _Planner:
             self.matched.update(fits)
             if name in replaced:
                 left.append(LeftParameter(name, elements, "replaced"))
-            elif (WEIGHTS, name) in self.used:
+            elif (WEIGHTS, name) in self.used or WEIGHTS not in self.asked_kinds:
                 left.append(LeftParameter(name, elements, "frozen"))
             elif fits:
                 left.append(LeftParameter(name, elements, "dropped"))

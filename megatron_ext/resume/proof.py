@@ -20,6 +20,20 @@ from ..base.text import first_of
 from ..errors import CheckpointError
 from .parameters import Held, held_parameters, names_of
 
+#: What a difference means, and what to do, if the state is stored by position.
+_BY_POSITION = (
+    "This format stores the state by position: it is that of other parameters if others were "
+    "frozen then, or the model was another one. Else the weights were edited after the save, or a "
+    "file is damaged. Run the model of the checkpoint for one more save with --ckpt-format "
+    "torch_dist --dist-ckpt-optim-fully-reshardable; a resume from that one names what is new, and "
+    "--selective-new-parameters takes it."
+)
+#: The same if the state has the parameters' names.
+_BY_NAME = (
+    "The weights were edited after the save, a file is damaged, or stock Megatron 0.16 to 0.19 has "
+    "written the state: it stores shifted tensors as fully_reshardable if several buckets are "
+    "padded (`python -m megatron_ext inspect CHECKPOINT --moments` lists them)."
+)
 _ELEMENTS_AT_A_TIME = 1 << 22
 #: The dtypes in which Megatron stores a model's weights.
 _STORED = (torch.bfloat16, torch.float16, torch.float32)
@@ -132,15 +146,15 @@ def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]
             for held in held_parameters(optimizer)
             if (d := proof.differences.get(id(held.model_param))) is not None
         ]
+        load = optimizer.resume.load
+        by_position = load is None or load.mapped is None
         error = CheckpointError(
             "the checkpoint's master weights are not the weights that the model has loaded. "
-            f"Elements that differ: {first_of(found)}. The optimizer state "
-            "belongs to other parameters, or the model's weights were edited after the save, or a "
-            "file is damaged; stock Megatron up to 0.19.2 also writes fully_reshardable wrongly if "
-            "several buckets are padded. Load another checkpoint. If the moments belong to this "
-            "model and its weights were edited, pass --selective-master-weights model: the master "
-            "weights are made from the model's weights. Otherwise pass --no-load-optim to start "
-            "with a new optimizer (the Adam moments are then lost)"
+            f"Elements that differ: {first_of(found)}. {_BY_POSITION if by_position else _BY_NAME} "
+            "If the moments belong to this model and only its weights were edited, pass "
+            "--selective-master-weights model: the master weights are made from the model's "
+            "weights. Otherwise load another checkpoint, or pass --no-load-optim to start with a "
+            "new optimizer (the Adam moments are then lost)"
         )
     ranks.stop_together("comparing the master weights with the model's weights", error)
 

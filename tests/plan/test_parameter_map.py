@@ -80,6 +80,12 @@ def test_a_frozen_parameter_leaves_its_moments() -> None:
     assert one.changes_request
 
 
+def test_a_load_of_the_optimizer_alone_has_nothing_left_over() -> None:
+    now = [one for one in wanted(MODEL, frozen="^b") if one.kind != "weights"]
+    found = plan_map(NO_MAP, now, TWO, Style())
+    assert found.left == (LeftParameter("b", 4, "frozen"),)
+
+
 def test_a_thawed_parameter_has_its_weights() -> None:
     before = {k: v for k, v in TWO.items() if not k.endswith("exp_avg.b")}
     before = {k: v for k, v in before.items() if k.partition("state.")[2].partition(".")[2] != "b"}

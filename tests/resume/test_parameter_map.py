@@ -91,6 +91,14 @@ MOE = policy(
         }
     ],
 )
+SWAPPED = policy(
+    copies=[
+        {
+            "to": "re:decoder.layers.(?P<n>[01])[.](?P<rest>.*)",
+            "from": "decoder.layers.{1-n}.{rest}",
+        }
+    ]
+)
 GATED = replace(FULL, gated=True)
 #: An MLP of the same shape as each expert's, which has no biases.
 DENSE = replace(GATED, bias=False)
@@ -156,6 +164,7 @@ CELLS = {
     "deeper, 2 ranks, gated": Cell(GATED, replace(GATED, layers=4), DEEPER, BOTH, (2, 2)),
     "deeper, pp 2": Cell(FULL, replace(FULL, pp=2), TWICE, HALF, (1, 2)),
     "deeper, not distributed": Cell(PLAIN, replace(PLAIN, layers=4), DEEPER, BOTH),
+    "renamed": Cell(FULL, FULL, SWAPPED, copied(r"layers\.([01])\.", layers("1-n")), (1, 2)),
     "distributed off": Cell(FULL, PLAIN, "{}", same, (2, 2)),
     "distributed on": Cell(PLAIN, FULL, "{}", same, (2, 2)),
     "distributed off, fp32": Cell(
@@ -259,7 +268,7 @@ def test_the_state_is_where_it_belongs(
 
 @pytest.mark.ranks
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
-    assert len(CELLS) == 31
+    assert len(CELLS) == 32
     assert len(RAN) == len(set(RAN)) == chosen(request, test_the_state_is_where_it_belongs)
 
 

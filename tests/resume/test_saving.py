@@ -69,6 +69,7 @@ def test_what_is_stored_is_what_the_run_has(
         found = pool.run(f"tests.support.{cases}:phase_1", world, **kwargs, directory=here)[0]
         differ = differing(here, found["state"])
         assert bool(differ) == (wrong and pool is stock), differ
+        assert pool is stock or found["said"] == ["a save"]
         # Any Megatron reads it, whether the package is installed or not.
         if pool is ext:
             one = replace(layout, pp=1, overlap=False, layers=2 * layout.pp)

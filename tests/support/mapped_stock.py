@@ -20,8 +20,13 @@ def result(run: harness.Run) -> dict[str, Any]:
 
 
 def phase_1(layout: Layout, hyper: Hyper, steps: int, directory: str | None) -> dict[str, Any]:
-    """Train and save; what was saved."""
+    """Train and save; what was saved. Frozen weights are not those of a new model."""
     run = harness.build(layout, hyper)
+    with torch.no_grad():
+        for chunk in run.model:
+            for parameter in chunk.parameters():
+                if not parameter.requires_grad:
+                    parameter.mul_(1.25)
     harness.train(run, steps)
     if directory is not None:
         harness.save(run, directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,23 @@ from .harness import Hyper, Layout
 
 
 def phase_1(layout: Layout, hyper: Hyper, steps: int, directory: str) -> dict[str, Any]:
-    """Train and save with this package; what was saved."""
+    """Train and save with this package; what was saved, and what Megatron warned of."""
     run = policies.build(layout, hyper, "{}")
     harness.train(run, steps)
-    harness.save(run, directory)
-    return {"state": unsharded.gather(run)}
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron.core.optimizer.distrib_optimizer")
+    logger.addHandler(handler)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    try:
+        logger.warning("a save")
+        harness.save(run, directory)
+    finally:
+        logging.disable(disabled)
+        logger.removeHandler(handler)
+    return {"state": unsharded.gather(run), "said": said}
 
 
 def stored(directory: str, state: str) -> dict[str, np.ndarray]:
