@@ -1,11 +1,13 @@
-"""``python -m megatron_ext convert``: copy an old checkpoint to a form that Megatron reads."""
+"""``python -m megatron_ext convert``: copy a checkpoint to a form that Megatron reads anywhere."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
+from ..base.text import first_of
 from . import output
 
 
@@ -13,14 +15,21 @@ def add_to(commands: Any) -> None:
     """Add the command to an argparse subparsers object."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
-        help="write a fully_reshardable copy of a fully_sharded_model_space checkpoint",
+        help="write a fully_reshardable copy of a checkpoint",
         description="Write a fully_reshardable copy of a torch_dist checkpoint of megatron-core "
         "0.15 or earlier whose optimizer state is fully_sharded_model_space, which newer "
-        "megatron-core cannot read.",
+        "megatron-core cannot read. With --to fully_reshardable also of one whose optimizer state "
+        "is dp_reshardable.",
     )
     parser.add_argument("source", help="the directory given to --save; it is not changed")
     parser.add_argument("target", help="a new directory, for --load")
     parser.add_argument("--iteration", type=int, help="iteration to convert; default: the last")
+    parser.add_argument(
+        "--to",
+        choices=["fully_reshardable"],
+        help="also convert dp_reshardable, which Megatron loads with the same tensor, pipeline and "
+        "expert parallel sizes only",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -33,10 +42,16 @@ def run(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from ..offline.convert import convert
 
-    done = convert(options.source, options.target, options.iteration)
+    done = convert(options.source, options.target, options.iteration, options.to)
     if options.json:
         output.print_json({**dataclasses.asdict(done), "directory": str(done.directory)})
         return 0
+    if done.differing:
+        print(
+            "warning: the ranks that wrote the checkpoint held different copies; the first rank's "
+            f"was taken, as Megatron's own save does: {first_of(done.differing)}",
+            file=sys.stderr,
+        )
     print(
         f"{done.directory}: reassembled {done.reshaped} optimizer tensors, copied {done.copied} "
         f"tensors and objects, wrote {done.size} bytes"

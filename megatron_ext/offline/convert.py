@@ -1,10 +1,11 @@
-"""Convert old optimizer state, ``fully_sharded_model_space``, to ``fully_reshardable``.
+"""Convert optimizer state that is not stored by parameter to ``fully_reshardable``.
 
-Up to megatron-core 0.15 a distributed optimizer's state was flattened so that each data-parallel
-rank could write a range. A tensor of global shape (X, Y), cut by tensor parallelism into shards of
-(x, y), is stored as (X/x, Y/y, x*y). Its own shape is in the index
-(core/dist_checkpointing/strategies/resharding.py, 0.15.3). The conversion reassembles the ranges
-under the keys of the new form. Everything else is copied byte by byte, and no pickle of the
+`.convert_buckets` does that for state by bucket, ``dp_reshardable``. Here it is done for
+``fully_sharded_model_space``. Up to megatron-core 0.15 a distributed optimizer's state was
+flattened so that each data-parallel rank could write a range. A tensor of global shape (X, Y), cut
+by tensor parallelism into shards of (x, y), is stored as (X/x, Y/y, x*y). Its own shape is in the
+index (core/dist_checkpointing/strategies/resharding.py, 0.15.3). The conversion reassembles the
+ranges under the keys of the new form. Everything else is copied byte by byte, and no pickle of the
 checkpoint is run.
 """
 
@@ -15,7 +16,6 @@ import itertools
 import math
 import pickle
 import pickletools
-import shutil
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,8 @@ from ..checkpoint.state import FLATTENED
 from ..checkpoint.store import COMMON, INDEX, TRACKER, Store
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
-from .new_checkpoint import TensorWriter, require_new, reshardable_key
+from . import convert_buckets
+from .new_checkpoint import TensorWriter, copy_others, require_new, reshardable_key
 
 _TARGET = "fully_reshardable"
 #: Key of a flattened tensor's own shape in the index (strategies/torch.py:291, 0.15.3).
@@ -45,9 +46,11 @@ class Converted:
     Args:
         directory: The iteration's directory that was written.
         iteration: Its number.
-        reshaped: Number of tensors reassembled from ranges.
+        reshaped: Number of tensors reassembled from ranges or buckets.
         copied: Number of tensors and objects copied unchanged.
         size: Bytes written to the store.
+        differing: Parameters of which two ranks of the run that wrote the checkpoint held copies
+            that are not equal. The copy of the first rank was taken, as Megatron's own save does.
     """
 
     directory: Path
@@ -55,31 +58,39 @@ class Converted:
     reshaped: int
     copied: int
     size: int
+    differing: tuple[str, ...] = ()
 
 
-def convert(source: str | Path, target: str | Path, iteration: int | None = None) -> Converted:
-    """Write a ``fully_reshardable`` copy of a ``fully_sharded_model_space`` checkpoint.
+def convert(
+    source: str | Path, target: str | Path, iteration: int | None = None, to: str | None = None
+) -> Converted:
+    """Write a ``fully_reshardable`` copy of a checkpoint.
 
-    Only one parameter's shard is in memory at a time. The source is only read. The target appears
-    when it is complete.
+    Only one parameter's shard, or one bucket, is in memory at a time. The source is only read. The
+    target appears when it is complete.
 
     Args:
         source: The directory given to ``--save``, or the directory of one iteration.
         target: A new directory of the same kind; it gets this one iteration.
         iteration: The iteration to convert; by default the one in the tracker file.
+        to: ``fully_reshardable`` also converts state that is stored by bucket, which Megatron
+            reads; by default only ``fully_sharded_model_space`` is converted.
 
     Raises:
-        CheckpointError: The source is not such a checkpoint, is damaged, or the target exists.
+        CheckpointError: The source is not such a checkpoint, is damaged, the target exists, or it
+            is not certain where the parameters lie in the buckets.
     """
     target = Path(target)
     stored = open_checkpoint(source, iteration)
-    _require_convertible(stored)
+    by_bucket = to == _TARGET and stored.sharding_type == convert_buckets.SOURCE
+    if not by_bucket:
+        _require_convertible(stored)
     require_new(target, stored)
     bare = stored.directory == stored.root
     with new_directory(target) as partial:
         directory = partial if bare else partial / stored.directory.name
         directory.mkdir(exist_ok=True)
-        done = _write(stored, directory)
+        done = (convert_buckets.write if by_bucket else _write)(stored, directory)
         if not bare:
             (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
         _check(stored, open_checkpoint(partial))
@@ -90,9 +101,11 @@ def convert(source: str | Path, target: str | Path, iteration: int | None = None
 def _require_convertible(stored: StoredCheckpoint) -> None:
     if stored.sharding_type != FLATTENED:
         kind = stored.sharding_type or f"{stored.format} without a distributed optimizer's state"
+        by_bucket = kind == convert_buckets.SOURCE
+        other_way = f", or convert it with --to {_TARGET}" if by_bucket else ""
         raise CheckpointError(
             f"{stored.directory}: expected optimizer state of the sharding {FLATTENED}, found "
-            f"{kind}. There is nothing to convert: load it as it is"
+            f"{kind}. There is nothing to convert: load it as it is{other_way}"
         )
     if not (stored.directory / COMMON).is_file():
         raise CheckpointError(
@@ -101,7 +114,7 @@ def _require_convertible(stored: StoredCheckpoint) -> None:
         )
 
 
-def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int]:
+def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tuple[str, ...]]:
     store = Store(stored.directory)
     shapes = _shapes(store)
     pieces: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = defaultdict(list)
@@ -115,9 +128,9 @@ def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int]:
         else:
             writer.copy(store, key, entry, pieces[key])
     writer.finish()
-    _copy_others(stored.directory, directory, {*files, INDEX, COMMON})
+    copy_others(stored.directory, directory, {*files, INDEX, COMMON})
     _rewrite_common(stored.directory / COMMON, directory / COMMON)
-    return len(shapes), len(store.index.state_dict_metadata) - len(shapes), writer.size
+    return len(shapes), len(store.index.state_dict_metadata) - len(shapes), writer.size, ()
 
 
 def _shapes(store: Store) -> dict[str, tuple[int, ...]]:
@@ -177,14 +190,6 @@ def _tensor(data: bytes) -> torch.Tensor:
     return found
 
 
-def _copy_others(source: Path, target: Path, known: set[str]) -> None:
-    for path in source.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, target / path.name)
-        elif path.name not in known:
-            shutil.copy2(path, target / path.name)
-
-
 def _rewrite_common(source: Path, target: Path) -> None:
     """Copy ``common.pt`` with the new sharding's name; everything else stays, also enums."""
     with source.open("rb") as file:
@@ -225,9 +230,12 @@ def _unicode(text: str) -> bytes:
 
 def _check(stored: StoredCheckpoint, made: StoredCheckpoint) -> None:
     """Check that the copy reads as the original, before it is renamed."""
-    same = ("iteration", "release", "args", "optimizers", "scheduler")
-    if made.sharding_type != _TARGET or any(
-        getattr(stored, name) != getattr(made, name) for name in same
+    same = ("iteration", "release", "args", "optimizers", "scheduler", "grad_scalers")
+    others = [{k: v for k, v in c.other.items() if k != "content_metadata"} for c in (stored, made)]
+    if (
+        made.sharding_type != _TARGET
+        or others[0] != others[1]
+        or any(getattr(stored, name) != getattr(made, name) for name in same)
     ):
         raise CheckpointError(
             f"the copy of {stored.directory} does not read as the original: a fault of "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def require_new(target: Path, stored: StoredCheckpoint) -> None:
         raise CheckpointError(f"{target.parent} does not exist: make it, or choose another target")
     if target.parent.resolve().is_relative_to(stored.root.resolve()):
         raise CheckpointError(f"{target} lies in the checkpoint itself: choose another target")
+
+
+def copy_others(source: Path, target: Path, known: set[str]) -> None:
+    """Copy all files of an iteration that are not in `known`."""
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        elif path.name not in known:
+            shutil.copy2(path, target / path.name)
 
 
 def _is_empty(path: Path) -> bool:
@@ -64,13 +74,20 @@ class TensorWriter:
         self._number, self._offset = 0, 0
         self.size = 0
 
-    def copy(self, store: Store, key: str, entry: Any, pieces: Iterable[Any]) -> None:
-        """Copy a tensor or an object unchanged."""
+    def copy(
+        self,
+        store: Store,
+        key: str,
+        entry: Any,
+        pieces: Iterable[Any],
+        change: Callable[[bytes], bytes] = bytes,
+    ) -> None:
+        """Copy a tensor or an object; `change` is called with the bytes of each piece."""
         from torch.distributed.checkpoint import metadata
 
         name = reshardable_key(key)
         for offset, info in pieces:
-            self.add(name, offset, store.read(info, key))
+            self.add(name, offset, change(store.read(info, key)))
         if hasattr(entry, "size"):
             chunks = [(c.offsets, c.sizes) for c in entry.chunks]
             self.describe(name, entry.properties, entry.size, chunks)

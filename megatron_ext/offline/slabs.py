@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -114,7 +114,7 @@ def require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKey
     return stored.store, keys
 
 
-def pieces_of(store: Store, keys: dict[str, StateKey]) -> dict[str, list[Piece]]:
+def pieces_of(store: Store, keys: Collection[str]) -> dict[str, list[Piece]]:
     """Return the pieces of the tensors, each with its place in a file."""
     places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
     for index, info in store.index.storage_data.items():
@@ -187,6 +187,14 @@ def slabs(store: Store, piece: Piece, progress: Progress | None) -> Iterator[tor
             yield values.to(torch.float64).reshape(-1)
             if progress is not None:
                 progress(values.numel() * place.dtype.itemsize)
+
+
+def whole(store: Store, piece: Piece) -> torch.Tensor:
+    """Read all elements of an item at once, flat and in the stored dtype."""
+    if 0 in piece.shape:
+        return torch.empty(0)
+    with store.open(piece.info, piece.key) as file:
+        return _read_box(file, _place(file, piece), piece.low, piece.high).reshape(-1)
 
 
 def _boxes(
