@@ -21,12 +21,7 @@ from ..checkpoint.placeholders import TensorPlaceholder
 from ..errors import CheckpointError
 
 #: Class of a stored tensor's storage (torch/serialization.py, persistent_id).
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-}
+_STORAGES = {torch.float32: torch.FloatStorage, torch.int64: torch.LongStorage}
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -44,9 +39,10 @@ def plain(value: Any, where: str) -> Any:
         return {plain(k, where): plain(v, f"{where}: {k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(v, where) for v in value)
-    if isinstance(value, TensorPlaceholder) and hasattr(value, "value"):
-        state = vars(value)
-        return torch.full(state["shape"], state["value"], dtype=state["dtype"])
+    if isinstance(value, TensorPlaceholder) and {"value", "dtype"} <= vars(value).keys():
+        shape, dtype = vars(value)["shape"], vars(value)["dtype"]
+        if dtype in _STORAGES:
+            return torch.full(shape, vars(value)["value"], dtype=dtype)
     if type(value) in _PLAIN:
         return value
     found = getattr(value, "placeholder_class", type(value).__name__)

@@ -58,6 +58,9 @@ def reshardable_key(key: str) -> str:
     return f"{before}{new}{name}" if found else key
 
 
+_Change = Callable[[bytes], bytes]
+
+
 class TensorWriter:
     """Writes a distributed checkpoint's store (torch/distributed/checkpoint/filesystem.py).
 
@@ -75,12 +78,7 @@ class TensorWriter:
         self.size = 0
 
     def copy(
-        self,
-        store: Store,
-        key: str,
-        entry: Any,
-        pieces: Iterable[Any],
-        change: Callable[[bytes], bytes] = bytes,
+        self, store: Store, key: str, entry: Any, pieces: Iterable[Any], change: _Change = bytes
     ) -> None:
         """Copy a tensor or an object; `change` is called with the bytes of each piece."""
         from torch.distributed.checkpoint import metadata
