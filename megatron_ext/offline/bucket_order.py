@@ -138,7 +138,8 @@ def _known_order(buffers: Sequence[Buffer]) -> _Order:
                 for first, second in itertools.combinations([p.rest for p in layer], 2):
                     if first in open_ or second in open_:
                         order.add((stack, first, second))
-    return order
+    # What two layers contradict is no order.
+    return {(stack, a, b) for stack, a, b in order if (stack, b, a) not in order}
 
 
 def _keep_order(buffer: Buffer, order: _Order) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from ..base.text import first_of
 from ..checkpoint.store import Store
 from ..errors import CheckpointError
+from .bucket_edges import ALIGNMENT
 from .bucket_order import Buffer, decide
-from .bucket_proof import ALIGNMENT, cut
+from .bucket_proof import cut
 from .bucket_reading import MASTER, SAVE_ONCE_MORE, Bucket, Reader
 from .bucket_weights import Slot, Weight, Weights, fingerprint
 
@@ -32,7 +33,7 @@ def find(store: Store, buckets: Sequence[Bucket], reader: Reader, weights: Weigh
     cuts = []
     for bucket in buckets:
         key = bucket.states[MASTER]
-        cuts.append(cut(reader.read(key), bucket.dtype, weights, reader.bounds(key)))
+        cuts.append(cut(reader.read(key), bucket.dtype, weights, reader.edges(key)))
     in_all = {id(w) for c in cuts for slot in c.slots for w in slot.candidates}
     for bucket, done in zip(buckets, cuts, strict=True):
         if done.foreign:

@@ -7,16 +7,12 @@ which parameter lies where.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 
+from .bucket_edges import ALIGNMENT, Edges
 from .bucket_weights import Slot, Weight, Weights
-
-#: Parameters begin at multiples of this (pad_param_start, core/optimizer/distrib_optimizer.py:548,
-#: 0.19.2).
-ALIGNMENT = 64
 
 
 @dataclass
@@ -34,7 +30,7 @@ class Cut:
     unclear: list[tuple[Weight, ...]] = field(default_factory=list)
 
 
-def cut(master: torch.Tensor, dtype: torch.dtype, weights: Weights, bounds: Collection[int]) -> Cut:
+def cut(master: torch.Tensor, dtype: torch.dtype, weights: Weights, edges: Edges) -> Cut:
     """Cut a bucket into the weights of the model.
 
     The padding that may lie between two parameters is uninitialised memory and is not looked at: it
@@ -46,11 +42,11 @@ def cut(master: torch.Tensor, dtype: torch.dtype, weights: Weights, bounds: Coll
         master: The master weights of the bucket, float32.
         dtype: Dtype of the model's weights.
         weights: The weights that it may hold.
-        bounds: Elements at which the stored pieces of the bucket begin or end.
+        edges: The stored pieces of the bucket.
     """
     done, begin = Cut(), 0
     while begin < len(master):
-        ways = _ways(master, begin, dtype, weights, bounds)
+        ways = _ways(master, begin, dtype, weights, edges)
         through = _through(ways, len(master))
         if through[begin]:
             _walk(through, begin, done)
@@ -58,7 +54,7 @@ def cut(master: torch.Tensor, dtype: torch.dtype, weights: Weights, bounds: Coll
         # As far as there is a way; from there on something is no weight of the model.
         stop = max(at for at, further in ways.items() if not further)
         _walk(_through(ways, stop), begin, done)
-        later = (at for at in sorted(bounds) if at > stop and at % ALIGNMENT == 0)
+        later = (at for at in sorted(edges.bounds) if at > stop and at % ALIGNMENT == 0)
         begin = next((at for at in later if weights.at(master, at, dtype)), len(master))
         done.foreign.append((stop, begin))
     return done
@@ -69,7 +65,7 @@ _Ways = dict[int, list[tuple[Slot, int]]]
 
 
 def _ways(
-    master: torch.Tensor, begin: int, dtype: torch.dtype, weights: Weights, bounds: Collection[int]
+    master: torch.Tensor, begin: int, dtype: torch.dtype, weights: Weights, edges: Edges
 ) -> _Ways:
     ways: _Ways = {}
     left = [begin]
@@ -77,19 +73,23 @@ def _ways(
         at = left.pop()
         if at not in ways and at < len(master):
             slots = weights.at(master, at, dtype)
-            ways[at] = [(slot, _next(slot.end, len(master), bounds)) for slot in slots]
+            ways[at] = [
+                (slot, _next(slot.end, len(master), edges))
+                for slot in slots
+                if not edges.inside(slot)
+            ]
             left += [after for _, after in ways[at]]
     return ways
 
 
-def _next(end: int, size: int, bounds: Collection[int]) -> int:
+def _next(end: int, size: int, edges: Edges) -> int:
     """Return where the part after one that ends at `end` begins.
 
     If the index has no padding from there to the next multiple of 64, the parameter goes on: the
     halves of a gated layer are stored one by one (core/transformer/mlp.py:465, 0.19.2).
     """
     aligned = -(-end // ALIGNMENT) * ALIGNMENT
-    padded = end in bounds and (aligned in bounds or aligned >= size)
+    padded = end in edges.bounds and (aligned in edges.bounds or aligned >= size)
     return aligned if padded else end
 
 

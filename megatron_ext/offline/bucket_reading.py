@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,9 @@ from ..checkpoint import names
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import INDEX, Store
 from ..errors import CheckpointError
+from .bucket_edges import ALIGNMENT, Edges
 from .bucket_weights import Weight, Weights, fingerprint
-from .slabs import Piece, pieces_of, whole
+from .slabs import Piece, pieces_of, whole, writer_of
 
 #: The name of a bucket (core/optimizer/distrib_optimizer.py:1884, 0.19.2). The first dtype is that
 #: of the model's weights, the second that of the gradients.
@@ -68,9 +70,17 @@ class Reader:
         self._store = store
         self._pieces = pieces_of(store, {key for b in buckets for key in b.states.values()})
 
-    def bounds(self, key: str) -> set[int]:
-        """Return the elements at which the pieces of a bucket begin or end."""
-        return {at for p in self._pieces[key] for at in (p.offset[0], p.offset[0] + p.shape[0])}
+    def edges(self, key: str) -> Edges:
+        """Return how a bucket is cut into stored pieces."""
+        pieces = sorted(self._pieces[key], key=lambda p: p.offset)
+        bounds = {at for p in pieces for at in (p.offset[0], p.offset[0] + p.shape[0])}
+        # Neither a parameter nor a rank's part begins there.
+        padding = [
+            piece.offset[0]
+            for before, piece in itertools.pairwise(pieces)
+            if piece.offset[0] % ALIGNMENT and writer_of(before) == writer_of(piece)
+        ]
+        return Edges(bounds, padding)
 
     def read(self, key: str) -> torch.Tensor:
         """Read a bucket.

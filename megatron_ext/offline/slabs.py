@@ -149,7 +149,7 @@ def without_padding(pieces: Sequence[Piece]) -> list[Piece]:
     before: Piece | None = None
     for piece in sorted(pieces, key=lambda p: p.offset):
         (begin,), (size,) = piece.offset, piece.shape
-        shard_begins = before is None or _writer(before) != _writer(piece)
+        shard_begins = before is None or writer_of(before) != writer_of(piece)
         to_the_next = size < _ALIGNMENT and (begin + size) % _ALIGNMENT == 0
         if begin % _ALIGNMENT == 0 or (shard_begins and not to_the_next):
             kept.append(piece)
@@ -157,7 +157,7 @@ def without_padding(pieces: Sequence[Piece]) -> list[Piece]:
     return kept
 
 
-def _writer(piece: Piece) -> str:
+def writer_of(piece: Piece) -> str:
     """Return the rank that wrote a piece: files are named ``__RANK_NUMBER.distcp``."""
     return str(piece.info.relative_path).lstrip("_").partition("_")[0]
 
