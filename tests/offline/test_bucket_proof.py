@@ -22,7 +22,7 @@ from megatron_ext.offline.bucket_edges import Edges
 from megatron_ext.offline.bucket_order import Buffer, decide
 from megatron_ext.offline.bucket_places import find
 from megatron_ext.offline.bucket_proof import cut
-from megatron_ext.offline.bucket_reading import Bucket
+from megatron_ext.offline.bucket_reading import Bucket, buckets_of
 from megatron_ext.offline.bucket_weights import Weight, Weights, fingerprint
 from megatron_ext.offline.common_state import plain, with_values
 
@@ -221,6 +221,26 @@ def test_equal_states_need_no_choice(case: str) -> None:
     with pytest.raises(CheckpointError, match=r"ck: p: .* found equal weights: ") as caught:
         find(*args)
     assert ", ".join(names) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "chained_1.optimizer.state.exp_avg.decoder.layers.0.weight",
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.uint8, torch.float32)."
+        "bucket_idx_0.param",
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32)."
+        "bucket_idx_0.exp_avg",
+    ],
+    ids=["by parameter", "fp8", "no master weights"],
+)
+def test_another_kind_of_state_is_refused(key: str) -> None:
+    class Other(Store):
+        def shapes(self) -> dict[str, tuple[int, ...] | None]:
+            return {key: (64,), "decoder.weight": (64,)}
+
+    with pytest.raises(CheckpointError, match="expected buckets of bfloat16, .* save it once mor"):
+        buckets_of(Other(Path("ck")))
 
 
 # The common state.

@@ -93,6 +93,10 @@ def test_what_is_loaded_is_what_the_run_had(
     done = convert(source, new, to=TO)
     assert contents(source) == before
     assert done.differing == ()
+    content = {"distrib_optim_sharding_type": TO, "chained_optim_avoid_prefix": True}
+    assert content.items() <= Store(new).common()["content_metadata"].items()
+    # A piece is stored without the rest of its bucket.
+    assert all(size < 4 * elements + 2500 for size, elements in lengths(new))
     other = replace(other, format=TO, hidden=layout.hidden, vocab=layout.vocab)
     run = dict(layout=other, hyper=FIRST, directory=str(new))
     of_stock = stock.run("tests.support.mapped_stock:loaded", ranks, **run)[0]["state"]
@@ -231,6 +235,17 @@ def test_what_the_weights_do_not_tell_is_refused(
         convert(source, tmp_path / "new", to=TO)
     assert named in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def lengths(directory: Path) -> list[tuple[int, int]]:
+    """Bytes and elements of every piece of the optimizer's state."""
+    index = Store(directory).index
+    return [
+        (info.length, next(c.sizes for c in entry.chunks if c.offsets == place.offset).numel())
+        for place, info in index.storage_data.items()
+        if place.fqn.startswith("optimizer.state.")
+        for entry in (index.state_dict_metadata[place.fqn],)
+    ]
 
 
 def flip(values: torch.Tensor) -> None:
