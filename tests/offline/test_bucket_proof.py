@@ -239,7 +239,7 @@ def test_another_kind_of_state_is_refused(key: str) -> None:
         def shapes(self) -> dict[str, tuple[int, ...] | None]:
             return {key: (64,), "decoder.weight": (64,)}
 
-    with pytest.raises(CheckpointError, match="expected buckets of bfloat16, .* save it once mor"):
+    with pytest.raises(CheckpointError, match=r"expected buckets of bfloat16, .* save it once mor"):
         buckets_of(Other(Path("ck")))
 
 

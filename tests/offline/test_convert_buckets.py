@@ -47,6 +47,8 @@ CELLS: dict[str, tuple[Layout, int, Layout, int]] = {
     ),
     "fp32": (replace(BASE, dtype="fp32"), 2, replace(BASE, dtype="fp32", tp=2), 2),
     "fp16": (replace(BASE, dtype="fp16"), 1, replace(BASE, dtype="fp16", tp=2), 2),
+    "virtual stages": (replace(BASE, pp=2, vpp=2), 2, replace(BASE, layers=8), 1),
+    "instances": (replace(BASE, instances=2, overlap=True), 2, BASE, 1),
     "frozen": (replace(BASE, trained="weight"), 2, replace(BASE, trained="weight"), 1),
 }
 #: In which stock's own save by parameter is right, so that it can be compared.
@@ -125,7 +127,7 @@ def test_what_is_loaded_is_what_the_run_had(
 
 @pytest.mark.ranks
 def test_every_layout_was_converted(request: pytest.FixtureRequest) -> None:
-    assert len(CELLS) == 8
+    assert len(CELLS) == 10
     assert len(RAN) == len(set(RAN)) == chosen(request, test_what_is_loaded_is_what_the_run_had)
 
 
