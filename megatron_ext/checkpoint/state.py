@@ -155,9 +155,10 @@ def does_not_fit(lines: Sequence[str]) -> CheckpointError:
         + "\n".join(f"  {line}" for line in lines[:8])
         + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
         + "\nResume with the model and the tensor, pipeline and expert parallel sizes the "
-        "checkpoint was saved with, save it with --dist-ckpt-optim-fully-reshardable to change "
-        "them, or pass --no-load-optim to start with a new optimizer (the Adam moments are then "
-        "lost)"
+        "checkpoint was saved with. To change them, convert a dp_reshardable checkpoint (python -m "
+        "megatron_ext convert SOURCE TARGET --to fully_reshardable) or save it with "
+        "--dist-ckpt-optim-fully-reshardable. --no-load-optim starts with a new optimizer (the "
+        "Adam moments are then lost)"
     )
 
 

@@ -12,7 +12,6 @@ from . import output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..checkpoint.bucket_layout import BucketLayout
     from ..checkpoint.stored import StoredCheckpoint
     from ..offline.comparison import Difference
     from ..offline.master_proof import MasterProof
@@ -38,7 +37,6 @@ def add_to(commands: Any) -> None:
         "distance between tensors of the same key and shape; compare each checkpoint's master "
         "weights with its model's weights",
     )
-    output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,8 +53,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     a, b = open_checkpoint(options.a), open_checkpoint(options.b)
     changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
-    layout = output.read_layout(options)
-    distances = _distances(a, b, layout) if options.moments else None
+    distances = _distances(a, b) if options.moments else None
     proofs = _proofs(a, b) if options.moments else None
     if options.json:
         output.print_json(diff_document(a, b, changes, distances, proofs))
@@ -69,15 +66,13 @@ def _diff(options: argparse.Namespace) -> int:
     return int(wrong or bool(changes) or any(d.different for d in distances or ()))
 
 
-def _distances(
-    a: StoredCheckpoint, b: StoredCheckpoint, layout: BucketLayout | None
-) -> list[TensorDistance]:
+def _distances(a: StoredCheckpoint, b: StoredCheckpoint) -> list[TensorDistance]:
     from ..offline.moment_scan import distances
     from ..offline.slabs import common_keys, total_bytes
 
     total = total_bytes(a, common_keys(a, b))
     with output.progress_bar(total, "moments") as progress:
-        return distances(a, b, progress, layout)
+        return distances(a, b, progress)
 
 
 def _proofs(a: StoredCheckpoint, b: StoredCheckpoint) -> tuple[MasterProof, MasterProof]:

@@ -37,7 +37,6 @@ def add_to(commands: Any) -> None:
         "largest absolute value and number of non-finite elements of each; compare the master "
         "weights with the model's weights, where both have names",
     )
-    output.add_layout_to(parser)
     parser.set_defaults(run=run)
 
 
@@ -56,12 +55,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     stored = open_checkpoint(options.checkpoint, options.iteration)
     found = inspect_checkpoint(stored)
-    layout = output.read_layout(options)
     statistics, proof = None, None
     if options.moments:
         total = total_bytes(stored) + bytes_of(stored)
         with output.progress_bar(total, "moments") as progress:
-            statistics = scan(stored, progress, layout)
+            statistics = scan(stored, progress)
             proof = prove(stored, progress)
     if options.json:
         output.print_json(inspect_document(found, statistics, proof))

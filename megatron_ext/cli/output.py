@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -11,13 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..base.text import printable as printable
-from ..errors import MegatronExtError, PolicyError
+from ..errors import MegatronExtError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..checkpoint.bucket_layout import BucketLayout
     from ..checkpoint.stored import StoredCheckpoint
     from ..offline.master_proof import MasterProof
 
@@ -148,37 +146,3 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None] | None
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def add_layout_to(parser: argparse.ArgumentParser) -> None:
-    """Add ``--layout``, which requires ``--moments``.
-
-    Args:
-        parser: The parser of a command.
-    """
-    parser.add_argument(
-        "--layout",
-        metavar="FILE",
-        help="parameter-layout.json from a run with --selective-dry-run --selective-report; with "
-        "--moments, a dp_reshardable checkpoint then has one line per parameter instead of one per "
-        "bucket",
-    )
-
-
-def read_layout(options: argparse.Namespace) -> BucketLayout | None:
-    """Read the file given by ``--layout``; None without the option.
-
-    Args:
-        options: Parsed options with ``layout`` and ``moments``.
-
-    Raises:
-        PolicyError: ``--moments`` is missing.
-        CheckpointError: The file is not a layout.
-    """
-    if options.layout is None:
-        return None
-    if not options.moments:
-        raise PolicyError("--layout without --moments: it has no effect alone. Add --moments")
-    from ..checkpoint.bucket_layout import BucketLayout
-
-    return BucketLayout.read(options.layout)

@@ -15,15 +15,13 @@ from typing import Any
 import torch.distributed as dist
 
 from ..base.log import say
-from ..errors import GuardError, MegatronExtError
+from ..errors import GuardError
 from ..host.arguments import global_args
-from ..policy.request import Request
 from ..resume import guard
 from ..resume.moments import survey
 from ..resume.session import current
 from ..resume.steps import is_adam, is_hybrid
 from . import writers
-from .buckets import bucket_layout
 from .session import active_request
 
 
@@ -34,7 +32,6 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         request = active_request()
         if request is not None and request.dry_run:
-            _write_layout(request)
             say(
                 "megatron_ext: --selective-dry-run: model and optimizer are built and loaded; "
                 "no training step is run"
@@ -88,22 +85,6 @@ def training_log(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return log
-
-
-def _write_layout(request: Request) -> None:
-    """Write the positions of parameters in buckets if a report is requested; collective."""
-    if request.report_dir is None or current.resumed is None:
-        return
-    try:
-        layout = bucket_layout(current.resumed.members)
-    except MegatronExtError as e:
-        say(f"megatron_ext: the layout of the parameters is not written: {e}")
-        return
-    if layout is None:
-        say("megatron_ext: no optimizer is distributed: there is no layout of buckets to write")
-    elif not dist.is_initialized() or dist.get_rank() == 0:
-        path = layout.write(request.report_dir)
-        say(f"megatron_ext: layout of the parameters in buckets written to {path}")
 
 
 def _check_hyperparameters() -> None:

@@ -158,17 +158,11 @@ CONTRACT = (
         reference="core/optimizer/distrib_optimizer.py:786; the shard of a parameter",
     ),
     HostName(
-        f"{CORE}.distrib_optimizer",
-        "DistributedOptimizer.sharded_param_state_dp_reshardable",
-        ("model_sharded_state_dict",),
-        reference="core/optimizer/distrib_optimizer.py:1828; the keys of buckets (buckets.py)",
-    ),
-    HostName(
         "megatron.core.distributed.param_and_grad_buffer",
         "_ParamAndGradBucket.__init__",
         ("offset", "numel_unpadded"),
         reference="core/distributed/param_and_grad_buffer.py:112; where a bucket lies in its "
-        "buffer, whose param_index_map says where the parameters are (buckets.py)",
+        "buffer, whose param_index_map says where the parameters are (saving.py)",
     ),
     HostName(
         f"{CORE}.optimizer",
@@ -270,12 +264,6 @@ CONTRACT = (
         "DistributedOptimizer.data_parallel_group",
         instance=True,
         reference="core/optimizer/distrib_optimizer.py:712; which rank reads a legacy file",
-    ),
-    HostName(
-        f"{CORE}.distrib_optimizer",
-        "DistributedOptimizer.data_parallel_group_idx",
-        instance=True,
-        reference="core/optimizer/distrib_optimizer.py:714; in the keys of buckets",
     ),
     HostName(
         f"{CORE}.distrib_optimizer",

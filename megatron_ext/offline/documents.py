@@ -21,7 +21,7 @@ class StatisticsDocument(TypedDict, total=False):
     """What ``inspect --moments`` adds.
 
     Attributes:
-        statistics: With --moments: one entry per tensor, in the order of the index or of --layout.
+        statistics: With --moments: one entry per tensor, in the order of the index.
         master_weights: With --moments: whether the master weights are the model's weights.
     """
 
@@ -49,8 +49,7 @@ class DiffDocument(_Differences, total=False):
     NaN and infinity are the strings nan, inf and -inf.
 
     Attributes:
-        distances: With --moments: the tensors that both have with the same key and shape, or the
-            parameters of --layout.
+        distances: With --moments: the tensors that both have with the same key and shape.
         master_weights: With --moments: of a and of b, whether the master weights are the model's
             weights.
     """

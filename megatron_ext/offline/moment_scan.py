@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from ..base.schema import Count, Real
-from ..checkpoint.bucket_layout import BucketLayout
 from ..checkpoint.state_keys import StateKey
-from ..checkpoint.store import INDEX, Store
+from ..checkpoint.store import Store
 from ..checkpoint.stored import StoredCheckpoint
-from ..errors import CheckpointError
 from .slabs import (
     Piece,
     Progress,
@@ -37,8 +32,7 @@ class TensorStatistics:
         optimizer: Number in the chain; None if the key does not hold it.
         state: ``exp_avg``, ``exp_avg_sq`` or ``param``.
         name: The parameter, or the bucket.
-        elements: Number of elements read: everything stored except bucket padding and, with a
-            layout, duplicate copies.
+        elements: Number of elements read: everything stored except bucket padding.
         norm: Square root of the sum of squares of the finite elements.
         largest: Largest absolute value of the finite elements; 0 if there are none.
         nonfinite: Number of NaN and infinite elements.
@@ -77,32 +71,26 @@ class TensorDistance:
     different: Count
 
 
-def scan(
-    stored: StoredCheckpoint,
-    progress: Progress | None = None,
-    layout: BucketLayout | None = None,
-) -> list[TensorStatistics]:
+def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[TensorStatistics]:
     """Compute the statistics of every moment and master weight.
 
     Args:
         stored: A torch_dist checkpoint.
         progress: Called with the number of bytes just read; their sum is `total_bytes`.
-        layout: Positions of the parameters in buckets; without it a bucket is one tensor.
 
     Returns:
-        One item per tensor, in the order of the index or of the layout.
+        One item per tensor, in the order of the index. A bucket is one tensor.
 
     Raises:
-        CheckpointError: The checkpoint has the legacy format, has no such tensors or is damaged,
-            or the layout belongs to another model.
+        CheckpointError: The checkpoint has the legacy format, has no such tensors or is damaged.
     """
     store, keys = require_moments(stored)
-    targets = _targets(stored, store, keys, layout)
+    targets = _targets(store, keys)
     sums = {found: [0, 0.0, 0.0, 0] for found in targets}
     # Each file is read from beginning to end.
     ordered = sorted(
         ((found, piece) for found, pieces in targets.items() for piece in pieces),
-        key=lambda t: (t[1].info.relative_path, t[1].info.offset, t[1].low),
+        key=lambda t: (t[1].info.relative_path, t[1].info.offset),
     )
     for target, piece in ordered:
         total = sums[target]
@@ -133,7 +121,6 @@ def distances(
     a: StoredCheckpoint,
     b: StoredCheckpoint,
     progress: Progress | None = None,
-    layout: BucketLayout | None = None,
 ) -> list[TensorDistance]:
     """Compute the distance between the moments and master weights of two checkpoints.
 
@@ -143,21 +130,16 @@ def distances(
         a: The first checkpoint.
         b: The second checkpoint.
         progress: Called with the number of bytes of `a` just compared.
-        layout: Positions of the parameters in the buckets of both; without it a bucket is one
-            tensor.
 
     Returns:
         One item per tensor that both have with the same shape.
 
     Raises:
-        CheckpointError: A checkpoint has the legacy format, has no such tensors or is damaged, or
-            the layout belongs to another model.
+        CheckpointError: A checkpoint has the legacy format, has no such tensors or is damaged.
     """
-    (store_a, keys_a), (store_b, keys_b) = require_moments(a), require_moments(b)
-    if layout is None:
-        keys_a = keys_b = common_keys(a, b)
-    targets_a = _targets(a, store_a, keys_a, layout)
-    targets_b = _targets(b, store_b, keys_b, layout)
+    (store_a, _), (store_b, _) = require_moments(a), require_moments(b)
+    keys = common_keys(a, b)
+    targets_a, targets_b = _targets(store_a, keys), _targets(store_b, keys)
     return [
         _distance(found, slab_pairs(store_a, pieces, store_b, targets_b[found], progress))
         for found, pieces in targets_a.items()
@@ -165,81 +147,13 @@ def distances(
     ]
 
 
-def _targets(
-    stored: StoredCheckpoint, store: Store, keys: dict[str, StateKey], layout: BucketLayout | None
-) -> dict[StateKey, list[Piece]]:
+def _targets(store: Store, keys: dict[str, StateKey]) -> dict[StateKey, list[Piece]]:
     """Return the tensors to scan, each with its pieces."""
     pieces = pieces_of(store, keys)
-    if layout is None:
-        return {
-            found: without_padding(pieces[key]) if found.bucket else pieces[key]
-            for key, found in keys.items()
-        }
-    _require_fit(stored, keys, layout)
-    targets = {found: pieces[key] for key, found in keys.items() if not found.bucket}
-    for state in dict.fromkeys(found.state for found in keys.values() if found.bucket):
-        sorted_pieces = {
-            key: sorted(pieces[key], key=lambda p: p.offset)
-            for key, found in keys.items()
-            if found.bucket and found.state == state
-        }
-        for name, parts in layout.unsharded():
-            number = keys[f"{parts[0][0]}.{state}"].optimizer
-            targets[StateKey(number, state, name, False)] = [
-                piece
-                for key, begin, end in parts
-                for piece in _range(store, f"{key}.{state}", sorted_pieces, begin, end)
-            ]
-    return targets
-
-
-def _require_fit(stored: StoredCheckpoint, keys: dict[str, StateKey], layout: BucketLayout) -> None:
-    """Raise unless the layout has the buckets of every state of the checkpoint."""
-    by_state: dict[str, dict[str, int]] = defaultdict(dict)
-    for key, found in keys.items():
-        if found.bucket:
-            by_state[found.state][key.removesuffix(f".{found.state}")] = math.prod(
-                stored.tensors[key] or ()
-            )
-    if not by_state:
-        raise CheckpointError(
-            f"--layout with {stored.directory}: expected dp_reshardable, whose moments are in "
-            f"buckets, found {stored.sharding_type}, which names the parameters itself. Leave "
-            "--layout out"
-        )
-    for state, elements in by_state.items():
-        if different := layout.misfits(elements):
-            raise CheckpointError(
-                f"--layout with {stored.directory}: expected the layout of the run that wrote "
-                f"it, found another one: of {state}, {different}. Write it with "
-                "--selective-dry-run --selective-report DIR and that run's model and parallel "
-                "sizes"
-            )
-
-
-def _range(
-    store: Store, key: str, pieces_of: dict[str, list[Piece]], begin: int, end: int
-) -> Iterator[Piece]:
-    """The parts of a bucket's pieces, in order, between two of its elements."""
-    pieces = pieces_of[key]
-    first = bisect.bisect_right(pieces, begin, key=lambda p: p.offset[0]) - 1
-    at = begin
-    for number in range(max(first, 0), len(pieces)):
-        piece = pieces[number]
-        (offset,), (size,) = piece.offset, piece.shape
-        if offset >= end:
-            break
-        low, high = max(begin, offset), min(end, offset + size)
-        if low != at:
-            break
-        if high > low:
-            yield dataclasses.replace(piece, part=(low - offset, high - offset))
-        at = high
-    if at != end:
-        raise CheckpointError(
-            f"{store.directory / INDEX}: expected pieces of {key} without a gap, found "
-            f"none for element {at}. The index is damaged: restore it or load another iteration"
-        )
+    return {
+        found: without_padding(pieces[key]) if found.bucket else pieces[key]
+        for key, found in keys.items()
+    }
 
 
 def _distance(

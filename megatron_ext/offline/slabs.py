@@ -29,31 +29,19 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """An item of the store, or a part of it.
+    """An item of the store.
 
     Args:
         key: Key of the tensor in the store.
         offset: Position of the item in the tensor.
         shape: Shape of the item.
         info: Its place in a file.
-        part: First element and one past the last of a one-dimensional item; None for all of it.
     """
 
     key: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     info: Any
-    part: tuple[int, int] | None = None
-
-    @property
-    def low(self) -> tuple[int, ...]:
-        """First corner of the part, in the item."""
-        return (0,) * len(self.shape) if self.part is None else (self.part[0],)
-
-    @property
-    def high(self) -> tuple[int, ...]:
-        """The opposite corner, one past the last."""
-        return self.shape if self.part is None else (self.part[1],)
 
 
 def common_keys(a: StoredCheckpoint, b: StoredCheckpoint) -> dict[str, StateKey]:
@@ -182,7 +170,7 @@ def slabs(store: Store, piece: Piece, progress: Progress | None) -> Iterator[tor
         return
     with store.open(piece.info, piece.key) as file:
         place = _place(file, piece)
-        for low, high in _boxes(place, piece.low, piece.high):
+        for low, high in _boxes(place, (0,) * len(piece.shape), piece.shape):
             values = _read_box(file, place, low, high)
             yield values.to(torch.float64).reshape(-1)
             if progress is not None:
@@ -194,7 +182,9 @@ def whole(store: Store, piece: Piece) -> torch.Tensor:
     if 0 in piece.shape:
         return torch.empty(0)
     with store.open(piece.info, piece.key) as file:
-        return _read_box(file, _place(file, piece), piece.low, piece.high).reshape(-1)
+        return _read_box(file, _place(file, piece), (0,) * len(piece.shape), piece.shape).reshape(
+            -1
+        )
 
 
 def _boxes(
@@ -243,9 +233,9 @@ def slab_pairs(
     progress: Progress | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the same parts of a tensor in two checkpoints, which may be cut differently."""
-    by_cut = {(p.key, p.offset, p.shape, p.part): p for p in pieces_b}
+    by_cut = {(p.key, p.offset, p.shape): p for p in pieces_b}
     for a in pieces_a:
-        alike = by_cut.get((a.key, a.offset, a.shape, a.part))
+        alike = by_cut.get((a.key, a.offset, a.shape))
         for b in [p for p in pieces_b if p.key == a.key] if alike is None else (alike,):
             yield from _common_slabs(store_a, a, store_b, b, progress)
 
@@ -254,8 +244,8 @@ def _common_slabs(
     store_a: Store, a: Piece, store_b: Store, b: Piece, progress: Progress | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the overlap of two pieces of a tensor, flat and in float64."""
-    low = tuple(map(max, _plus(a.offset, a.low), _plus(b.offset, b.low)))
-    high = tuple(map(min, _plus(a.offset, a.high), _plus(b.offset, b.high)))
+    low = tuple(map(max, a.offset, b.offset))
+    high = tuple(map(min, _plus(a.offset, a.shape), _plus(b.offset, b.shape)))
     if any(begin >= end for begin, end in zip(low, high, strict=True)):
         return
     with store_a.open(a.info, a.key) as file_a, store_b.open(b.info, b.key) as file_b:

@@ -24,6 +24,12 @@ _MODEL_PARALLEL = {
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
     "expert_model_parallel_size": "--expert-model-parallel-size",
 }
+#: How a checkpoint that stores state by position becomes one that names it.
+_WAY_OUT = (
+    "convert a dp_reshardable checkpoint (python -m megatron_ext convert SOURCE TARGET --to "
+    "fully_reshardable), or resume once as it was saved, save with --ckpt-format torch_dist "
+    "--dist-ckpt-optim-fully-reshardable"
+)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,7 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "
             f"--use-distributed-optimizer and this run is {names[not saved_kind]} it: their states "
             f"have different forms in a {stored.sharding_type or stored.format} checkpoint. Give "
-            "the flag as it was, or resume once as it was saved, save with --ckpt-format "
-            "torch_dist --dist-ckpt-optim-fully-reshardable, and then change it"
+            f"the flag as it was, or {_WAY_OUT}, and then change it"
         )
     yield from _layout_problems(stored, args)
 
@@ -136,8 +141,7 @@ def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
     if changed and is_by_position(stored):
         yield (
             f"{', '.join(changed)}: a {kind} checkpoint cannot be loaded into another parallel "
-            f"layout ({stored.directory}). Resume once as it was saved, save with --ckpt-format "
-            "torch_dist --dist-ckpt-optim-fully-reshardable, and then change the layout"
+            f"layout ({stored.directory}). Load a copy: {_WAY_OUT}, and then change the layout"
         )
 
 

@@ -48,6 +48,7 @@ def unnamed(asked: ParameterMap) -> PlanError:
         f"{', '.join(asked.operations())}: the checkpoint's optimizer state does not name "
         "parameters (dp_reshardable and legacy torch store it by position), so that it cannot be "
         "mapped; expected --ckpt-format torch_dist with --dist-ckpt-optim-fully-reshardable, or "
-        "without the distributed optimizer. Run the configuration of the checkpoint for one more "
-        "save with these flags, and resume from that"
+        "without the distributed optimizer. Convert a dp_reshardable checkpoint: python -m "
+        "megatron_ext convert SOURCE TARGET --to fully_reshardable; for legacy torch run its "
+        "configuration for one more save with these flags. Resume from the new one"
     )

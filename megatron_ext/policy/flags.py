@@ -191,9 +191,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-dry-run",
         action="store_true",
         help="Build and load everything, log the plan and the changes, and exit with status 0 "
-        "before the first step, without saving a checkpoint. With --selective-report it also "
-        "writes parameter-layout.json, the positions of the parameters in the buckets of a "
-        "dp_reshardable checkpoint, for `megatron_ext inspect --moments --layout`.",
+        "before the first step, without saving a checkpoint.",
     )
     group.add_argument(
         "--no-selective-guard",

@@ -24,8 +24,9 @@ from .parameters import Held, held_parameters, names_of
 _BY_POSITION = (
     "This format stores the state by position: it is that of other parameters if others were "
     "frozen then, or the model was another one. Else the weights were edited after the save, or a "
-    "file is damaged. Run the model of the checkpoint for one more save with --ckpt-format "
-    "torch_dist --dist-ckpt-optim-fully-reshardable; a resume from that one names what is new, and "
+    "file is damaged. `python -m megatron_ext convert SOURCE TARGET --to fully_reshardable` copies "
+    "a dp_reshardable checkpoint with names (for legacy torch: one more save of the old model with "
+    "--dist-ckpt-optim-fully-reshardable); a resume from that one names what is new, and "
     "--selective-new-parameters takes it."
 )
 #: The same if the state has the parameters' names.

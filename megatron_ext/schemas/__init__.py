@@ -7,8 +7,6 @@ read what mypy holds the writers to.
 from __future__ import annotations
 
 from ..base.schema import Versioned
-from ..checkpoint import bucket_layout
-from ..checkpoint.bucket_layout import LayoutDocument
 from ..cli import env_document
 from ..cli.env_document import EnvDocument
 from ..offline import documents, plan_document
@@ -26,7 +24,6 @@ def generated() -> dict[str, str]:
     found = {
         "resume-policy": document("megatron_ext/resume-policy", PolicyDocument),
         "resume-report": document(resume_report.SCHEMA, ReportDocument),
-        "parameter-layout": document(bucket_layout.SCHEMA, LayoutDocument),
         "inspect": document(
             documents.INSPECT,
             Versioned,

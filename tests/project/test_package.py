@@ -29,7 +29,6 @@ PURE = (
     "base.placement",
     "rules",
     "checkpoint.state",
-    "checkpoint.bucket_layout",
     "policy",
     "plan.decisions",
     "plan.groups",

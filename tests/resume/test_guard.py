@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.cli import main
 from megatron_ext.resume.guard import GroupValues, wrong_hyperparameters, wrong_moments
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
@@ -187,25 +185,3 @@ def test_a_dry_run_ends_before_the_first_step(runs: Runs) -> None:
     assert ">   max_lr: using argument value 3e-05 (checkpoint 0.0003" in run.ranks[0]
     assert " > first resumed step, optimizer 0 group 0: learning rate" in run.ranks[0]
     assert not runs.checkpoint("dry run").exists()
-
-
-@pytest.mark.e2e
-@pytest.mark.matrix
-@needs_training
-@pytest.mark.reads("dry run")
-def test_a_dry_run_says_where_the_parameters_lie(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = ok(runs["dry run"])
-    file = runs.checkpoint("dry run").parent / "report" / "parameter-layout.json"
-    assert f"megatron_ext: layout of the parameters in buckets written to {file}" in run.ranks[0]
-    phase_1 = str(runs.checkpoint("phase 1"))
-    assert main(["inspect", phase_1, "--moments", "--layout", str(file), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["sharding_type"] == "dp_reshardable"
-    sizes = {s["name"]: s["elements"] for s in found["statistics"] if s["state"] == "exp_avg"}
-    # 2 layers, hidden 32, ffn 64, 128 tokens, 16 positions.
-    assert sizes["embedding.word_embeddings.weight"] == 128 * 32
-    assert sizes["decoder.layers.1.mlp.linear_fc1.weight"] == 64 * 32
-    assert len(found["statistics"]) == 3 * len(sizes)
-    assert not any("bucket" in name for name in sizes)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ext.offline.convert import convert
 from tests.conftest import FIRST, STEPS
 from tests.support.cells import chosen
 from tests.support.harness import Layout
@@ -343,6 +344,22 @@ def test_state_that_is_left_behind_is_named(stock: RankPool, ext: RankPool, tmp_
     }
     (line,) = [line for line in found["lines"] if "left behind, frozen" in line]
     assert f"{len(left)} ({sum(left.values())} elements): " in line
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_without_names_is_converted_and_then_mapped(
+    stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    """The way out that the refusals name."""
+    cell = CELLS["thaw, 2 ranks"]
+    buckets = replace(cell, before=replace(cell.before, format="dp_reshardable"))
+    arguments, saved = both_phases(buckets, stock, tmp_path)
+    arguments["directory"] = str(tmp_path / "converted")
+    convert(tmp_path / "phase 1", tmp_path / "converted", to="fully_reshardable")
+    found = ext.run("tests.support.mapped_cases:resumed", 2, **arguments, more=MORE)[0]
+    after = {"layout": cell.after, "hyper": FIRST}
+    wanted = expected(cell, saved, stock.run("tests.support.mapped_stock:fresh", 2, **after)[0])
+    assert_same(found["loaded"], wanted)
 
 
 #: Layouts, policy, and what the error of every rank has to say.
