@@ -23,12 +23,15 @@ BYTES_PER_RANK = 40
 #: Stands in for the digest of a rank that compares nothing or has none.
 _NO_DIGEST = "0" * 32
 
+#: Stands in for the digest of a rank that has nothing to decide; it never is the largest.
+_NOTHING = -(1 << 62)
+
 #: Value of the last of the five integers if a rank failed; 1 stands for `flag`, 0 for neither.
 _FAILED = 2
 
 
 def agree(
-    what: str, digest: str, error: MegatronExtError | None = None, *, flag: bool = False
+    what: str, digest: str | None, error: MegatronExtError | None = None, *, flag: bool = False
 ) -> bool:
     """Compare a digest over all ranks and raise on every rank if it differs or a rank failed.
 
@@ -37,7 +40,8 @@ def agree(
 
     Args:
         what: What is agreed on, for the message.
-        digest: Hex string of at least 32 digits that identifies this rank's decisions.
+        digest: Hex string of at least 32 digits that identifies this rank's decisions; None if it
+            has nothing to decide.
         error: Why this rank cannot go on, or None.
         flag: A boolean that is combined by OR over the ranks in the same collective.
 
@@ -53,18 +57,22 @@ def agree(
         if error is not None:
             raise error
         return flag
-    digest = digest if error is None else _NO_DIGEST
-    high, low = (int(digest[i : i + 15], 16) for i in (0, 15))
+    shown = digest if error is None else _NO_DIGEST
     # With MAX over (x, -x) all ranks hold the same x if and only if max(x) == -max(-x).
+    parts = [_NOTHING] * 4
+    if shown is not None:
+        high, low = (int(shown[i : i + 15], 16) for i in (0, 15))
+        parts = [high, -high, low, -low]
     probe = torch.tensor(
-        [high, -high, low, -low, _FAILED if error is not None else int(flag)],
+        [*parts, _FAILED if error is not None else int(flag)],
         dtype=torch.int64,
         device=device(),
     )
     dist.all_reduce(probe, op=dist.ReduceOp.MAX)
     high_max, high_min, low_max, low_min, most = probe.tolist()
-    if most == _FAILED or high_max != -high_min or low_max != -low_min:
-        _raise_on_every_rank(what, digest, error)
+    differ = high_max != _NOTHING and (high_max != -high_min or low_max != -low_min)
+    if most == _FAILED or differ:
+        _raise_on_every_rank(what, shown, error)
     return bool(most)
 
 
@@ -123,9 +131,9 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None) -> None:
+def _raise_on_every_rank(what: str, digest: str | None, error: MegatronExtError | None) -> None:
     mine = (digest, None if error is None else f"{type(error).__name__}: {error}")
-    everyone: list[tuple[str, str | None]] = [mine] * dist.get_world_size()
+    everyone: list[tuple[str | None, str | None]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if error is not None:
         raise error
@@ -140,7 +148,8 @@ def _raise_on_every_rank(what: str, digest: str, error: MegatronExtError | None)
         )
     camps: dict[str, list[int]] = {}
     for rank, (other, _) in enumerate(everyone):
-        camps.setdefault(other, []).append(rank)
+        if other is not None:
+            camps.setdefault(other, []).append(rank)
     listing = "\n".join(
         f"  ranks {first_of([str(rank) for rank in ranks])}: plan {d[:12]}"
         for d, ranks in camps.items()

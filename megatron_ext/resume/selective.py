@@ -77,6 +77,7 @@ class Selective:
         """Make the plan; raise on every rank unless all ranks made the same one."""
         load = self.resume.enter("plan", self)
         plan, work, error = None, None, None
+        digest: str | None
         found: tuple[resized.ResizedParameter, ...] = ()
         try:
             saved = read_optimizer(state_dict)
@@ -97,6 +98,9 @@ class Selective:
         except MegatronExtError as e:
             error = e
         digest = "" if plan is None else plan.digest()
+        if plan is not None and not any(g["params"] for g in self.optimizer.param_groups):
+            # A stage that trains nothing never steps, so that its checkpoint has no step.
+            digest = None
         if agree(f"resume of {kind_of(self)}", digest, error, flag=bool(found)):
             found = tuple(sorted({one for of_rank in gather(found) for one in of_rank}))
         assert plan is not None

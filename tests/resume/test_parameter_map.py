@@ -148,6 +148,13 @@ CELLS = {
     "freeze one layer, not distributed": Cell(
         PLAIN, replace(PLAIN, trained=r"layers\.1\."), "{}", same
     ),
+    "a stage that trains nothing": Cell(
+        replace(FULL, format="dp_reshardable", pp=2, trained="output_layer"),
+        replace(FULL, format="dp_reshardable", pp=2, trained="output_layer"),
+        "{}",
+        same,
+        (2, 2),
+    ),
     "mtp added": Cell(
         replace(FULL, rope=True), replace(FULL, mtp=1), policy(new=["mtp.*"]), new("^mtp")
     ),
@@ -269,7 +276,7 @@ def test_the_state_is_where_it_belongs(
 
 @pytest.mark.ranks
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
-    assert len(CELLS) == 32
+    assert len(CELLS) == 33
     assert len(RAN) == len(set(RAN)) == chosen(request, test_the_state_is_where_it_belongs)
 
 
