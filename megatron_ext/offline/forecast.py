@@ -118,7 +118,7 @@ class _Forecaster:
         mapped = (
             Mapped()
             if phase is None
-            else forecast_parameters(stored, now, phase.policy, self.found)
+            else forecast_parameters(stored, self.before, now, phase.policy, self.found)
         )
         scheduler, after = self._scheduler(policy, values, dropped)
         curves = curves_of(

@@ -29,13 +29,14 @@ _NOTE = (
 
 
 def forecast_parameters(
-    stored: StoredCheckpoint, now: Any, policy: ResumePolicy, found: Findings
+    stored: StoredCheckpoint, before: Any, now: Any, policy: ResumePolicy, found: Findings
 ) -> Mapped:
     """Plan the sources of the resumed model's parameters.
 
     Args:
         stored: The checkpoint. Its index is read, but no tensor.
-        now: Megatron's arguments of the resumed run.
+        before: Megatron's arguments of the checkpoint's run.
+        now: Those of the resumed run.
         policy: The policy of the resume.
         found: Receives the error for which the run would be refused, and a note.
     """
@@ -45,7 +46,7 @@ def forecast_parameters(
         getattr(now, "transformer_impl", None) == "local",
         bool(getattr(now, "moe_grouped_gemm", False)),
     )
-    wanted = list(_wanted(stored.tensors, now))
+    wanted = list(_wanted(stored.tensors, before, now))
     # A pattern may match what only the script adds.
     planned = found.tried(
         lambda: plan_map(
@@ -58,17 +59,24 @@ def forecast_parameters(
     return mapped
 
 
-def _wanted(shapes: Mapping[str, tuple[int, ...] | None], now: Any) -> Iterator[Wanted]:
-    layers = getattr(now, "num_layers", None)
-    tied = not getattr(now, "untie_embeddings_and_output_weights", False)
+def _wanted(
+    shapes: Mapping[str, tuple[int, ...] | None], before: Any, now: Any
+) -> Iterator[Wanted]:
+    def changed(name: str) -> tuple[Any, Any] | None:
+        both = getattr(before, name, None), getattr(now, name, None)
+        return both if both[0] != both[1] else None
+
+    layers = None if changed("num_layers") is None else now.num_layers
+    tie = changed("untie_embeddings_and_output_weights")
+    without_mtp = changed("mtp_num_layers") is not None and not now.mtp_num_layers
     for key, shape in shapes.items():
         split = kind_and_key(key) if shape is not None else None
         if split is None or shape is None or "/" in key:
             continue
         kind, model_key = split
-        if model_key == _OUTPUT and tied:
+        if model_key == _OUTPUT and tie is not None and not tie[1]:
             continue
-        if model_key.startswith("mtp.") and not getattr(now, "mtp_num_layers", None):
+        if model_key.startswith("mtp.") and without_mtp:
             continue
         one = _of_all_layers(kind, key, model_key, shape, layers)
         number = _NUMBERED.match(model_key)
@@ -76,7 +84,7 @@ def _wanted(shapes: Mapping[str, tuple[int, ...] | None], now: Any) -> Iterator[
             yield one
         if number is not None and number[1] == "0":
             yield from _further_layers(one, shapes, layers)
-        if model_key == _EMBEDDING and not tied and _OUTPUT not in shapes:
+        if model_key == _EMBEDDING and tie is not None and tie[1] and _OUTPUT not in shapes:
             prefix = key.removesuffix(_EMBEDDING)
             yield replace(one, key=prefix + _OUTPUT, base=_OUTPUT)
 

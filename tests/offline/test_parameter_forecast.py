@@ -26,18 +26,22 @@ FULL = Layout(format="fully_reshardable")
 
 
 def planned(
-    stored: StoredCheckpoint, parameters: ParameterMap | None = None, **args: Any
+    stored: StoredCheckpoint,
+    parameters: ParameterMap | None = None,
+    *,
+    tied: bool = False,
+    **args: Any,
 ) -> tuple[Mapped, list[MegatronExtError], list[str]]:
-    values = {
+    before = {
         "num_layers": 2,
-        "untie_embeddings_and_output_weights": True,
+        "untie_embeddings_and_output_weights": not tied,
         "mtp_num_layers": None,
         "transformer_impl": "local",
-        **args,
     }
+    now = {**before, **args}
     found = Findings()
     policy = ResumePolicy(parameters=parameters or ParameterMap())
-    mapped = forecast_parameters(stored, Namespace(**values), policy, found)
+    mapped = forecast_parameters(stored, Namespace(**before), Namespace(**now), policy, found)
     return mapped, found.errors, found.notes
 
 
@@ -95,10 +99,12 @@ def test_a_tied_and_an_untied_output_layer(
     _, errors, _ = planned(stored, untie_embeddings_and_output_weights=False)
     assert "in the checkpoint only: output_layer.weight" in str(errors)
     tied = open_checkpoint(checkpoints.phase_1(replace(FULL, tied=True), 1)[0])
-    _, errors, _ = planned(tied)
+    untied = {"untie_embeddings_and_output_weights": True}
+    assert planned(tied, tied=True) == (Mapped(), [], [])
+    _, errors, _ = planned(tied, tied=True, **untied)
     assert "output_layer.weight (weights and moments are missing)" in str(errors)
     untie = ParameterMap(copies=(Copy("output_layer.weight", "embedding.word_embeddings.weight"),))
-    mapped, errors, _ = planned(tied, untie)
+    mapped, errors, _ = planned(tied, untie, tied=True, **untied)
     assert errors == []
     assert [(c.name, c.source) for c in mapped.copied] == [
         ("output_layer.weight", "embedding.word_embeddings.weight")
