@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ext.offline.convert import convert
 from tests.conftest import FIRST, STEPS
-from tests.support.cells import chosen
+from tests.support.cells import chosen, of_every_version
 from tests.support.harness import Layout
 from tests.support.pool import RankPool
 
@@ -201,6 +201,8 @@ CELLS = {
         (1, 2),
     ),
 }
+#: With the older versions of Megatron too.
+EVERY_VERSION = ("thaw, 2 ranks", "deeper, 2 ranks, gated", "distributed on", "freeze one layer")
 RAN: list[str] = []
 
 
@@ -234,7 +236,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", of_every_version(CELLS, EVERY_VERSION))
 def test_the_state_is_where_it_belongs(
     name: str, stock: RankPool, ext: RankPool, tmp_path: Path
 ) -> None:
