@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .state_keys import parse_state_key
 
@@ -43,6 +44,11 @@ class Style:
 
     local: bool = False
     grouped: bool = False
+
+    @classmethod
+    def of_arguments(cls, args: Mapping[str, Any]) -> Style:
+        """Return the style of a run with these arguments of Megatron."""
+        return cls(args.get("transformer_impl") == "local", bool(args.get("moe_grouped_gemm")))
 
 
 @dataclass(frozen=True)

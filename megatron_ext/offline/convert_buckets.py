@@ -54,10 +54,7 @@ def write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tup
     values = _common(store)
     buckets = buckets_of(store)
     reader = Reader(store, buckets)
-    style = Style(
-        stored.args.get("transformer_impl") == "local", bool(stored.args.get("moe_grouped_gemm"))
-    )
-    weights = weights_of(store, style)
+    weights = weights_of(store, Style.of_arguments(stored.args))
     places = find(store, buckets, reader, weights)
     _require_whole(store, places, weights)
     pieces: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = defaultdict(list)

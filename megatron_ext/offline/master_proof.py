@@ -15,9 +15,9 @@ import torch
 
 from ..base.schema import Count, Real
 from ..checkpoint.names import MASTER, kind_and_key
-from ..checkpoint.state_keys import StateKey, state_dtype
+from ..checkpoint.state_keys import state_dtype
 from ..checkpoint.stored import StoredCheckpoint
-from .slabs import Progress, pieces_of, slab_pairs
+from .slabs import Progress, pieces_of, slab_pairs, total_bytes
 
 #: The dtypes in which Megatron stores a model's weights.
 _ROUNDED = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,7 +66,7 @@ def masters_of(stored: StoredCheckpoint) -> dict[str, str]:
 
 def bytes_of(stored: StoredCheckpoint) -> int:
     """Compute how many bytes of master weights will be read."""
-    return sum(4 * _numel(stored.tensors[key]) for key in masters_of(stored))
+    return total_bytes(stored, masters_of(stored))
 
 
 def prove(stored: StoredCheckpoint, progress: Progress | None = None) -> MasterProof:
@@ -83,8 +83,7 @@ def prove(stored: StoredCheckpoint, progress: Progress | None = None) -> MasterP
     if stored.store is None or not keys:
         return MasterProof(0, ())
     entries: Mapping[str, Any] = stored.store.index.state_dict_metadata
-    both = [*keys, *keys.values()]
-    pieces = pieces_of(stored.store, {key: StateKey(None, "", key, False) for key in both})
+    pieces = pieces_of(stored.store, [*keys, *keys.values()])
     compared, differences = 0, []
     for master, weight in keys.items():
         dtype = state_dtype(entries[weight])
@@ -128,7 +127,3 @@ def explain(stored: StoredCheckpoint, proof: MasterProof) -> Sequence[str]:
             "stops; if only the weights were edited, pass --selective-master-weights model"
         )
     return lines
-
-
-def _numel(shape: tuple[int, ...] | None) -> int:
-    return 0 if shape is None else int(torch.Size(shape).numel())

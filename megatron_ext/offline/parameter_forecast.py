@@ -6,6 +6,7 @@ the number of layers, tied embeddings, MTP. Only the script knows other modules 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -40,12 +41,9 @@ def forecast_parameters(
         policy: The policy of the resume.
         found: Receives the error for which the run would be refused, and a note.
     """
-    if stored.format == "torch" or is_by_position(stored):
+    if is_by_position(stored):
         return Mapped()
-    style = Style(
-        getattr(now, "transformer_impl", None) == "local",
-        bool(getattr(now, "moe_grouped_gemm", False)),
-    )
+    style = Style.of_arguments(vars(now))
     wanted = list(_wanted(stored.tensors, before, now))
     # A pattern may match what only the script adds.
     planned = found.tried(
@@ -96,11 +94,9 @@ def _of_all_layers(
     axes, own = shape[:count], shape[count:]
     if axes and layers is not None and model_key.startswith("decoder.layers."):
         axes = (layers, *axes[1:])
-    leads: list[tuple[int, ...]] = [()]
-    for length in axes:
-        leads = [(*lead, i) for lead in leads for i in range(length)]
+    leads = tuple(itertools.product(*map(range, axes)))
     vocabulary = model_key in (_EMBEDDING, _OUTPUT)
-    return Wanted(kind, key, model_key, "", axes, own, vocabulary, tuple(leads))
+    return Wanted(kind, key, model_key, "", axes, own, vocabulary, leads)
 
 
 def _further_layers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -15,14 +14,13 @@ from ..checkpoint.state_keys import StateKey, parse_state_key, state_dtype
 from ..checkpoint.store import INDEX, Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
+from .bucket_edges import ALIGNMENT
 
 #: Bytes of a piece that are read at once. With the float64 copy and temporaries, at most ten times
 #: as much memory is used.
 SLAB_BYTES = 16 << 20
 #: The scanned states. ``fp32_param`` is the master weight without a distributed optimizer.
 STATES = ("exp_avg", "exp_avg_sq", "param", "fp32_param")
-#: Parameters begin at multiples of this in a bucket.
-_ALIGNMENT = 64
 #: Function that is called with the number of bytes of elements read since the last call.
 Progress = Callable[[int], None]
 
@@ -104,9 +102,9 @@ def require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKey
 
 def pieces_of(store: Store, keys: Collection[str]) -> dict[str, list[Piece]]:
     """Return the pieces of the tensors, each with its place in a file."""
-    places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
+    places: dict[str, dict[tuple[int, ...], Any]] = {key: {} for key in keys}
     for index, info in store.index.storage_data.items():
-        if index.fqn in keys:
+        if index.fqn in places:
             places[index.fqn][tuple(index.offset or ())] = info
     pieces: dict[str, list[Piece]] = {}
     for key in keys:
@@ -138,8 +136,8 @@ def without_padding(pieces: Sequence[Piece]) -> list[Piece]:
     for piece in sorted(pieces, key=lambda p: p.offset):
         (begin,), (size,) = piece.offset, piece.shape
         shard_begins = before is None or writer_of(before) != writer_of(piece)
-        to_the_next = size < _ALIGNMENT and (begin + size) % _ALIGNMENT == 0
-        if begin % _ALIGNMENT == 0 or (shard_begins and not to_the_next):
+        to_the_next = size < ALIGNMENT and (begin + size) % ALIGNMENT == 0
+        if begin % ALIGNMENT == 0 or (shard_begins and not to_the_next):
             kept.append(piece)
         before = piece
     return kept

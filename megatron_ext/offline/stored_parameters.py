@@ -146,7 +146,7 @@ def _place(
 
 def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> Iterator[Named]:
     """Yield the parameters of checkpoint keys that have lost the optimizer's prefix."""
-    style = names.Style(args.get("transformer_impl") == "local", bool(args.get("moe_grouped_gemm")))
+    style = names.Style.of_arguments(args)
     for key, shape in shapes.items():
         if key.endswith(_HALVES[1]) and key[:-2] + _HALVES[0] in shapes:
             continue

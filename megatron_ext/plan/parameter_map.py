@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..base.text import first_of
+from ..base.text import MAX_NAMED, first_of
 from ..checkpoint.names import MASTER, OBJECT, WEIGHTS, Place, Style, index, name_of, object_name
 from ..errors import CheckpointError, MegatronExtError, PlanError
 from ..policy.match import Match, MomentRule
@@ -62,7 +62,6 @@ class _Planner:
         self.kinds = {kind for kind, _ in self.places}
         self.sources: dict[tuple[str, str, tuple[int, ...]], Place | None] = {}
         self.used: set[tuple[str, str]] = set()
-        self.used_keys: set[str] = set()
         #: Name -> kind -> number of elements of what is missing.
         self.lacking: dict[str, dict[str, int]] = {}
         self.changed: dict[str, str] = {}
@@ -81,8 +80,9 @@ class _Planner:
         error = self._error(refused, unknown, strict)
         if error is not None:
             raise error
+        used_keys = {self.places[one].key for one in self.used}
         partial = any(
-            place.axes and place.key in self.used_keys and one not in self.used
+            place.axes and place.key in used_keys and one not in self.used
             for one, place in self.places.items()
         )
         copied = sorted(
@@ -114,7 +114,6 @@ class _Planner:
             lacking[one.kind] = lacking.get(one.kind, 0) + math.prod(one.shape)
         else:
             self.used.add((kind, source + one.suffix))
-            self.used_keys.add(place.key)
             if (place.key, place.lead, place.axes) == (one.key, lead, one.axes):
                 return
         self.sources[one.kind, one.key, lead] = place
@@ -250,8 +249,8 @@ def _lack(name: str, kinds: Mapping[str, int]) -> str:
 
 
 def _some(names: Sequence[str]) -> list[str]:
-    more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
-    return [*names[:8], *more]
+    more = [f"and {len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
+    return [*names[:MAX_NAMED], *more]
 
 
 def _useless(patterns: Sequence[str], asked: ParameterMap, names: Sequence[str]) -> str:

@@ -22,9 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from ..checkpoint.names import OBJECT, Place, kind_and_key
 from ..plan.mapped import Mapped
-from .vocabulary import walk
-
-Path = tuple[Any, ...]
+from .paths import Path, put_at, value_at, walk
 
 
 @dataclass(frozen=True)
@@ -80,18 +78,18 @@ class Rewritten:
             now, waiting = _first_of_each_key(waiting)
             found = load({"later": {str(i): e for i, e in enumerate(now.values())}})["later"]
             for number, path in enumerate(now):
-                _put(state_dict, path, found[str(number)])
+                put_at(state_dict, path, found[str(number)])
         for path, of in self.duplicates:
-            value = _get(state_dict, of)
+            value = value_at(state_dict, of)
             same = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-            _put(state_dict, path, same)
+            put_at(state_dict, path, same)
         for path, shape in self.shapes.items():
-            _put(state_dict, path, _get(state_dict, path).view(shape))
+            put_at(state_dict, path, value_at(state_dict, path).view(shape))
         for path in reversed(self.lists):
-            found = _get(state_dict, path)
-            _put(state_dict, path, [found[i] for i in range(len(found))])
+            found = value_at(state_dict, path)
+            put_at(state_dict, path, [found[i] for i in range(len(found))])
         for path, factory in self.merges:
-            _put(state_dict, path, factory.merge_fn(_get(state_dict, path)))
+            put_at(state_dict, path, factory.merge_fn(value_at(state_dict, path)))
 
 
 def rewrite(state_dict: Any, mapped: Mapped) -> Rewritten:
@@ -111,7 +109,7 @@ def rewrite(state_dict: Any, mapped: Mapped) -> Rewritten:
             _open_factory(state_dict, path, entry, mapped, out)
     for path, entry in list(walk(state_dict)):
         if isinstance(entry, ShardedTensor | ShardedObject):
-            _put(state_dict, path, _rewritten(entry, mapped, path, out))
+            put_at(state_dict, path, _rewritten(entry, mapped, path, out))
     return out
 
 
@@ -134,12 +132,12 @@ def separate(state_dict: Any, out: Rewritten) -> None:
             out.duplicates.append((path, known))
         else:
             out.later[path] = entry
-        _put(state_dict, path, LocalNonpersistentObject(None))
+        put_at(state_dict, path, LocalNonpersistentObject(None))
     for path, value in list(_lists(state_dict)):
         # Only lists of equal length can be merged (core/dist_checkpointing/dict_utils.py:228).
         if any(isinstance(e, LocalNonpersistentObject) for _, e in walk(value)):
             out.lists.append(path)
-            _put(state_dict, path, dict(enumerate(value)))
+            put_at(state_dict, path, dict(enumerate(value)))
 
 
 def _open_factory(
@@ -149,9 +147,9 @@ def _open_factory(
     built = factory.build()
     sources = [_source(part, mapped) for _, part in walk({"": built})]
     if any(found and place is None for found, place in sources):
-        _put(state_dict, path, LocalNonpersistentObject(factory.data))
+        put_at(state_dict, path, LocalNonpersistentObject(factory.data))
     else:
-        _put(state_dict, path, built)
+        put_at(state_dict, path, built)
         out.merges.append((path, factory))
 
 
@@ -212,15 +210,3 @@ def _lists(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for key, inner in items:
         if isinstance(inner, dict | list):
             yield from _lists(inner, (*path, key))
-
-
-def _get(value: Any, path: Path) -> Any:
-    for step in path:
-        value = value[step]
-    return value
-
-
-def _put(value: Any, path: Path, new: Any) -> None:
-    for step in path[:-1]:
-        value = value[step]
-    value[path[-1]] = new

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -22,7 +22,7 @@ from ..plan.mapped import Mapped, Wanted
 from ..plan.parameter_map import plan_map
 from ..policy.match import MomentRule
 from ..policy.parameter_map import ParameterMap
-from .vocabulary import walk
+from .paths import walk
 
 #: A grouped weight or bias of TE's experts, with the expert's number.
 _GROUPED = re.compile(r"\.experts\.linear_fc\d\.(?:weight|bias)\d+$")
@@ -55,10 +55,10 @@ def plan_for(
     """
     entries = list(_tensors(state_dict))
     mains = (e for e in entries if _first_moment(e.key) and is_main_replica(e.replica_id))
-    elements = sum(_numel(e.local_shape) for e in mains)
+    elements = sum(math.prod(e.local_shape) for e in mains)
     known = bool(stored) and all(_is_there(e, stored) for e in entries)
     requested, problems = ranks.total([elements, int(not known)])
-    moments = sum(_numel(shape) for key, shape in stored.items() if _first_moment(key))
+    moments = sum(math.prod(s) for key, s in stored.items() if s is not None and _first_moment(key))
     if not problems and requested == moments and not asked:
         return Mapped()
     mine = (list(_wanted(state_dict)), _style(chunks)) if stored else None
@@ -132,10 +132,6 @@ def _is_there(entry: Any, stored: Mapping[str, tuple[int, ...] | None]) -> bool:
 def _first_moment(key: str) -> bool:
     state = parse_state_key(key)
     return state is not None and not state.bucket and state.state == "exp_avg"
-
-
-def _numel(shape: tuple[int, ...] | None) -> int:
-    return 0 if shape is None else int(torch.Size(shape).numel())
 
 
 def _style(chunks: Sequence[Any]) -> Style:

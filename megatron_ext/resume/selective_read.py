@@ -19,8 +19,8 @@ from ..plan.matching import overwritten
 from ..plan.parameters import Parameter
 from ..rules.form import Key
 from .parameters import held_parameters, locate_parameters
+from .paths import value_at, walk
 from .steps import is_adam, is_hybrid
-from .vocabulary import walk
 
 #: Attribute of a marked entry. The copies that Megatron makes for other ranks do not have it.
 _MARK = "megatron_ext_overwritten"
@@ -121,10 +121,7 @@ def remove_marked(state_dict: Any, *, whole: bool) -> RemovedEntries:
         asked = {e.key for _, e in entries if hasattr(e, "key") and not hasattr(e, _MARK)}
         found = [(path, e) for path, e in found if e.key not in asked]
     for path, _ in found:
-        container = state_dict
-        for step in path[:-1]:
-            container = container[step]
-        del container[path[-1]]
+        del value_at(state_dict, path[:-1])[path[-1]]
     return RemovedEntries(found)
 
 

@@ -11,7 +11,7 @@ before the load and writes them into its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import CheckpointError
 from ..plan.resized import RowChange
+from .paths import value_at, walk
 
 #: Key prefix of state that is stored by bucket, which fits only one number of rows.
 _BY_BUCKET = "optimizer.distributed."
@@ -91,9 +92,7 @@ class Resized:
                 place.
         """
         for path, first, rows in self.kept:
-            found = state_dict
-            for step in path:
-                found = found[step]
+            found = value_at(state_dict, path)
             found[first:] = rows.to(found)
 
 
@@ -199,15 +198,3 @@ def _compare(entry: Any, saved: tuple[int, ...] | None) -> RowChange | None:
     rows = entry.local_shape[0]
     first_new = min(max(saved[axis] - entry.global_offset[axis], 0), rows)
     return RowChange(entry.key, saved[axis], now[axis], first_new)
-
-
-def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield every entry of a sharded state dict with its path."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from walk(inner, (*path, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from walk(inner, (*path, index))
-    else:
-        yield path, value

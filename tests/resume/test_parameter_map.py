@@ -235,13 +235,11 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize("name", of_every_version(CELLS, EVERY_VERSION))
-def test_the_state_is_where_it_belongs(
-    name: str, stock: RankPool, ext: RankPool, tmp_path: Path
-) -> None:
-    cell = CELLS[name]
-    here = str(tmp_path / "phase 1")
+def both_phases(
+    cell: Cell, stock: RankPool, directory: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first phase's checkpoint, as arguments of the second, and what was saved."""
+    here = str(directory / "phase 1")
     saved = stock.run(
         "tests.support.mapped_stock:phase_1",
         cell.worlds[0],
@@ -250,15 +248,23 @@ def test_the_state_is_where_it_belongs(
         steps=STEPS,
         directory=here,
     )[0]
+    return {"layout": cell.after, "hyper": FIRST, "directory": here, "policy": cell.policy}, saved
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", of_every_version(CELLS, EVERY_VERSION))
+def test_the_state_is_where_it_belongs(
+    name: str, stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    cell = CELLS[name]
+    arguments, saved = both_phases(cell, stock, tmp_path)
     after: dict[str, Any] = {"layout": cell.after, "hyper": FIRST}
     initial = stock.run("tests.support.mapped_stock:fresh", cell.worlds[1], **after)[0]
     wanted = expected(cell, saved, initial)
     found = ext.run(
         "tests.support.mapped_cases:resumed",
         cell.worlds[1],
-        **after,
-        directory=here,
-        policy=cell.policy,
+        **arguments,
         more=MORE,
     )[0]
     assert "error" not in found, found["error"]["message"]
@@ -280,22 +286,6 @@ def test_the_state_is_where_it_belongs(
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
     assert len(CELLS) == 33
     assert len(RAN) == len(set(RAN)) == chosen(request, test_the_state_is_where_it_belongs)
-
-
-def both_phases(
-    cell: Cell, stock: RankPool, directory: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first phase's checkpoint, as arguments of the second, and what was saved."""
-    here = str(directory / "phase 1")
-    saved = stock.run(
-        "tests.support.mapped_stock:phase_1",
-        cell.worlds[0],
-        layout=cell.before,
-        hyper=FIRST,
-        steps=STEPS,
-        directory=here,
-    )[0]
-    return {"layout": cell.after, "hyper": FIRST, "directory": here, "policy": cell.policy}, saved
 
 
 @pytest.mark.ranks
