@@ -45,7 +45,13 @@ SOURCES = {
         "cpu/loops_avx512.cpp",
         "cpu/ops.cpp",
     ],
-    "cuda": ["read_table.cpp", "cuda/ops.cpp", "cuda/transform.cu", "cuda/histogram.cu"],
+    "cuda": [
+        "read_table.cpp",
+        "cuda/ops.cpp",
+        "cuda/transform.cu",
+        "cuda/compare.cu",
+        "cuda/histogram.cu",
+    ],
 }
 #: The oldest torch that the libraries can be loaded into: 2.10.
 TORCH_TARGET_VERSION = "0x020A000000000000"

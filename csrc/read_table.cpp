@@ -276,6 +276,32 @@ Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tenso
   return launch;
 }
 
+WeightPairs read_weights(const Tensors& master, const Tensors& weights, bool cuda,
+                         int32_t device_index) {
+  if (master.size() != weights.size()) {
+    fail("master has ", master.size(), " tensors, weights ", weights.size());
+  }
+  const TensorCheck check_tensor(cuda, device_index);
+  WeightPairs pairs{{}, 0};
+  for (size_t i = 0; i < master.size(); ++i) {
+    WeightPair p{};
+    int64_t of_weights = 0;
+    p.data[0] = check_tensor(master[i], "master", i, p.type[0], p.elements);
+    p.data[1] = check_tensor(weights[i], "weights", i, p.type[1], of_weights);
+    if (p.elements != of_weights) {
+      fail("master[", i, "] has ", p.elements, " elements, weights[", i, "] ", of_weights);
+    }
+    if (p.elements == 0) {
+      continue;
+    }
+    p.tensor = static_cast<int64_t>(i);
+    p.first_chunk = pairs.total_chunks;
+    pairs.total_chunks += chunks(p);
+    pairs.list.push_back(p);
+  }
+  return pairs;
+}
+
 HistogramLaunch read_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
                                int64_t level, bool cuda, int32_t device_index) {
   if (level < 0 || level >= kLevels) {

@@ -27,6 +27,16 @@ struct Launch {
 Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
                   const Tensor& coefficients, bool cuda, int32_t device_index, bool known = false);
 
+struct WeightPairs {
+  std::vector<WeightPair> list;  // none is empty
+  int64_t total_chunks;
+};
+
+// Throws like read_table if the lists or the tensors of a pair have different lengths, or if a
+// tensor cannot be read.
+WeightPairs read_weights(const Tensors& master, const Tensors& weights, bool cuda,
+                         int32_t device_index);
+
 struct HistogramRange {
   const void* data;
   int64_t begin;

@@ -42,6 +42,26 @@ struct Range {
   int64_t end;
 };
 
+// The master weights of a shard and the weights of the model. `data` and `type` have the master
+// weights first.
+struct WeightPair {
+  const void* data[2];
+  int64_t elements;
+  int64_t first_chunk;
+  int64_t tensor;
+  Type type[2];
+};
+
+MEGATRON_EXT_INLINE int64_t chunks(const WeightPair& p) {
+  return (p.elements + kChunk - 1) / kChunk;
+}
+
+MEGATRON_EXT_INLINE Range range(const WeightPair& p, int64_t chunk) {
+  const int64_t begin = (chunk - p.first_chunk) * kChunk;
+  const int64_t end = begin + kChunk;
+  return {begin, end > p.elements ? p.elements : end};
+}
+
 // Returns the elements of a record that are in chunk `chunk` of the launch.
 MEGATRON_EXT_INLINE Range range(const Record& r, int64_t chunk) {
   const int64_t begin = (r.begin / kChunk + (chunk - r.first_chunk)) * kChunk;

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "segment_table.h"
 
@@ -39,6 +40,28 @@ MEGATRON_EXT_INLINE void count(Tally& t, float before, float after) {
     t.before += static_cast<double>(before) * static_cast<double>(before);
     t.changed += is_changed(before, after) ? 1u : 0u;
   }
+}
+
+// The comparison of master weights with the weights that they round to.
+struct Difference {
+  uint32_t elements = 0;
+  float largest = 0.0f;
+};
+
+// Columns of the op's result, int64: the number of elements that differ, and the bits of the
+// largest difference. The bits of numbers that are not negative have the order of the numbers.
+inline constexpr int kDifferences = 2;
+
+MEGATRON_EXT_INLINE uint32_t bits(float x) {
+  uint32_t out;
+  memcpy(&out, &x, sizeof(out));
+  return out;
+}
+
+// Compares the bits of two values, which a conversion from a 16-bit type preserves. A NaN equals
+// every other NaN.
+MEGATRON_EXT_INLINE bool is_other(float a, float b) {
+  return bits(a) != bits(b) && !(a != a && b != b);
 }
 
 }  // namespace megatron_ext

@@ -239,6 +239,51 @@ inline void transform_any(const Record& r, Range range, Statistics statistics,
   }
 }
 
+template <typename M, typename W>
+Difference compare_range(const M* master, const W* weights, int64_t n) {
+  uint32_t elements = 0;
+  float largest = 0.0f;
+#pragma omp simd reduction(+ : elements) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const float rounded = load(Store<W>::from(load(master[i])));
+    const float weight = load(weights[i]);
+    const float distance = fabsf(rounded - weight);
+    elements += is_other(rounded, weight) ? 1u : 0u;
+    // Two equal infinities have no distance, which is a NaN here.
+    largest = distance > largest ? distance : largest;
+  }
+  return {elements, largest};
+}
+
+template <typename M>
+Difference compare_type(const M* master, const void* weights, Type type, int64_t begin, int64_t n) {
+  switch (type) {
+    case Type::float32:
+      return compare_range(master, static_cast<const float*>(weights) + begin, n);
+    case Type::bfloat16:
+      return compare_range(master, static_cast<const BFloat16*>(weights) + begin, n);
+    case Type::float16:
+      return compare_range(master, static_cast<const _Float16*>(weights) + begin, n);
+  }
+  return {};
+}
+
+inline Difference compare_any(const WeightPair& p, Range range) {
+  const int64_t n = range.end - range.begin;
+  switch (p.type[0]) {
+    case Type::float32:
+      return compare_type(static_cast<const float*>(p.data[0]) + range.begin, p.data[1], p.type[1],
+                          range.begin, n);
+    case Type::bfloat16:
+      return compare_type(static_cast<const BFloat16*>(p.data[0]) + range.begin, p.data[1],
+                          p.type[1], range.begin, n);
+    case Type::float16:
+      return compare_type(static_cast<const _Float16*>(p.data[0]) + range.begin, p.data[1],
+                          p.type[1], range.begin, n);
+  }
+  return {};
+}
+
 template <typename T>
 void histogram_range(const T* x, int64_t n, uint32_t prefix, int shift, int bits, int64_t* counts) {
   const uint32_t mask = (1u << bits) - 1u;

@@ -23,6 +23,8 @@ void transform_avx2(const Record& r, Range range, Statistics s, Tally tally[kMom
   transform_any(r, range, s, tally);
 }
 
+Difference compare_avx2(const WeightPair& p, Range range) { return compare_any(p, range); }
+
 }  // namespace megatron_ext
 
 #if defined(__clang__)

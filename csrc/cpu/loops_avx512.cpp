@@ -24,6 +24,8 @@ void transform_avx512(const Record& r, Range range, Statistics s, Tally tally[kM
   transform_any(r, range, s, tally);
 }
 
+Difference compare_avx512(const WeightPair& p, Range range) { return compare_any(p, range); }
+
 }  // namespace megatron_ext
 
 #if defined(__clang__)

@@ -17,20 +17,30 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-TransformChunk best_kernel() {
+struct Kernels {
+  TransformChunk transform;
+  CompareChunk compare;
+};
+
+Kernels best_kernels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("f16c")) {
-    return transform_avx512;
+    return {transform_avx512, compare_avx512};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
-    return transform_avx2;
+    return {transform_avx2, compare_avx2};
   }
 #endif
-  return transform_baseline;
+  return {transform_baseline, compare_baseline};
+}
+
+const Kernels& kernels() {
+  static const Kernels best = best_kernels();
+  return best;
 }
 
 Tensor empty_like_statistics(int64_t tensors) {
@@ -69,7 +79,7 @@ Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, con
                           const Tensor& coefficients, int64_t statistics_code,
                           std::optional<Tensor> /*device_table*/,
                           std::optional<Tensor> /*host_table*/) {
-  static const TransformChunk transform_chunk = best_kernel();
+  const TransformChunk transform_chunk = kernels().transform;
   const Statistics statistics = read_statistics(statistics_code);
   const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
   const bool counts = statistics != Statistics::none;
@@ -99,6 +109,34 @@ std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& e
                                         const Tensor& segments, const Tensor& coefficients) {
   read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
   return {torch::stable::empty({0}, ScalarType::Byte), torch::stable::empty({0}, ScalarType::Byte)};
+}
+
+Tensor compare_weights(const Tensors& master, const Tensors& weights) {
+  const WeightPairs pairs = read_weights(master, weights, false, -1);
+  const CompareChunk compare = kernels().compare;
+  const int64_t count = static_cast<int64_t>(pairs.list.size());
+  std::vector<Difference> of_chunk(pairs.total_chunks);
+  torch::stable::parallel_for(0, pairs.total_chunks, 1, [&](int64_t begin, int64_t end) {
+    int64_t pair = find(pairs.list.data(), count, begin);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (pair + 1 < count && pairs.list[pair + 1].first_chunk <= chunk) {
+        ++pair;
+      }
+      of_chunk[chunk] = compare(pairs.list[pair], range(pairs.list[pair], chunk));
+    }
+  });
+  Tensor out =
+      torch::stable::empty({static_cast<int64_t>(master.size()), kDifferences}, ScalarType::Long);
+  int64_t* const rows = static_cast<int64_t*>(out.data_ptr());
+  std::fill(rows, rows + out.numel(), 0);
+  for (const WeightPair& p : pairs.list) {
+    int64_t* const row = rows + p.tensor * kDifferences;
+    for (int64_t c = p.first_chunk; c < p.first_chunk + chunks(p); ++c) {
+      row[0] += of_chunk[c].elements;
+      row[1] = std::max(row[1], static_cast<int64_t>(bits(of_chunk[c].largest)));
+    }
+  }
+  return out;
 }
 
 Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
@@ -141,6 +179,7 @@ Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const T
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CPU, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
   library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }
 

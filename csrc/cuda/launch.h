@@ -50,6 +50,10 @@ cudaError_t launch_transform(const unsigned char* table, int64_t chunks, int64_t
                              Statistics statistics, uint32_t* done, Partial* partials, double* out,
                              cudaStream_t stream);
 
+// Launches one kernel on `stream` that adds to out, int64 [tensors, kDifferences].
+cudaError_t launch_compare(const WeightPair* pairs, int64_t count, int64_t chunks, int64_t* out,
+                           cudaStream_t stream);
+
 struct DeviceRange {
   const void* data;
   int64_t begin;

@@ -137,6 +137,29 @@ std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& e
   return {device, host};
 }
 
+Tensor compare_weights(const Tensors& master, const Tensors& weights) {
+  const int32_t device_index = device_of(master, weights);
+  const WeightPairs pairs = read_weights(master, weights, true, device_index);
+  const DeviceGuard guard(device_index);
+  const cudaStream_t stream = current_stream(device_index);
+  Tensor out = torch::stable::empty({static_cast<int64_t>(master.size()), kDifferences},
+                                    ScalarType::Long, std::nullopt, cuda_device(device_index));
+  torch::stable::zero_(out);
+  if (pairs.total_chunks == 0) {
+    return out;
+  }
+  if (is_capturing(stream)) {
+    throw std::runtime_error("compare_weights cannot be captured into a CUDA graph");
+  }
+  Tensor on_device =
+      to_device(pinned(pairs.list.data(), pairs.list.size() * sizeof(WeightPair)), device_index);
+  check(launch_compare(static_cast<const WeightPair*>(on_device.data_ptr()),
+                       static_cast<int64_t>(pairs.list.size()), pairs.total_chunks,
+                       static_cast<int64_t*>(out.data_ptr()), stream),
+        "compare_weights");
+  return out;
+}
+
 Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
                            int64_t level) {
   const int32_t device_index = device_of(tensors, {prefixes});
@@ -173,6 +196,7 @@ Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const T
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CUDA, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
   library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }
 

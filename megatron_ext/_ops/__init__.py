@@ -1,7 +1,7 @@
 """The fused moment ops: schemas, the reference kernel, and the compiled kernels of ``csrc/``.
 
-`Transform` and `magnitude_thresholds` are the entry points; the ops themselves are
-``torch.ops.megatron_ext.*`` (see `.schema`).
+`Transform`, `weight_differences` and `magnitude_thresholds` are the entry points; the ops
+themselves are ``torch.ops.megatron_ext.*`` (see `.schema`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from .native import DEVICES, Kernel, is_native, kernel
 from .quantiles import magnitude_thresholds
 from .segments import Segment, Statistics
 from .transform import Transform
+from .weights import weight_differences
 
 __all__ = [
     "DEVICES",
@@ -22,4 +23,5 @@ __all__ = [
     "kernel",
     "magnitude_thresholds",
     "schema",
+    "weight_differences",
 ]

@@ -19,6 +19,7 @@ from .segments import COLUMNS, STATISTICS_COLUMNS, Statistics
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+_ELEMENTS_AT_A_TIME = 1 << 22
 #: For each level of the histogram, the number of bits of abs(x) in fp32 that it sorts by, and the
 #: number of bits below them.
 LEVELS = ((11, 20), (10, 10), (10, 0))
@@ -75,6 +76,27 @@ def launch_table(
     _check_table(exp_avg, segments, coefficients)
     device = exp_avg[0].device if exp_avg else segments.device
     return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.uint8)
+
+
+def compare_weights(
+    master: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Compare master weights with the weights that they round to; see `.schema`."""
+    if len(master) != len(weights):
+        raise RuntimeError(f"master has {len(master)} tensors, weights {len(weights)}")
+    for i, (a, b) in enumerate(zip(master, weights, strict=True)):
+        _check_tensor(a, "master", i, master[0].device)
+        _check_tensor(b, "weights", i, master[0].device)
+        if a.numel() != b.numel():
+            raise RuntimeError(f"master[{i}] has {a.numel()} elements, weights[{i}] {b.numel()}")
+    device = master[0].device if master else torch.device("cpu")
+    out = torch.zeros(len(master), 2, dtype=torch.int64, device=device)
+    for row, a, b in zip(out, master, weights, strict=True):
+        # In parts, because a copy of a parameter may not fit into memory.
+        parts = (x.view(-1).split(_ELEMENTS_AT_A_TIME) for x in (a, b))
+        for mine, weight in zip(*parts, strict=True):
+            _compare(row, mine.to(weight.dtype).float(), weight.float())
+    return out
 
 
 def magnitude_histogram(
@@ -150,6 +172,16 @@ def _count(out: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None
         out[2] = torch.maximum(out[2], largest.max().double())
     out[3] += (~after.isfinite()).sum()
     out[4] += ((before != after) & ~(before.isnan() & after.isnan())).sum()
+
+
+def _compare(row: torch.Tensor, rounded: torch.Tensor, weight: torch.Tensor) -> None:
+    differs = rounded.view(torch.int32) != weight.view(torch.int32)
+    differs &= ~(rounded.isnan() & weight.isnan())
+    row[0] += differs.sum()
+    distance = (rounded - weight).abs()
+    distance = torch.where(distance.isnan(), 0.0, distance)
+    if len(distance):
+        row[1] = torch.maximum(row[1], distance.max().view(torch.int32).long())
 
 
 def _check_tensor(x: torch.Tensor, name: str, index: int, device: torch.device) -> None:

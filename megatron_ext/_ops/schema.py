@@ -15,6 +15,12 @@ launch_table
     Build the table that the CUDA kernel reads, uint8, on the device and on the host (empty on the
     CPU). It contains the tensors' addresses, so that ``transform_moments_`` refuses it for other
     tensors.
+compare_weights
+    Round each element of ``master`` to the dtype of ``weights`` and compare the bits; a NaN equals
+    every other. The lists have tensors as above, in pairs of one length. Returns int64
+    ``[tensors, 2]`` on their device: the number of elements that differ, and the fp32 bits of the
+    largest absolute difference, ignoring NaN. Nothing is written but the result, and every element
+    is read once.
 magnitude_histogram
     Compute one level of a radix select over abs(x). Of the elements whose leading bits equal their
     group's prefix, it counts the values of the next bits: int64 ``[groups, 2048]``. ``ranges`` is
@@ -45,6 +51,7 @@ OPS = {
         "(Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor segments, Tensor coefficients) "
         "-> (Tensor, Tensor)"
     ),
+    "compare_weights": "(Tensor[] master, Tensor[] weights) -> Tensor",
     "magnitude_histogram": (
         "(Tensor[] tensors, Tensor ranges, Tensor prefixes, int level) -> Tensor"
     ),
@@ -91,6 +98,11 @@ def _fake_launch_table(
     )
 
 
+def _fake_compare_weights(master: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
+    device = master[0].device if master else torch.device("cpu")
+    return torch.empty(len(master), 2, dtype=torch.int64, device=device)
+
+
 def _fake_magnitude_histogram(
     tensors: list[torch.Tensor], ranges: torch.Tensor, prefixes: torch.Tensor, level: int
 ) -> torch.Tensor:
@@ -100,6 +112,7 @@ def _fake_magnitude_histogram(
 for _name, _fake in (
     ("transform_moments_", _fake_transform_moments),
     ("launch_table", _fake_launch_table),
+    ("compare_weights", _fake_compare_weights),
     ("magnitude_histogram", _fake_magnitude_histogram),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)

@@ -222,9 +222,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         if self._masters_from_model or "param" in made:
             weight = model_param.data.view(-1)[shard.start : shard.end]
             tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
-        elif self.config.main_params_dtype == torch.float32:
-            # TE rounds the fp32 result of a step twice if master weights are fp16, into the model
-            # and into the master weights (transformer_engine/pytorch/optimizers/fused_adam.py).
+            self._proof.done.add(id(model_param))
+        elif model_param.dtype == torch.float32:
+            # It is its own master weight, and is overwritten.
             self._proof.compare(model_param, tensors["param"], shard.start, shard.end)
         if is_torch_adam(self.optimizer):
             group, order = self.model_param_group_index_map[model_param]

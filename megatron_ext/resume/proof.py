@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import _ops
 from ..base import ranks
 from ..base.text import first_of
 from ..errors import CheckpointError
@@ -38,6 +39,8 @@ _BY_NAME = (
 _ELEMENTS_AT_A_TIME = 1 << 22
 #: The dtypes in which Megatron stores a model's weights.
 _STORED = (torch.bfloat16, torch.float16, torch.float32)
+#: Id of a model parameter, the master weights of its shard and its weights.
+_Pair = tuple[int, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,20 @@ class Proof:
     Args:
         proven: Number of elements that round to the model's weights.
         differences: Id of a model parameter -> how its shard differs.
+        done: Ids of the model parameters that need no comparison any more.
     """
 
     proven: int = 0
     differences: dict[int, Difference] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
 
     @property
     def differing(self) -> int:
         """The number of elements that differ on this rank."""
         return sum(d.elements for d in self.differences.values())
 
-    @torch.no_grad()
     def compare(self, model_param: torch.Tensor, master: Any, begin: int, end: int) -> None:
-        """Compare the loaded master weights of one shard with the model's weights.
+        """Compare the master weights of one shard with the model's weights.
 
         Nothing is compared if the model's weights are quantized (a subclass of Tensor, such as TE's
         fp8 tensors) or if the master weights are not stored as floating-point values (TE's 16-bit
@@ -86,32 +90,51 @@ class Proof:
 
         Args:
             model_param: The model's parameter, after its load.
-            master: The master weights of the shard, ``[end - begin]``, before they are written.
+            master: The master weights of the shard, ``[end - begin]``.
             begin: First element of the shard in the flattened parameter.
             end: One past the last element.
         """
-        weight = model_param.data
-        if type(weight) is not torch.Tensor or not _is_float(weight) or not _is_float(master):
-            return
-        weight, master = weight.view(-1)[begin:end], master.detach().reshape(-1)
-        found = _difference(master, weight, weight.dtype)
-        # The run that saved the weights may have had another dtype.
-        others = (dtype for dtype in _STORED if dtype != weight.dtype)
-        if found.elements and all(_difference(master, weight, d).elements for d in others):
-            self.differences[id(model_param)] = found
-        else:
-            self.proven += found.of
+        self.done.add(id(model_param))
+        pair = _comparable(model_param, master, begin, end)
+        if pair is not None:
+            self._compare([(id(model_param), *pair)])
 
+    def compare_all(self, optimizer: Any) -> None:
+        """Compare what is left, after the load, with one call of the op for each device.
 
-def compare_all(proof: Proof, optimizer: Any) -> None:
-    """Compare the master weights of an optimizer that is not distributed, after its load.
+        The bytes read are those of the master weights and of the weights, once. What the load has
+        written is compared: an fp32 parameter is its own master weight, and is compared before.
 
-    Args:
-        proof: Receives the result.
-        optimizer: A Float16OptimizerWithFloat16Params. An FP32Optimizer has no master weights.
-    """
-    for held in _with_masters(optimizer):
-        proof.compare(held.model_param, held.key, held.begin, held.end)
+        Args:
+            optimizer: A DistributedOptimizer or Float16OptimizerWithFloat16Params. An FP32Optimizer
+                has no master weights.
+        """
+        by_device: dict[torch.device, list[_Pair]] = {}
+        for held in held_parameters(optimizer):
+            state = optimizer.optimizer.state.get(held.key, {})
+            # The key is the model's own weight if the master weight is in the state
+            # (core/optimizer/distrib_optimizer.py:1109, 0.19.2).
+            master = state.get("master_param", held.key)
+            pair = _comparable(held.model_param, master, held.begin, held.end)
+            if pair is None or id(held.model_param) in self.done:
+                continue
+            if pair[0].data_ptr() != pair[1].data_ptr():
+                found = (id(held.model_param), *pair)
+                by_device.setdefault(pair[0].device, []).append(found)
+        for pairs in by_device.values():
+            self._compare(pairs)
+
+    @torch.no_grad()
+    def _compare(self, pairs: Sequence[_Pair]) -> None:
+        """Compare pairs whose master weights are on one device."""
+        _, masters, weights = (list(x) for x in zip(*pairs, strict=True))
+        here = [w.to(m.device) for m, w in zip(masters, weights, strict=True)]
+        counts = _ops.weight_differences(masters, here)
+        for (number, master, weight), (elements, largest) in zip(pairs, counts, strict=True):
+            if elements and not any(_rounds_to(master, weight, d) for d in _STORED):
+                self.differences[number] = Difference(elements, weight.numel(), largest)
+            else:
+                self.proven += weight.numel()
 
 
 @torch.no_grad()
@@ -164,22 +187,22 @@ def _with_masters(optimizer: Any) -> list[Held]:
     return [held for held in held_parameters(optimizer) if held.key is not held.model_param]
 
 
+def _comparable(
+    model_param: torch.Tensor, master: Any, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    weight = model_param.data
+    if type(weight) is not torch.Tensor or not (_is_float(weight) and _is_float(master)):
+        return None
+    return master.detach().reshape(-1), weight.view(-1)[begin:end]
+
+
 def _is_float(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype in _STORED
 
 
-def _difference(master: torch.Tensor, weight: torch.Tensor, stored: torch.dtype) -> Difference:
-    """Count the elements that do not round to the weights, in parts of bounded size."""
-    elements, largest = 0, 0.0
-    for at in range(0, weight.numel(), _ELEMENTS_AT_A_TIME):
-        mine = weight[at : at + _ELEMENTS_AT_A_TIME]
-        part = master[at : at + _ELEMENTS_AT_A_TIME].to(mine.device)
-        rounded = part.to(stored).to(mine.dtype)
-        # torch.equal is one pass, and the result that is expected; NaN equals nothing there.
-        if torch.equal(rounded, mine):
-            continue
-        differs = (rounded != mine) & ~(rounded.isnan() & mine.isnan())
-        elements += int(differs.sum())
-        distance = (rounded[differs].float() - mine[differs].float()).abs().nan_to_num(0.0)
-        largest = max(largest, float(distance.max())) if distance.numel() else largest
-    return Difference(elements, weight.numel(), largest)
+def _rounds_to(master: torch.Tensor, weight: torch.Tensor, stored: torch.dtype) -> bool:
+    """Whether the weights are the master weights, if the run that saved them had another dtype."""
+    parts = zip(*(x.split(_ELEMENTS_AT_A_TIME) for x in (master, weight)), strict=True)
+    return stored != weight.dtype and not any(
+        _ops.weight_differences([m.to(stored)], [w.to(m.device)])[0][0] for m, w in parts
+    )

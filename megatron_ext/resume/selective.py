@@ -133,6 +133,10 @@ class Selective:
         else:
             bad = done.nonfinite_before
             loaded.nonfinite = sum(bad.values())
+        # TE rounds the fp32 result of a step twice if master weights are fp16, into the model and
+        # into them (transformer_engine/pytorch/optimizers/fused_adam.py).
+        if plan.policy.master_weights != "model" and self.config.main_params_dtype == torch.float32:
+            proof.compare_all(self)
         loaded.proven, loaded.differing = proof.proven, proof.differing
         summed = loaded.summed()
         summed.require_moments()

@@ -13,7 +13,15 @@ from megatron_ext._ops.segments import Segment, Statistics
 from megatron_ext.base.placement import GlobalIndex
 from megatron_ext.rules.elementwise import Keep, Scale
 from tests.support import emulation
-from tests.support.moments import DTYPES, REFERENCE, Kernel, moments, rule_pairs, same_bits
+from tests.support.moments import (
+    DTYPES,
+    REFERENCE,
+    Kernel,
+    moments,
+    rule_pairs,
+    same_bits,
+    weight_pairs,
+)
 
 RULES = rule_pairs()
 
@@ -24,7 +32,9 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     emulation.load(tmp_path_factory.mktemp("emulated"))
     ops = torch.ops.megatron_ext_emulated
-    return Kernel("emulated", "cpu", ops.transform_moments_, ops.magnitude_histogram)
+    return Kernel(
+        "emulated", "cpu", ops.transform_moments_, ops.magnitude_histogram, ops.compare_weights
+    )
 
 
 def placed(x: torch.Tensor, offset: int) -> torch.Tensor:
@@ -77,6 +87,20 @@ def test_neither_the_address_nor_repetition_shows_in_a_bit(kernel: Kernel) -> No
         found = kernel.run([m_here], [v_here], [Segment(0, 1, 69_900, Scale(0.7), Scale(0.49))])
         results.add(found.numpy().tobytes())
     assert len(results) == 1
+
+
+def test_weights_are_compared_over_several_chunks_and_tensors_aligned_or_not(
+    kernel: Kernel,
+) -> None:
+    pairs = weight_pairs((70_001, 12))
+    expected = REFERENCE.compare(*map(list, zip(*pairs, strict=True)))
+    assert len(expected) == 18
+    assert (expected[:, 0] > 0).all()
+    for offset in (0, 1, 8):
+        mine = [
+            [placed(x, offset * i) for i, x in enumerate(xs)] for xs in zip(*pairs, strict=True)
+        ]
+        assert torch.equal(kernel.compare(*mine), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

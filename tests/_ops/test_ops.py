@@ -30,11 +30,13 @@ from tests.support.moments import (
     REFERENCE,
     Kernel,
     active,
+    expected_differences,
     expected_statistics,
     moments,
     oracle,
     rule_pairs,
     same_bits,
+    weight_pairs,
 )
 from tests.support.shards import tensor_parallel
 
@@ -71,7 +73,7 @@ def assert_statistics(found: torch.Tensor, expected: list[float]) -> None:
 
 
 def test_the_dispatcher_has_a_compiled_cpu_kernel_for_every_op() -> None:
-    assert len(schema.OPS) == 3
+    assert len(schema.OPS) == 4
     for name in schema.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_ext::{name}", "CPU")
     assert native.kernel("cpu").native
@@ -106,6 +108,7 @@ def test_no_python_runs_inside_the_op(kernel: Kernel) -> None:
     ranges, prefixes = torch.tensor([[0, 0, 100, 0]]), torch.zeros(1, dtype=torch.int64)
     prefixes = prefixes.to(kernel.device)
     assert python_calls(lambda: kernel.histogram([m], ranges, prefixes, 0)) == []
+    assert python_calls(lambda: kernel.compare([m], [v])) == []
     # The check can fail: the reference is Python.
     assert python_calls(lambda: REFERENCE.transform([m.cpu()], [v.cpu()], *table, 2)) != []
 
@@ -452,6 +455,64 @@ def test_the_threshold_over_shards_adds_their_histograms_up() -> None:
     assert torch.equal(_ops.magnitude_thresholds([parts[0]], mine, quantile, add_the_other), whole)
 
 
+# The comparison of master weights with weights.
+
+
+@pytest.mark.parametrize("run", [REFERENCE, active("cpu")], ids=lambda k: k.name)
+def test_weights_are_compared_in_every_pair_of_dtypes(run: Kernel) -> None:
+    pairs = weight_pairs()
+    found = run.compare(*map(list, zip(*pairs, strict=True)))
+    assert found.shape == (36, 2)
+    assert found.dtype == torch.int64
+    for (master, weight), (count, bits) in zip(pairs, found.tolist(), strict=True):
+        largest = torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+        assert (count, largest) == expected_differences(master, weight)
+    assert found[:, 0].sum() > 9 * 400
+
+
+def test_weights_compared_on_a_device_are_those_of_the_reference(kernel: Kernel) -> None:
+    """Behind any address, as the shards of a distributed optimizer lie."""
+    pairs = weight_pairs((70_001, 12))
+    expected = REFERENCE.compare(*map(list, zip(*pairs, strict=True)))
+    for offset in (0, 1, 8):
+        mine = [
+            [torch.cat([x[:offset], x]).to(kernel.device)[len(x[:offset]) :] for x in xs]
+            for xs in zip(*pairs, strict=True)
+        ]
+        assert torch.equal(kernel.compare(*mine).cpu(), expected)
+
+
+def test_equal_weights_have_no_difference(kernel: Kernel) -> None:
+    special = torch.tensor([0.0, -0.0, 1e-40, math.nan, math.inf, -math.inf, 3.4e38, 1.00390625])
+    master = special.repeat(5_000).to(kernel.device)
+    weights = [master.to(dtype) for dtype in DTYPES]
+    assert _ops.weight_differences([master] * 3, weights) == [(0, 0.0)] * 3
+    flipped = weights[1].clone()
+    flipped.view(torch.int16)[12_345] ^= 1
+    (found,) = _ops.weight_differences([master], [flipped])
+    assert found[0] == 1
+    # The sign of a zero is a difference.
+    zeros = torch.zeros(2, device=kernel.device)
+    assert _ops.weight_differences([zeros], [-zeros]) == [(2, 0.0)]
+
+
+@pytest.mark.parametrize("run", [REFERENCE, active("cpu")], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    ("master", "weights", "message"),
+    [
+        ([torch.ones(3)], [], "master has 1 tensors, weights 0"),
+        ([torch.ones(3)], [torch.ones(4)], r"master\[0\] has 3 elements, weights\[0\] 4"),
+        ([torch.ones(3, dtype=torch.int16)], [torch.ones(3)], r"master\[0\] is neither float32"),
+        ([torch.ones(3)], [torch.ones(6)[::2]], r"weights\[0\] is not contiguous"),
+    ],
+)
+def test_bad_input_of_the_comparison_is_refused(
+    run: Kernel, master: list[torch.Tensor], weights: list[torch.Tensor], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run.compare(master, weights)
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
 def test_a_quantile_outside_0_and_1_is_refused(p: float) -> None:
     with pytest.raises(RuntimeError, match="between 0 and 1"):
@@ -489,6 +550,13 @@ def test_opcheck_magnitude_histogram(device: str) -> None:
     prefixes = torch.zeros(2, dtype=torch.int64, device=device)
     arguments = ([x], torch.tensor([[0, 0, 20, 0], [0, 20, 50, 1]]), prefixes, 0)
     result = opcheck(torch.ops.megatron_ext.magnitude_histogram, arguments, test_utils=CHECKS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_opcheck_compare_weights(device: str) -> None:
+    x = torch.randn(50, device=device)
+    arguments = ([x, x], [x.bfloat16(), x + 1])
+    result = opcheck(torch.ops.megatron_ext.compare_weights, arguments, test_utils=CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
 

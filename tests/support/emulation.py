@@ -24,7 +24,7 @@ def load(directory: Path) -> None:
         assert launches == 1, path
         kernels.append(path.with_suffix(".cpp"))
         kernels[-1].write_text(text)
-    assert len(kernels) == 2
+    assert len(kernels) == 3
     library = directory / "emulated.so"
     torch_root = Path(torch.__file__).parent
     subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Kernel:
     device: str
     transform: Callable[..., torch.Tensor]
     histogram: Callable[..., torch.Tensor]
+    compare: Callable[..., torch.Tensor]
 
     def run(
         self,
@@ -41,14 +43,26 @@ class Kernel:
         return self.transform(exp_avg, exp_avg_sq, *encode(segments), int(statistics))
 
 
-REFERENCE = Kernel("reference", "cpu", reference.transform_moments_, reference.magnitude_histogram)
+REFERENCE = Kernel(
+    "reference",
+    "cpu",
+    reference.transform_moments_,
+    reference.magnitude_histogram,
+    reference.compare_weights,
+)
 
 
 def active(device: str) -> Kernel:
     """What the dispatcher takes on a device."""
     ops = torch.ops.megatron_ext
     native = "native" if is_native(device) else "reference"  # type: ignore[arg-type]
-    return Kernel(f"{native}-{device}", device, ops.transform_moments_, ops.magnitude_histogram)
+    return Kernel(
+        f"{native}-{device}",
+        device,
+        ops.transform_moments_,
+        ops.magnitude_histogram,
+        ops.compare_weights,
+    )
 
 
 def rule_pairs() -> dict[str, tuple[ElementRule, ElementRule]]:
@@ -107,6 +121,46 @@ def moments(n: int, m: torch.dtype, v: torch.dtype, seed: int = 0) -> tuple[torc
     exp_avg[: len(special)] = special[:n].to(m)
     exp_avg_sq[2 : 2 + len(special)] = special[: max(n - 2, 0)].to(v)
     return exp_avg, exp_avg_sq
+
+
+def weight_pairs(sizes: Sequence[int] = (40_001, 1, 0, 71)) -> list[tuple[torch.Tensor, ...]]:
+    """Master weights and weights in every pair of dtypes, of which one in 97 does not fit."""
+    pairs = []
+    for n in sizes:
+        for a, b in itertools.product(DTYPES, DTYPES):
+            master = moments(n, a, a, n)[0]
+            weight = master.to(b, copy=True)
+            weight[::97] = weight[::97] * 1.5 - 0.25
+            pairs.append((master, weight))
+    return pairs
+
+
+def expected_differences(master: torch.Tensor, weight: torch.Tensor) -> tuple[int, float]:
+    """How many elements differ and by how much, each rounded in exact arithmetic."""
+    wrong, largest = 0, 0.0
+    for value, found in zip(master.double().tolist(), weight.double().tolist(), strict=True):
+        rounded = nearest(value, weight.dtype)
+        same = rounded == found and math.copysign(1, rounded) == math.copysign(1, found)
+        if not same and not (math.isnan(rounded) and math.isnan(found)):
+            wrong += 1
+            distance = float(np.float32(abs(rounded - found)))
+            largest = largest if math.isnan(distance) else max(largest, distance)
+    return wrong, largest
+
+
+def nearest(x: float, dtype: torch.dtype) -> float:
+    """The nearest number of a binary floating-point format, ties to even."""
+    if x == 0.0 or not math.isfinite(x):
+        return x
+    bits, smallest = {
+        torch.float32: (24, -149),
+        torch.bfloat16: (8, -133),
+        torch.float16: (11, -24),
+    }[dtype]
+    unit = max(math.frexp(x)[1] - bits, smallest)
+    # round() takes ties to even.
+    rounded = math.copysign(math.ldexp(float(round(math.ldexp(x, -unit))), unit), x)
+    return rounded if abs(rounded) <= torch.finfo(dtype).max else math.copysign(math.inf, x)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

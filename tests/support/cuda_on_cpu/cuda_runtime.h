@@ -114,6 +114,13 @@ T atomicAdd(T* p, T value) {
   return std::atomic_ref<T>(*p).fetch_add(value);
 }
 
+template <typename T>
+T atomicMax(T* p, T value) {
+  const T old = *p;  // a block runs alone, and a thread until it waits
+  *p = max(old, value);
+  return old;
+}
+
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, sizeof(bits));

@@ -39,6 +39,18 @@ Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, con
   return out;
 }
 
+Tensor compare_weights(const Tensors& master, const Tensors& weights) {
+  const WeightPairs pairs = read_weights(master, weights, false, -1);
+  Tensor out = torch::stable::empty({static_cast<int64_t>(master.size()), kDifferences},
+                                    ScalarType::Long);
+  torch::stable::zero_(out);
+  if (pairs.total_chunks > 0) {
+    launch_compare(pairs.list.data(), static_cast<int64_t>(pairs.list.size()), pairs.total_chunks,
+                   static_cast<int64_t*>(out.data_ptr()), nullptr);
+  }
+  return out;
+}
+
 Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const Tensor& prefixes,
                            int64_t level) {
   const HistogramLaunch launch = read_histogram(tensors, ranges, prefixes, level, false, -1);
@@ -66,10 +78,12 @@ STABLE_TORCH_LIBRARY(megatron_ext_emulated, library) {
       "-> Tensor");
   library.def(
       "magnitude_histogram(Tensor[] tensors, Tensor ranges, Tensor prefixes, int level) -> Tensor");
+  library.def("compare_weights(Tensor[] master, Tensor[] weights) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext_emulated, CPU, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
+  library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }
 
