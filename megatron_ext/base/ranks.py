@@ -101,6 +101,15 @@ def total(values: list[int]) -> list[int]:
     return [int(v) for v in summed.tolist()]
 
 
+def largest(values: list[int]) -> list[int]:
+    """Take the largest of each integer over all ranks (8 bytes per integer); collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    most = torch.tensor(values, dtype=torch.int64, device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return [int(v) for v in most.tolist()]
+
+
 def gather(value: Any) -> list[Any]:
     """Gather a plain value from every rank, in rank order; collective over the default group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

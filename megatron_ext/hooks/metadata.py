@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..base import ranks
+from ..resume import saving
 from ..resume.session import current
 
 _SHARDING = "distrib_optim_sharding_type"
@@ -39,31 +40,38 @@ def save_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Layers of one kind are stored as one tensor, and Megatron refuses to save its optimizer state if
     some of the layers are frozen ("Invalid access pattern"). Layers can be stored separately.
+
+    Rank 0 stores the param_groups for all ranks. If its pipeline stage trains nothing, it has never
+    counted a step, and gets the others'.
     """
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
         metadata = original(*args, **kwargs)
         by_bucket = metadata.get(_SHARDING) == "dp_reshardable"
-        if current.chunks and not by_bucket and some_layers_are_frozen(current.chunks):
-            metadata["non_homogeneous_layers"] = True
+        if current.chunks and not by_bucket:
+            members = current.member.resume.members
+            mine, step = _layers(current.chunks), saving.step_of_rank(members)
+            frozen, step = ranks.largest([sum(not trained for _, trained in mine), step])
+            saving.set_step(members, step)
+            if frozen and _some_are_frozen(mine):
+                metadata["non_homogeneous_layers"] = True
         return metadata
 
     return build
 
 
-def some_layers_are_frozen(chunks: Sequence[Any]) -> bool:
-    """Whether a parameter is frozen in some layers and not in others; collective.
+def _layers(chunks: Sequence[Any]) -> set[tuple[str, bool]]:
+    """List the parameters of this rank's layers without the layers' numbers: name, trained."""
+    return {
+        (_NUMBER.sub("layers.", name, count=1), parameter.requires_grad)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if _NUMBER.search(name)
+    }
 
-    Args:
-        chunks: The model on this rank.
-    """
-    mine: set[tuple[str, bool]] = set()
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if _NUMBER.search(name):
-                mine.add((_NUMBER.sub("layers.", name, count=1), parameter.requires_grad))
-    if not ranks.total([sum(not trained for _, trained in mine)])[0]:
-        return False
+
+def _some_are_frozen(mine: set[tuple[str, bool]]) -> bool:
+    """Whether a parameter is frozen in some layers and not in others; collective."""
     everyone = {one for of_rank in ranks.gather(sorted(mine)) for one in of_rank}
     return len({name for name, _ in everyone}) < len(everyone)

@@ -65,8 +65,9 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         loaded = result[0] if isinstance(result, tuple) else result
         removed.fill_with_zeros(loaded)
         resized.put_back(loaded)
-        if rewritten is not None:
+        if current.load is not None and current.load.mapped is not None and optimizers:
             fit_chain(optimizers, loaded["optimizer"])
+        if rewritten is not None:
             rewritten.finish(loaded, functools.partial(_more, original, call["checkpoint_dir"]))
         return result
     except (Exception, dcp.CheckpointException) as e:

@@ -73,6 +73,33 @@ def fresh_update(betas: tuple[float, float], step: int) -> float:
     return m / math.sqrt(v)
 
 
+def lost_step(plan: ResumePlan, *, iteration_known: bool) -> Iterator[str]:
+    """Warn about a checkpoint whose param_groups have no step.
+
+    Args:
+        plan: The plan, whose step is the checkpoint's iteration if that is known.
+        iteration_known: Whether it is; before the first iteration there is no step to miss.
+    """
+    if plan.policy.next_step != "keep" or (iteration_known and plan.step is None):
+        return
+    what = (
+        "the checkpoint's param_groups have no step, which Megatron does not store if the first "
+        "pipeline stage trains nothing"
+    )
+    if plan.step is not None:
+        yield (
+            f"{what}: step is set to the checkpoint's iteration, {plan.step}. If the optimizer "
+            "took another number of steps, pass --selective-step N"
+        )
+        return
+    for b1, b2 in betas_of(plan):
+        yield (
+            f"{what}: Adam's bias correction starts anew, so that at betas {b1:g}, {b2:g} the "
+            f"first update may be {math.sqrt(1.0 - b2) / (1.0 - b1):.2f} times as large. Pass "
+            "--selective-step N with the number of steps taken, or 0 before the first"
+        )
+
+
 def _not_adam(policy: ResumePolicy) -> tuple[str, ...]:
     if policy.preset == KEEP_ALL:
         return ()

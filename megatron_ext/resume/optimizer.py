@@ -90,11 +90,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         Raises:
             CheckpointError: The metadata name a sharding type that Megatron cannot read any more.
         """
-        is_loading = kwargs.get("is_loading", len(args) > 1 and args[1])
-        if is_loading:
-            _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
-        if not is_loading:
+        if not kwargs.get("is_loading", len(args) > 1 and args[1]):
             return super().sharded_state_dict(*args, **kwargs)
+        _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         load = self.resume.enter("allocate", self)
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
@@ -249,7 +247,9 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         return {**tensors, "param": loaded}
 
     def _state_dict_without_shards(self) -> dict[str, Any]:
-        groups = [{**g, "step": 0} for g in self._live_hyperparameters()]
+        # A rank that trains nothing may have the others' step (`saving.set_step`).
+        live = self.optimizer.param_groups
+        groups = [{**merge.hyperparameters(g), "step": g.get("step", 0)} for g in live]
         state_dict: dict[str, Any] = {"optimizer": {"param_groups": groups}}
         if self.grad_scaler:
             state_dict["grad_scaler"] = self.grad_scaler.state_dict()

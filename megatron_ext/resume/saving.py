@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from .steps import step_of
 
 _LOGGER = "megatron.core.optimizer.distrib_optimizer"
 
@@ -35,6 +37,32 @@ def put_right(optimizer: Any, state: Mapping[int, Mapping[str, Any]], gathered: 
                 world = gathered[index][dtype][key]
                 entry.data = world[first : first + end - begin].view(entry.data.shape)
             number += 1
+
+
+def step_of_rank(members: Sequence[Any]) -> int:
+    """Return the largest step of this rank's optimizers that train a parameter; 0 without one."""
+    return max((step_of(m.optimizer) or 0 for m in members if _trains(m)), default=0)
+
+
+def set_step(members: Sequence[Any], step: int) -> None:
+    """Set the step of optimizers that train nothing on this rank.
+
+    An inner optimizer counts no step for a group without parameters. If rank 0 stores such groups
+    for all ranks, the step would be lost, or be that of the last load.
+
+    Args:
+        members: The optimizers on this rank.
+        step: The step of the other ranks; 0 before the first.
+    """
+    for member in members:
+        if step and member.optimizer is not None and not _trains(member):
+            for group in member.optimizer.param_groups:
+                group["step"] = step
+
+
+def _trains(member: Any) -> bool:
+    inner = member.optimizer
+    return inner is not None and any(group["params"] for group in inner.param_groups)
 
 
 def _stripped_before(buffer: Any) -> list[int]:

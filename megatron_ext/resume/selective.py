@@ -14,6 +14,7 @@ from ..base.ranks import agree, gather
 from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
 from ..errors import MegatronExtError
 from ..plan import resized
+from ..plan.cautions import lost_step
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
 from ..plan.mapped import new_warnings
@@ -76,11 +77,14 @@ class Selective:
     def _agreed_plan(self, state_dict: Mapping[str, Any]) -> ResumePlan:
         """Make the plan; raise on every rank unless all ranks made the same one."""
         load = self.resume.enter("plan", self)
-        plan, work, error = None, None, None
+        plan, work, error, lost = None, None, None, False
         digest: str | None
         found: tuple[resized.ResizedParameter, ...] = ()
         try:
             saved = read_optimizer(state_dict)
+            lost = saved.step is None and load.mapped is not None and is_adam(self.optimizer)
+            if lost and load.counters is not None:
+                saved = replace(saved, step=load.counters[0].iteration or None)
             phase = self.resume.phase_of(saved)
             plan = plan_resume(
                 phase.policy, saved, self.optimizer.param_groups, self._circumstances(load), phase
@@ -106,7 +110,11 @@ class Selective:
         assert plan is not None
         self._moment_work = None if work is None else prepare_rules.exchange_with_ranks(work)
         self._resized = found
-        warnings = (*resized.warnings_of(plan, found), *new_warnings(plan, load.mapped))
+        warnings = (
+            *resized.warnings_of(plan, found),
+            *new_warnings(plan, load.mapped),
+            *(lost_step(plan, iteration_known=load.counters is not None) if lost else ()),
+        )
         return replace(plan, warnings=(*plan.warnings, *warnings))
 
     def _require_names(self, policy: ResumePolicy, load: Load) -> None:

@@ -100,6 +100,7 @@ class Session:
         agreed: Whether all ranks have agreed on the preflight's result.
         built: Number of optimizers that were built by request.
         chunks: The model that the last of them was built for.
+        member: The last of them, which the others of a chain share a resume with.
         load: The current load, until it ends.
         resumed: The resume of the running training; None if its optimizer was not loaded.
         watch: The guard's record of the steps since the load; None if the guard is off or done.
@@ -112,6 +113,7 @@ class Session:
     agreed: bool = False
     built: int = 0
     chunks: Sequence[Any] = ()
+    member: Any = None
     load: Load | None = None
     resumed: Resume | None = None
     watch: Watch | None = None

@@ -27,10 +27,13 @@ def is_hybrid(inner: Any) -> bool:
 def step_of(inner: Any) -> int | None:
     """Return the step of a live optimizer; None before the first step.
 
+    A group without parameters does not count its steps.
+
     Raises:
         CheckpointError: Its groups or parameters have different steps.
     """
-    found = {int(g["step"]) for g in inner.param_groups if g.get("step") is not None}
+    groups = [g for g in inner.param_groups if g["params"]]
+    found = {int(g["step"]) for g in groups if g.get("step") is not None}
     found |= {int(s["step"]) for s in inner.state.values() if "step" in s}
     if len(found) > 1:
         raise CheckpointError(

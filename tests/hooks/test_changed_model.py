@@ -23,6 +23,11 @@ FIRST, SECOND = "--train-iters 4", "--train-iters 6"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
 GPT = "--position-embedding-type rope --no-rope-fusion --untie-embeddings-and-output-weights"
 LAYER_0, LAYER_1 = {"TRAINED": r"layers\.0\."}, {"TRAINED": r"layers\.1\."}
+OUTPUT = {"TRAINED": "^output_layer"}
+HEAD = (
+    f"{FULL} {OURS} --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
+    "--tensor-model-parallel-size 1"
+)
 
 
 def scenario(arguments: str, loads: str | None = None, **kwargs: Any) -> Scenario:
@@ -43,6 +48,10 @@ SCENARIOS = {
         "layer 1",
         env=LAYER_1,
     ),
+    "head": scenario(f"{HEAD} {FIRST}", saves=True, env=OUTPUT, world=2),
+    "head, unbroken": scenario(f"{HEAD} {SECOND}", env=OUTPUT, world=2),
+    "head again": scenario(f"{HEAD} --train-iters 5", "head", saves=True, env=OUTPUT, world=2),
+    "head, third": scenario(f"{HEAD} {SECOND}", "head again", env=OUTPUT, world=2),
     "plain": scenario(f"{PHASE} {FIRST}", saves=True),
     "plain, stock": scenario(f"{PHASE} {SECOND}", "plain"),
     "distributed on": scenario(f"{FULL} {OURS} {SECOND}", "plain"),
@@ -105,6 +114,17 @@ def test_another_layer_is_trained_on(runs: Runs) -> None:
     for name, state in again["state"].items():
         assert_equal(state, after["state"][name])
     assert sorted(runs["layer 1 again"].iterations) == [7, 8]
+
+
+@pytest.mark.reads("head", "head, unbroken", "head again", "head, third")
+def test_the_step_is_saved_where_the_first_stage_trains_nothing(runs: Runs) -> None:
+    unbroken = ok(runs["head, unbroken"]).iterations
+    assert ok(runs["head again"]).iterations == {5: unbroken[5]}
+    assert ok(runs["head, third"]).iterations == {6: unbroken[6]}
+    for name, step in (("head again", 4), ("head, third", 5)):
+        report = runs[name].report
+        assert report is not None
+        assert report["optimizers"][0]["step"]["value"] == step
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ SWAPPED = policy(
 GATED = replace(FULL, gated=True)
 #: An MLP of the same shape as each expert's, which has no biases.
 DENSE = replace(GATED, bias=False)
+SPARSE = replace(FULL, experts=4)
 THAW = new("^(?!embedding)", weights=True)
 SWAP = new(r"layers\.1\.", weights=True)
 ONE_LAYER = r"layers\.0\."
@@ -155,6 +156,14 @@ CELLS = {
         same,
         (2, 2),
     ),
+    # Stock stores no step then.
+    "a stage that trains nothing, by name": Cell(
+        replace(FULL, pp=2, trained="output_layer"),
+        replace(FULL, pp=2, trained="output_layer"),
+        json.dumps({"step": STEPS}),
+        same,
+        (2, 2),
+    ),
     "mtp added": Cell(
         replace(FULL, rope=True), replace(FULL, mtp=1), policy(new=["mtp.*"]), new("^mtp")
     ),
@@ -198,6 +207,16 @@ CELLS = {
         replace(FULL, experts=4, ep=2),
         MOE,
         chain(copied(EXPERT, r"layers.\1.mlp."), new("router")),
+        (1, 2),
+    ),
+    # The model is the same, and its optimizer is a chain or is not.
+    "experts spread": Cell(SPARSE, replace(SPARSE, ep=2), "{}", same, (1, 2)),
+    "experts on one rank": Cell(replace(SPARSE, ep=2), SPARSE, "{}", same, (2, 1)),
+    "experts spread, not distributed": Cell(
+        replace(SPARSE, distributed=False),
+        replace(SPARSE, distributed=False, ep=2),
+        "{}",
+        same,
         (1, 2),
     ),
 }
@@ -269,6 +288,10 @@ def test_the_state_is_where_it_belongs(
     )[0]
     assert "error" not in found, found["error"]["message"]
     assert_same(found["loaded"], wanted)
+    for optimizer in found["report"]["optimizers"]:
+        loaded = optimizer["loaded"]
+        alone = not cell.after.distributed and cell.after.dtype == "fp32"  # no master weights
+        assert loaded["proven"] == (0 if alone else loaded["elements"].get("param", 0))
     final = stock.run(
         "tests.support.mapped_stock:trained",
         cell.worlds[1],
@@ -284,7 +307,7 @@ def test_the_state_is_where_it_belongs(
 
 @pytest.mark.ranks
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:
-    assert len(CELLS) == 33
+    assert len(CELLS) == 37
     assert len(RAN) == len(set(RAN)) == chosen(request, test_the_state_is_where_it_belongs)
 
 
@@ -329,6 +352,27 @@ def test_the_log_and_the_report_name_what_is_new_copied_and_left(
     state = found["loaded"]["state"]["output_layer.weight"]
     assert (state["exp_avg_sq"] == np.float32(1e-4)).all()
     assert not state["exp_avg"].any()
+
+
+@pytest.mark.ranks
+def test_a_step_that_stock_did_not_store_is_the_iteration(
+    stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    arguments, _ = both_phases(CELLS["a stage that trains nothing, by name"], stock, tmp_path)
+    arguments = {**arguments, "more": 0}
+    resumed = "tests.support.mapped_cases:resumed"
+    unknown = ext.run(resumed, 2, **{**arguments, "policy": "{}"})[0]
+    assert unknown["report"]["optimizers"][0]["step"]["value"] is None
+    # sqrt(1 - 0.95) / (1 - 0.9)
+    assert "the first update may be 2.24 times as large. Pass --selective-step N" in "\n".join(
+        unknown["lines"]
+    )
+    known = ext.run(resumed, 2, **{**arguments, "policy": "{}"}, iteration=STEPS)[0]
+    assert known["report"]["optimizers"][0]["step"]["value"] == STEPS
+    assert f"step is set to the checkpoint's iteration, {STEPS}" in "\n".join(known["lines"])
+    asked = ext.run(resumed, 2, **arguments, iteration=STEPS + 1)[0]
+    assert asked["report"]["optimizers"][0]["step"]["value"] == STEPS
+    assert "have no step" not in "\n".join(asked["lines"])
 
 
 @pytest.mark.ranks

@@ -1,8 +1,8 @@
 """The demo's training script with a model that changes between the phases.
 
 Environment: ``TRAINED`` is a regular expression of the parameters that are trained, ``HYBRID``
-turns the GPT into a HybridModel. The state before and after the training is written beside
---tensorboard-dir.
+turns the GPT into a HybridModel. On one rank, the state before and after the training is written
+beside --tensorboard-dir.
 """
 
 import functools
@@ -40,6 +40,8 @@ def dump(model, optimizer, name):
 def dumped(original):
     @functools.wraps(original)
     def train(forward_step, model, optimizer, *args, **kwargs):
+        if torch.distributed.get_world_size() > 1:
+            return original(forward_step, model, optimizer, *args, **kwargs)
         dump(model, optimizer, "before")
         result = original(forward_step, model, optimizer, *args, **kwargs)
         dump(model, optimizer, "after")
