@@ -40,9 +40,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         resume = members[0].resume
         if dropped and resume.policy.needs_optimizer:
             raise needs_optimizer(dropped, resume.policy)
-        if dropped:
-            say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
-        else:
+        if not dropped:
             _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
         current.resumed = None if dropped else resume
         with resume.loading():
@@ -53,7 +51,12 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 where = getattr(megatron_args, kwargs.get("load_arg", "load"))
                 _raise_no_optimizer_state(where, e)
-        if not dropped and _loaded_iteration() > 0 and not resume.complete:
+        if dropped and resume.complete:
+            # A GPT that goes on as a HybridModel (training/checkpointing.py:2206, 0.19.2).
+            say(f"megatron_ext: {dropped}: Megatron loads a GPT's optimizer state all the same")
+        elif dropped:
+            say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
+        elif _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
                 f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
                 "with it and the policy keeps the moments. A release checkpoint or one written "

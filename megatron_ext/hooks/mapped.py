@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..plan.mapped import NewParameter
 from ..policy.parameter_map import NO_MAP
 from ..resume import parameter_map, requests
+from ..resume.parameters import locate_parameters
 from ..resume.session import Load
 
 
@@ -40,6 +43,7 @@ def rewrite_request(
         call["sharded_state_dict"],
         stored,
         chunks,
+        _fresh(load, chunks),
         rules=resume.policy.rules,
         strict=resume.policy.strict,
     )
@@ -56,3 +60,16 @@ def rewrite_request(
     load.new = {state: frozenset(ids) for state, ids in new.items()}
     load.slots.clear()
     return rewritten
+
+
+def _fresh(load: Load, chunks: list[Any]) -> list[NewParameter]:
+    """List the parameters that Megatron itself does not request.
+
+    A GPT checkpoint that goes on as a HybridModel lacks the layers of other kinds
+    (training/checkpointing.py:1986, 0.19.2).
+    """
+    ids = {id(slot.model_param) for slot in load.slots if slot.is_new}
+    if not ids:
+        return []
+    found = ((name, shape) for i, (name, shape, _) in locate_parameters(chunks).items() if i in ids)
+    return [NewParameter(name, math.prod(shape), True, True) for name, shape in found]

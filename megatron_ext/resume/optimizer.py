@@ -54,7 +54,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
         group: one all_reduce of 40 bytes per rank before any change (see
         `megatron_ext.base.ranks`), and one of 96 bytes for the report. Before a torch_dist load
-        one of 16 bytes compares the parameters. The training step adds no collective.
+        one of 24 bytes compares the parameters. The training step adds no collective.
 
     Raises (at load):
         PlanError: A key to keep is unknown or ambiguous.

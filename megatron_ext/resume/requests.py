@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from ..base import ranks
 from ..checkpoint.names import OBJECT, Style, kind_and_key
 from ..checkpoint.state_keys import parse_state_key
-from ..plan.mapped import Mapped, Wanted
+from ..plan.mapped import Mapped, NewParameter, Wanted
 from ..plan.parameter_map import plan_map
 from ..policy.match import MomentRule
 from ..policy.parameter_map import ParameterMap
@@ -33,20 +33,22 @@ def plan_for(
     state_dict: Any,
     stored: Mapping[str, tuple[int, ...] | None],
     chunks: Sequence[Any],
+    fresh: Sequence[NewParameter] = (),
     *,
     rules: Sequence[MomentRule],
     strict: bool,
 ) -> Mapped:
     """Decide the sources of all tensors; collective over the default group.
 
-    One all_reduce of 16 bytes tells whether every rank finds what it requests, and whether nothing
-    is left over. Only if not, or if a map is asked, the ranks exchange their requests.
+    One all_reduce of 24 bytes tells whether every rank finds what it requests, and whether nothing
+    is left over or new. Only if not, or if a map is asked, the ranks exchange their requests.
 
     Args:
         asked: What the user says.
         state_dict: This rank's sharded state dict.
         stored: Checkpoint key -> shape; None for an object. Empty if it cannot be read.
         chunks: The model on this rank, for the style of its names.
+        fresh: The parameters on this rank that Megatron itself does not request.
         rules: The policy's rules for moments.
         strict: Whether a pattern that matches nothing is an error.
 
@@ -57,17 +59,19 @@ def plan_for(
     mains = (e for e in entries if _first_moment(e.key) and is_main_replica(e.replica_id))
     elements = sum(math.prod(e.local_shape) for e in mains)
     known = bool(stored) and all(_is_there(e, stored) for e in entries)
-    requested, problems = ranks.total([elements, int(not known)])
+    requested, problems, more = ranks.total([elements, int(not known), len(fresh)])
     moments = sum(math.prod(s) for key, s in stored.items() if s is not None and _first_moment(key))
-    if not problems and requested == moments and not asked:
+    if not problems and requested == moments and not asked and not more:
         return Mapped()
-    mine = (list(_wanted(state_dict)), _style(chunks)) if stored else None
+    mine = (list(_wanted(state_dict)), _style(chunks), list(fresh)) if stored else None
     everyone = ranks.gather(mine)
     if None in everyone:
         return Mapped()  # the load itself fails on that rank
-    style = Style(any(s.local for _, s in everyone), any(s.grouped for _, s in everyone))
-    wanted = _merged(one for found, _ in everyone for one in found)
-    return plan_map(asked, wanted, stored, style, rules=rules, strict=strict)
+    style = Style(any(s.local for _, s, _ in everyone), any(s.grouped for _, s, _ in everyone))
+    wanted = _merged(one for found, _, _ in everyone for one in found)
+    mapped = plan_map(asked, wanted, stored, style, rules=rules, strict=strict)
+    new = {*mapped.new, *(one for _, _, found in everyone for one in found)}
+    return replace(mapped, new=tuple(sorted(new)))
 
 
 def _wanted(state_dict: Any) -> Iterator[Wanted]:

@@ -62,6 +62,11 @@ SCENARIOS = {
     "hybrid": scenario(
         f"{FULL} {GPT} {OURS} {SECOND} --hybrid-layer-pattern M*-M*-", "gpt", env={"HYBRID": "1"}
     ),
+    "hybrid, finetuned": scenario(
+        f"{FULL} {GPT} {OURS} --train-iters 2 --hybrid-layer-pattern M*-M*- --finetune",
+        "gpt",
+        env={"HYBRID": "1"},
+    ),
 }
 
 
@@ -152,11 +157,19 @@ def test_the_distributed_optimizer_is_turned_on_and_off(
 GPT_LAYERS = {"1": "0", "2": "0", "4": "1", "5": "1"}
 
 
-@pytest.mark.reads("gpt", "hybrid")
-def test_a_gpt_goes_on_as_a_hybrid_model_with_new_layers(runs: Runs, megatron: Version) -> None:
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(name, marks=pytest.mark.reads("gpt", name))
+        for name in ("hybrid", "hybrid, finetuned")
+    ],
+)
+def test_a_gpt_goes_on_as_a_hybrid_model_with_new_layers(
+    run: str, runs: Runs, megatron: Version
+) -> None:
     if megatron < Version("0.19"):
         pytest.skip("Megatron loads a GPT into a HybridModel from 0.19 on")
-    saved, loaded = dump(runs, "gpt", "after"), dump(runs, "hybrid", "before")
+    saved, loaded = dump(runs, "gpt", "after"), dump(runs, run, "before")
     seen = {"new": 0, "old": 0}
     for name, state in loaded["state"].items():
         words = name.replace("final_norm.", "final_layernorm.").split(".")
@@ -173,7 +186,18 @@ def test_a_gpt_goes_on_as_a_hybrid_model_with_new_layers(runs: Runs, megatron: V
         seen["old"] += 1
     assert seen["old"] == len(saved["state"])
     assert seen["new"] >= 6
-    after = dump(runs, "hybrid", "after")
+    report = runs[run].report
+    assert report is not None
+    new = {one["name"]: one["elements"] for one in report["parameters"]["new"]}
+    assert new == {
+        name: state["param"].numel()
+        for name, state in loaded["state"].items()
+        if ".layers.0." in name or ".layers.3." in name
+    }
+    assert any("new parameters" in one for one in report["optimizers"][0]["warnings"])
+    assert "moments are dropped" not in runs[run].log
+    assert ("Megatron loads the optimizer state" in runs[run].log) == ("finetuned" in run)
+    after = dump(runs, run, "after")
     for name, weight in after["weights"].items():
         change = (weight - loaded["weights"][name]).abs().max()
         assert change < 3e-3, name  # a lost master weight sets it to nearly 0
