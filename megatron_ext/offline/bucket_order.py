@@ -3,7 +3,8 @@
 Norm weights that are all one, or biases that are all zero, are found in many places. A buffer holds
 the parameters in the reverse order of their registration
 (core/optimizer/distrib_optimizer.py:547, 0.19.2): later layers come first, and the parameters of a
-layer have the same order in every layer.
+layer have the same order in every layer. Where no layer tells that order, it is the one of
+Megatron's own layers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,24 @@ from dataclasses import dataclass
 from .bucket_weights import Weight
 
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
+
+
+#: The beginnings of names in a layer, of which the first are registered before the second
+#: (core/transformer/transformer_layer.py:354-433 and attention.py:1722, 0.19.2; as in 0.16.1).
+#: A norm has the name of the linear layer behind it if that does both; it comes before the weight.
+_ATTENTION = ("input_layernorm.", "self_attention.")
+_CROSS = ("pre_cross_attn_layernorm.", "cross_attention.")
+_MLP = ("pre_mlp_layernorm.", "mlp.")
+_ATTENTION_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+_MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+_REGISTERED = (
+    (_ATTENTION_NORM, ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias")),
+    (_MLP_NORM, ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias", "mlp.linear_fc2.")),
+    (_ATTENTION, _CROSS),
+    (_ATTENTION, _MLP),
+    (_CROSS, _MLP),
+    (("self_attention.q_layernorm.",), ("self_attention.k_layernorm.",)),
+)
 
 
 @dataclass
@@ -41,7 +60,7 @@ class _Place:
 
     stack: str
     number: int
-    rest: Hashable
+    rest: tuple[str, Hashable]
 
     @classmethod
     def of(cls, weight: Weight) -> _Place | None:
@@ -69,6 +88,7 @@ def decide(buffers: Iterable[Buffer]) -> None:
             known = _known_order(buffers)
             for buffer in buffers:
                 _keep_order(buffer, known)
+                _sort(buffer, known)
 
 
 def _once(buffers: Iterable[Buffer]) -> None:
@@ -122,7 +142,10 @@ _Order = set[tuple[str, Hashable, Hashable]]
 
 
 def _known_order(buffers: Sequence[Buffer]) -> _Order:
-    """Learn the order of a layer's parameters, as far as one of them is still in question."""
+    """Learn the order of a layer's parameters, as far as one of them is still in question.
+
+    What certain parts show comes before Megatron's own order.
+    """
     open_ = {
         place.rest
         for buffer in buffers
@@ -138,8 +161,28 @@ def _known_order(buffers: Sequence[Buffer]) -> _Order:
                 for first, second in itertools.combinations([p.rest for p in layer], 2):
                     if first in open_ or second in open_:
                         order.add((stack, first, second))
+    own = {(stack, a, b) for stack, a, b in _own_order(buffers) if (stack, b, a) not in order}
     # What two layers contradict is no order.
-    return {(stack, a, b) for stack, a, b in order if (stack, b, a) not in order}
+    return own | {(stack, a, b) for stack, a, b in order if (stack, b, a) not in order}
+
+
+def _own_order(buffers: Sequence[Buffer]) -> _Order:
+    """Return the order in which Megatron's own layers register these parameters, reversed."""
+    places = {
+        (place.stack, place.rest)
+        for buffer in buffers
+        for candidates in buffer.candidates
+        for place in map(_Place.of, candidates)
+        if place is not None
+    }
+    return {
+        (stack, later, earlier)
+        for first, second in _REGISTERED
+        for stack, earlier in places
+        if earlier[0].startswith(first)
+        for other, later in places
+        if other == stack and later[0].startswith(second)
+    }
 
 
 def _keep_order(buffer: Buffer, order: _Order) -> None:
@@ -163,3 +206,26 @@ def _keep_order(buffer: Buffer, order: _Order) -> None:
         )
 
     _filter(buffer, possible)
+
+
+def _sort(buffer: Buffer, order: _Order) -> None:
+    """Decide parts that are the same weights together, if the order of all these is known."""
+    alike: dict[frozenset[int], list[list[Weight]]] = defaultdict(list)
+    for candidates in buffer.candidates:
+        if len(candidates) > 1:
+            alike[frozenset(map(id, candidates))].append(candidates)
+    for parts in alike.values():
+        weights = list(parts[0])
+        if len(weights) != len(parts):
+            continue
+        before = [sum(_comes_first(a, b, order) for a in weights) for b in weights]
+        if sorted(before) == list(range(len(weights))):
+            for number, weight in zip(before, weights, strict=True):
+                parts[number][:] = [weight]
+
+
+def _comes_first(one: Weight, two: Weight, order: _Order) -> bool:
+    a, b = _Place.of(one), _Place.of(two)
+    if a is None or b is None or a.stack != b.stack:
+        return False
+    return a.number > b.number or (a.number == b.number and (a.stack, a.rest, b.rest) in order)

@@ -7,7 +7,7 @@ which parameter lies where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -72,14 +72,27 @@ def _ways(
     while left:
         at = left.pop()
         if at not in ways and at < len(master):
-            slots = weights.at(master, at, dtype)
-            ways[at] = [
+            found = (
                 (slot, _next(slot.end, len(master), edges))
-                for slot in slots
+                for slot in weights.at(master, at, dtype)
                 if not edges.inside(slot)
+            )
+            ways[at] = [
+                (kept, after)
+                for slot, after in found
+                if (kept := _possible(slot, after, len(master), weights)) is not None
             ]
             left += [after for _, after in ways[at]]
     return ways
+
+
+def _possible(slot: Slot, after: int, size: int, weights: Weights) -> Slot | None:
+    """Leave out the candidates that a part cannot be, as it begins or ends inside a parameter."""
+    inside = slot.begin % ALIGNMENT != 0 or (after % ALIGNMENT != 0 and after < size)
+    if not inside:
+        return slot
+    candidates = tuple(w for w in slot.candidates if w.name in weights.in_pieces)
+    return replace(slot, candidates=candidates) if candidates else None
 
 
 def _next(end: int, size: int, edges: Edges) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,6 +64,9 @@ class Weights:
 
     def __init__(self, weights: Iterable[Weight]) -> None:
         self.all = tuple(weights)
+        pieces = Counter(weight.name for weight in self.all)
+        #: The parameters that are stored in several pieces.
+        self.in_pieces = frozenset(name for name, count in pieces.items() if count > 1)
         self._known: dict[torch.dtype, dict[int, dict[bytes, list[Weight]]]] = {}
         for weight in self.all:
             by_length = self._known.setdefault(weight.dtype, {})

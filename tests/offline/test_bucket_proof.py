@@ -79,13 +79,18 @@ def test_every_weight_is_found_where_it_is(dtype: torch.dtype, ranks: int) -> No
     ]
     values, edges = laid_out(parameters, ranks, end=20)
     known = [weight("elsewhere", master(12, 99, dtype).to(dtype))]
-    known += [weight(str(i), p.to(dtype)) for i, p in enumerate(itertools.chain(*parameters))]
+    known += [
+        weight(str(i), part.to(dtype), shard)
+        for i, parts in enumerate(parameters)
+        for shard, part in enumerate(parts)
+    ]
     known.append(weight("other dtype", parameters[0][0].double()))
     found = cut(values, dtype, Weights(known), edges)
     assert (found.foreign, found.unclear) == ([], [])
     for slot, part in zip(found.slots, itertools.chain(*parameters), strict=True):
         assert torch.equal(values[slot.begin : slot.end], part)
-    assert [[w.name for w in s.candidates] for s in found.slots] == [[str(i)] for i in range(13)]
+    names = [[str(i)] for i, parts in enumerate(parameters) for _ in parts]
+    assert [[w.name for w in s.candidates] for s in found.slots] == names
     assert all(s.begin % 64 == 0 for s in found.slots[:3])
 
 
@@ -127,9 +132,14 @@ def test_the_pieces_tell_weights_of_different_lengths_apart() -> None:
     assert [s.candidates[0].name for s in found.slots] == ["36", "20", "64"]
     assert found.unclear == []
     # Two halves, or one parameter.
-    halves = Weights([weight("half", torch.zeros(32, dtype=BF16)), *zeros])
+    half = torch.zeros(32, dtype=BF16)
+    halves = Weights([weight("half", half), weight("half", half, 32), *zeros])
     found = cut(torch.zeros(64), BF16, halves, Edges({0, 64}))
-    assert [[w.name for w in u] for u in found.unclear] == [["half", "64"]]
+    assert [[w.name for w in u] for u in found.unclear] == [["half", "half", "64"]]
+    # No two parameters: each of them begins at a multiple of 64.
+    two = Weights([weight("one", half), weight("two", half), *zeros])
+    found = cut(torch.zeros(64), BF16, two, Edges({0, 64}))
+    assert [s.candidates[0].name for s in found.slots] == ["64"]
 
 
 # The order of parameters.
@@ -183,6 +193,36 @@ def test_the_order_within_a_layer_is_learned_from_another() -> None:
     # An order that two layers contradict is none.
     other = [layer[1][i] for i in (0, 3, 2, 1)]
     assert decided(layer[1], other, open_)[2][1] == f"{second}|{first}"
+
+
+def test_megatrons_own_order_tells_where_no_layer_does() -> None:
+    names = ("self_attention.k_layernorm.w", "self_attention.q_layernorm.w", "input_layernorm.w")
+    fc, norm = "d.layers.0.mlp.linear_fc1.w", "d.layers.0.pre_mlp_layernorm.w"
+    k, q, first = (f"d.layers.0.{n}" for n in names)
+    qkv = "d.layers.0.self_attention.linear_qkv.w"
+    alike = [norm, first]
+    assert decided([fc, alike, qkv, alike])[0] == [fc, norm, qkv, first]
+    # The names of a checkpoint, where linear layers have the norms before them.
+    fused = [
+        f"d.layers.0.{n}.layer_norm_w" for n in ("mlp.linear_fc1", "self_attention.linear_qkv")
+    ]
+    assert decided([fc, fused, qkv, fused])[0] == [fc, fused[0], qkv, fused[1]]
+    # Between two layers, and where there is nothing before them.
+    final, qkv = "decoder.final_layernorm.weight", f"{qkv}eight"
+    every = [fused[1], final, fused[0]]
+    found = decided([every, f"{fc}eight", every, qkv, every, "embedding"])
+    assert found == [[final, f"{fc}eight", fused[0], qkv, fused[1], "embedding"]]
+    # One of two is known by another weight, the other one by the order.
+    assert decided([[k, q], q])[0] == [k, q]
+    assert decided([[q, k], [q, k]])[0] == [k, q]
+    # Also of several layers, but not with what is no part of a layer.
+    norms = [norm.replace("layers.0", "layers.1"), norm, first]
+    alike_too = [norms[1], norms[0], norms[2]]
+    assert decided([alike_too] * 3)[0] == norms
+    assert decided([[*alike_too, "final"]] * 4)[0][0] == "|".join([*alike_too, "final"])
+    # What a layer shows comes first.
+    other = [n.replace("layers.0", "layers.1") for n in (fc, first, qkv, norm)]
+    assert decided([*other, fc, alike, qkv, alike])[0][4:] == [fc, first, qkv, norm]
 
 
 # Among equal weights with equal states every choice is right.

@@ -49,11 +49,18 @@ CELLS: dict[str, tuple[Layout, int, Layout, int]] = {
     "fp16": (replace(BASE, dtype="fp16"), 1, replace(BASE, dtype="fp16", tp=2), 2),
     "virtual stages": (replace(BASE, pp=2, vpp=2), 2, replace(BASE, layers=8), 1),
     "instances": (replace(BASE, instances=2, overlap=True), 2, BASE, 1),
+    "norms that are one": (replace(BASE, qk_norm=True), 2, replace(BASE, qk_norm=True), 1),
     "frozen": (replace(BASE, trained="weight"), 2, replace(BASE, trained="weight"), 1),
 }
 #: In which stock's own save by parameter is right, so that it can be compared.
-RIGHT = ("tp 2, gated", "fp32", "fp16", "frozen")
+RIGHT = ("tp 2, gated", "fp32", "fp16", "norms that are one", "frozen")
+#: Too little for bfloat16: all norms stay one, and their moments differ.
+ONES = replace(FIRST, lr=1e-7, min_lr=0.0)
 RAN: list[str] = []
+
+
+def hyper_of(name: str) -> Hyper:
+    return ONES if name == "norms that are one" else FIRST
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +72,7 @@ def trained(stock: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (name, form) not in made:
             layout, world, _, _ = CELLS[name]
             path = tmp_path_factory.mktemp("trained") / "ck"
-            run = dict(layout=replace(layout, format=form), hyper=FIRST, steps=3)
+            run = dict(layout=replace(layout, format=form), hyper=hyper_of(name), steps=3)
             found = stock.run(
                 "tests.support.mapped_stock:phase_1", world, **run, directory=str(path)
             )
@@ -100,7 +107,7 @@ def test_what_is_loaded_is_what_the_run_had(
     # A piece is stored without the rest of its bucket.
     assert all(size < 4 * elements + 2500 for size, elements in lengths(new))
     other = replace(other, format=TO, hidden=layout.hidden, vocab=layout.vocab)
-    run = dict(layout=other, hyper=FIRST, directory=str(new))
+    run = dict(layout=other, hyper=hyper_of(name), directory=str(new))
     of_stock = stock.run("tests.support.mapped_stock:loaded", ranks, **run)[0]["state"]
     run = dict(layout=other, hyper=SECOND, directory=str(new), policies={"keep": "{}"})
     of_ext = ext.run("tests.support.policies:resumed", ranks, **run)[0]["keep"]["state"]
@@ -127,7 +134,7 @@ def test_what_is_loaded_is_what_the_run_had(
 
 @pytest.mark.ranks
 def test_every_layout_was_converted(request: pytest.FixtureRequest) -> None:
-    assert len(CELLS) == 10
+    assert len(CELLS) == 11
     assert len(RAN) == len(set(RAN)) == chosen(request, test_what_is_loaded_is_what_the_run_had)
 
 
@@ -218,15 +225,14 @@ def test_what_does_not_fit_is_refused_by_name(damage: str, trained: Any, tmp_pat
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("case", ["ones", "half frozen"])
+@pytest.mark.parametrize("case", ["only norms", "half frozen"])
 def test_what_the_weights_do_not_tell_is_refused(
     case: str, stock: RankPool, tmp_path: Path
 ) -> None:
     layout, hyper = BASE, FIRST
-    if case == "ones":
-        # Too little for bfloat16: all norms stay one, and their moments differ.
-        hyper, wanted = replace(FIRST, lr=1e-7, min_lr=0.0), "found equal weights: "
-        named = "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"
+    if case == "only norms":
+        layout, hyper = replace(BASE, trained="norm.weight"), ONES
+        wanted, named = "found equal weights: ", "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"
     else:
         layout, wanted = replace(BASE, trained=r"layers\.1\."), "found none of "
         named = "decoder.layers.0."
