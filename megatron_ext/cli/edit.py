@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
         help="write a copy of a checkpoint with other hyperparameters, for stock Megatron",
         description="Write a copy of a checkpoint whose param_groups and scheduler have other "
         "values, so that Megatron without this package can resume from it with other arguments. "
-        "Tensors are hard links to the source's files: do not modify either copy in place.",
+        "What does not change is copied, as a reflink where the file system has them.",
     )
     parser.add_argument("source", help="the directory given to --save; it is not changed")
     parser.add_argument("--out", required=True, help="a new directory, for --load")
@@ -50,6 +50,12 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="run the code in the checkpoint's pickles; only for a checkpoint that you trust",
     )
+    parser.add_argument(
+        "--hard-links",
+        action="store_true",
+        help="make hard links instead of copies. Megatron writes into files that exist: a save of "
+        "the same iteration into one directory then destroys the other",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -61,17 +67,26 @@ def run(options: argparse.Namespace) -> int:
 
 def _edit(options: argparse.Namespace) -> int:
     from ..base.values import as_json
+    from ..checkpoint.stored import open_checkpoint
+    from ..offline.copying import files_of
     from ..offline.edit import edit
     from ..offline.edit_settings import parse_settings
 
-    done = edit(
-        options.source,
-        options.out,
-        parse_settings(options.set),
-        parse_settings(options.group, "--group"),  # type: ignore[arg-type]
-        options.iteration,
-        options.allow_pickle,
+    stored = open_checkpoint(options.source, options.iteration)
+    total = sum(
+        (stored.directory / f).stat().st_size for f in files_of(stored.directory, stored.root)
     )
+    with output.progress_bar(total, "copying") as progress:
+        done = edit(
+            options.source,
+            options.out,
+            parse_settings(options.set),
+            parse_settings(options.group, "--group"),  # type: ignore[arg-type]
+            options.iteration,
+            options.allow_pickle,
+            hard_links=options.hard_links,
+            progress=progress,
+        )
     if options.json:
         output.print_json(as_json(_document(done)))
     else:
@@ -99,5 +114,8 @@ def _lines(done: Edited) -> list[str]:
         lines.append(f"  scheduler: {text}" if in_scheduler else f"  groups: {text} ({count})")
     if not any(c.in_scheduler for c in done.changes):
         lines.append("  scheduler: nothing changed")
-    files = f"{done.linked} linked, {done.copied} copied, {len(done.written)} written"
+    ways = {"copied": done.copied, "cloned": done.cloned, "linked": done.linked}
+    files = ", ".join(
+        f"{n} {way}" for way, n in (*ways.items(), ("written", len(done.written))) if n
+    )
     return [*lines, f"  files: {files}"]

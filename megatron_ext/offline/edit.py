@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import errno
-import os
 import pickle
-import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +28,9 @@ from ..checkpoint.store import (
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..policy.match import Scalar
-from . import allowed
+from . import allowed, copying
 from .edit_settings import EditedValue, Value, plan_edit, value_at
 from .new_checkpoint import require_new
-
-#: Error codes of file systems or files that do not allow a hard link.
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -48,16 +42,18 @@ class Edited:
         iteration: Its number, 0 for a release.
         changes: Every value that was set, even if it was the same before.
         written: New files, by path in `directory`.
-        linked: Number of files that are hard links to the source's.
-        copied: Number of files copied because a link could not be made.
+        copied: Number of other files, copied.
+        cloned: Number of other files whose blocks the file system shares until one side is written.
+        linked: Number of other files that are hard links to the source's.
     """
 
     directory: Path
     iteration: int
     changes: tuple[EditedValue, ...]
     written: tuple[str, ...]
-    linked: int
     copied: int
+    cloned: int
+    linked: int
 
 
 def edit(
@@ -67,6 +63,9 @@ def edit(
     group: Mapping[str, Scalar] | None = None,
     iteration: int | None = None,
     allow_pickle: bool = False,
+    *,
+    hard_links: bool = False,
+    progress: copying.Progress | None = None,
 ) -> Edited:
     """Write a copy of a checkpoint with other hyperparameters.
 
@@ -81,11 +80,15 @@ def edit(
             changes too, unless another group keeps its value.
         iteration: The iteration to copy; by default the one in the tracker file.
         allow_pickle: Whether code in the checkpoint's pickles may run.
+        hard_links: Whether the files that do not change are hard links to the source's. Megatron
+            writes into files that exist: a save of the same iteration into either directory then
+            destroys the other's.
+        progress: Called with the number of bytes just copied.
 
     Raises:
         PolicyError: A setting does not fit the saved values. The error names it.
-        CheckpointError: The source is damaged or needs classes that may not be loaded, or the
-            target exists.
+        CheckpointError: The source is damaged, needs classes that may not be loaded or has links
+            to other files, or the target exists.
         OSError: A file cannot be written.
     """
     target = Path(target)
@@ -94,15 +97,24 @@ def edit(
     stored.require_files()
     places = _read_places(stored)
     changes = plan_edit(places, settings, group)
+    files = copying.files_of(stored.directory, stored.root)
     name = "release" if stored.release else f"iter_{stored.iteration:07d}"
     with new_directory(target) as partial:
         made = partial / name
         made.mkdir()
         written, values = _write(stored, made, changes, allow_pickle)
-        linked, copied = _link_others(stored.directory, made, set(written))
+        ways = Counter[copying.Way]()
+        for file in files:
+            if str(file) not in written:
+                (made / file).parent.mkdir(exist_ok=True, parents=True)
+                way = copying.copy(
+                    stored.directory / file, made / file, progress, hard_link=hard_links
+                )
+                ways[way] += 1
         _check(stored, made, places, values)
         (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
-    return Edited(target / name, stored.iteration, changes, tuple(written), linked, copied)
+    counts = {way: ways[way] for way in ("copied", "cloned", "linked")}
+    return Edited(target / name, stored.iteration, changes, tuple(written), **counts)
 
 
 def _set(state: Any, change: EditedValue) -> Any:
@@ -154,7 +166,7 @@ def _write(
             objects[where] = value
         else:
             (made / where).parent.mkdir(exist_ok=True)
-            with (made / where).open("wb") as file:
+            with copying.opened(made / where) as file:
                 torch.save(value, file)
             files.append(where)
     if objects:
@@ -177,7 +189,7 @@ def _write_objects(
     index = read_file(path, lambda file: allowed.load_index(file, str(path), allow_pickle))
     name = next(n for i in range(10**6) if not (source / (n := f"__edited_{i}.distcp")).exists())
     places = {place.fqn: place for place in index.storage_data if place.fqn in objects}
-    with (made / name).open("wb") as file:
+    with copying.opened(made / name) as file:
         for key, value in objects.items():
             begin = file.tell()
             torch.save([value], file)
@@ -187,37 +199,9 @@ def _write_objects(
                 offset=begin,
                 length=file.tell() - begin,
             )
-    with (made / INDEX).open("wb") as file:
+    with copying.opened(made / INDEX) as file:
         pickle.dump(index, file)
     return [name, INDEX]
-
-
-def _link_others(source: Path, made: Path, written: set[str]) -> tuple[int, int]:
-    """Link all files that were not written; return the number of links and of copies."""
-    linked = copied = 0
-    for directory, _, names in os.walk(source, followlinks=True):
-        inside = Path(directory).relative_to(source)
-        (made / inside).mkdir(exist_ok=True)
-        for name in names:
-            if str(inside / name) in written:
-                continue
-            if _link(Path(directory) / name, made / inside / name):
-                linked += 1
-            else:
-                copied += 1
-    return linked, copied
-
-
-def _link(path: Path, new: Path) -> bool:
-    """Make a hard link, or a copy if that is not possible; return whether it is a link."""
-    try:
-        os.link(path.resolve(), new)
-    except OSError as e:
-        if e.errno not in _NO_LINK:
-            raise
-        shutil.copy2(path, new)
-        return False
-    return True
 
 
 def _check(

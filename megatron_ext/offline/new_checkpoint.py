@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from ..checkpoint.store import INDEX, Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
+from . import copying
 
 
 def require_new(target: Path, stored: StoredCheckpoint) -> None:
@@ -34,12 +34,15 @@ def require_new(target: Path, stored: StoredCheckpoint) -> None:
 
 
 def copy_others(source: Path, target: Path, known: set[str]) -> None:
-    """Copy all files of an iteration that are not in `known`."""
-    for path in source.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, target / path.name)
-        elif path.name not in known:
-            shutil.copy2(path, target / path.name)
+    """Copy all files of an iteration that are not in `known`.
+
+    Raises:
+        CheckpointError: See `megatron_ext.offline.copying.files_of`.
+    """
+    for name in copying.files_of(source, source):
+        if str(name) not in known:
+            (target / name).parent.mkdir(exist_ok=True, parents=True)
+            copying.copy(source / name, target / name)
 
 
 def _is_empty(path: Path) -> bool:

@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 import pickle
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,12 +94,13 @@ def changed(source: str | Path, target: Path, groups: int) -> Edited:
     for path in filter(Path.is_file, done.directory.rglob("*")):
         name = path.relative_to(done.directory)
         if str(name) not in done.written:
-            assert path.samefile(source / name)
+            assert path.read_bytes() == (source / name).read_bytes()
+            assert path.stat().st_mtime_ns == (source / name).stat().st_mtime_ns
             same += 1
-        elif (source / name).exists():
+        if (source / name).exists():
             assert not path.samefile(source / name)
-    assert same == done.linked > 0
-    assert done.copied == 0
+    assert same == done.copied + done.cloned > 0
+    assert done.linked == 0
     return done
 
 
@@ -213,7 +216,7 @@ def test_tensors_of_a_legacy_file_are_the_same_bytes(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("name", "kills"), [("dp_reshardable", 23), ("torch", 18)])
+@pytest.mark.parametrize(("name", "kills"), [("dp_reshardable", 31), ("torch", 19)])
 def test_a_kill_leaves_nothing_or_all(
     name: str, kills: int, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -244,7 +247,7 @@ def killed_at_each(source: Path, tmp_path: Path, wanted: Edited, kills: int) -> 
             assert not (runs / str(number) / "new").exists()
     assert [name for name, _ in operations[-2:]] == ["os.rename", "fsync"]
     kinds = {name for name, _ in operations}
-    assert kinds == {"os.mkdir", "os.rename", "os.link", "os.chmod", "open", "half", "fsync"}
+    assert kinds == {"os.mkdir", "os.rename", "os.chmod", "os.utime", "open", "half", "fsync"}
     on_disk = {Path(p).name for name, p in operations[:-2] if name == "fsync"}
     assert {Path(p).name for p in (*wanted.written, TRACKER, wanted.directory)} <= on_disk
 
@@ -376,14 +379,51 @@ def test_a_release_and_an_iteration_keep_their_names(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "newer").iteration == done.iteration == 5
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["dp_reshardable", "torch"])
+@pytest.mark.parametrize("hard_links", [False, True])
+def test_a_save_into_the_copy_leaves_the_source(
+    name: str, hard_links: bool, stock: RankPool, tmp_path: Path
+) -> None:
+    """Megatron writes into the files of an iteration that exists, hard links or not."""
+    run = dict(layout=CELLS[name][0], steps=STEPS, hyper=FIRST)
+    phase_1, source, copy = "tests.support.mapped_stock:phase_1", tmp_path / "a", tmp_path / "b"
+    stock.run(phase_1, 1, **run, directory=str(source))
+    before = checksums(source)
+    done = edit(source, copy, {"max_lr": 1e-3}, hard_links=hard_links)
+    assert bool(done.linked) == hard_links
+    stock.run(phase_1, 1, **{**run, "hyper": SECOND}, directory=str(done.directory))
+    assert (checksums(source) == before) != hard_links
+
+
+def test_what_a_link_leads_to_is_not_copied(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", format="torch_dist")
+    iteration = source / "iter_0000010"
+    (tmp_path / "secret").write_text("secret")
+    (iteration / "inside.json").symlink_to(iteration / "metadata.json")
+    done = edit(source, tmp_path / "new", {"max_lr": 1e-3})
+    assert not (done.directory / "inside.json").is_symlink()
+    data = (iteration / "metadata.json").read_bytes()
+    assert (done.directory / "inside.json").read_bytes() == data
+    for name, leads_to in (("file", tmp_path / "secret"), ("directory", tmp_path), ("gone", "no")):
+        (iteration / name).symlink_to(leads_to)
+        with pytest.raises(CheckpointError, match=f"{name}: expected a file .* symbolic link to "):
+            edit(source, tmp_path / "newer", {"max_lr": 1e-3})
+        (iteration / name).unlink()
+    os.mkfifo(iteration / "pipe")
+    with pytest.raises(CheckpointError, match="pipe: expected a regular file"):
+        edit(source, tmp_path / "newer", {"max_lr": 1e-3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "secret", "source"]
+
+
 @pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_where_links_cannot_be_made_files_are_copied(
     reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint(tmp_path / "source", format="torch_dist")
     monkeypatch.setattr(os, "link", fails(reason))
-    done = edit(source, tmp_path / "new", {"max_lr": 1e-3})
-    assert (done.linked, done.copied) == (0, 2)
+    done = edit(source, tmp_path / "new", {"max_lr": 1e-3}, hard_links=True)
+    assert (done.linked, done.copied + done.cloned) == (0, 2)
     for name in ("metadata.json", ".metadata"):
         data = (source / "iter_0000010" / name).read_bytes()
         assert (done.directory / name).read_bytes() == data
@@ -396,13 +436,24 @@ def fails(reason: int) -> Callable[..., None]:
     return link
 
 
-def test_an_error_of_the_system_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "limit"), [("common.pt", 200), ("big.json", 100_000)])
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    name: str, limit: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """As on a full disk, where torch.save writes and where a file is copied."""
     source = checkpoint(tmp_path / "source", format="torch_dist")
-    monkeypatch.setattr(os, "link", fails(errno.ENOSPC))
-    assert cli.main(["edit", str(source), "--out", str(tmp_path / "new"), "--set", "eps=1"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    (source / "iter_0000010" / "big.json").write_bytes(b" " * 200_000)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        code = cli.main(["edit", str(source), "--out", str(tmp_path / "new"), "--set", "eps=1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    said = capfd.readouterr().err
+    assert code == 2
+    assert said.count("\n") == 1
+    assert name in said
+    assert "File too large" in said
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -500,7 +551,7 @@ def test_the_command_says_what_it_changed(
     old = GROUPS[0]["eps"]
     assert f"  groups: eps {old!r} -> 1e-06 (2)" in said
     assert "  scheduler: max_lr 0.0003 -> 0.001" in said
-    assert said[-1] == "  files: 2 linked, 0 copied, 1 written"
+    assert re.fullmatch("  files: 2 (copied|cloned), 1 written", said[-1])
     assert cli.main([*command, str(tmp_path / "new"), "--group", "wd_mult=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(c["in"], c["key"]) for c in found["changes"]] == [

@@ -24,7 +24,14 @@ from megatron_ext.offline.edit import edit
 SETTINGS = {"max_lr": 1e-3, "min_lr": 1e-4, "betas": (0.8, 0.9)}
 
 #: What the interpreter announces before it does it, with the path that matters.
-_EVENTS = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.chmod": 0, "os.remove": 0}
+_EVENTS = {
+    "os.mkdir": 0,
+    "os.rename": 1,
+    "os.link": 1,
+    "os.chmod": 0,
+    "os.utime": 0,
+    "os.remove": 0,
+}
 
 
 class Operations:

@@ -220,7 +220,7 @@ def save(run: Run, directory: str, **extra: Any) -> None:
             {k: v for k, v in state.items() if k.startswith("model")}, metadata=metadata
         )
         if dist.get_rank() == 0:
-            Path(directory).mkdir(parents=True)
+            Path(directory).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         kwargs = {"content_metadata": {k: v for k, v in metadata.items() if k != "dp_cp_group"}}
         dist_checkpointing.save(state, directory, **kwargs)
