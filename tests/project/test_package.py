@@ -24,6 +24,7 @@ PURE = (
     "errors",
     "base.text",
     "base.files",
+    "base.patterns",
     "base.values",
     "base.schema",
     "base.placement",
