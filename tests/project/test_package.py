@@ -37,6 +37,7 @@ PURE = (
     "plan.cautions",
     "plan.parameters",
     "plan.matching",
+    "plan.mean_of",
     "plan.moments",
     "plan.resized",
     "resume.merge",
