@@ -114,12 +114,10 @@ class _Forecaster:
         counters = self._counters(phase, dropped)
         values = self.found.tried(lambda: values_of(now), self.found.notes)
         groups = self._current_groups(values)
-        optimizers = () if phase is None else self._optimizers(phase, groups)
-        mapped = (
-            Mapped()
-            if phase is None
-            else forecast_parameters(stored, self.before, now, phase.policy, self.found)
-        )
+        mapped, optimizers = Mapped(), tuple[OptimizerForecast, ...]()
+        if phase is not None:
+            mapped = forecast_parameters(stored, self.before, now, phase.policy, self.found)
+            optimizers = self._optimizers(phase, groups, mapped)
         scheduler, after = self._scheduler(policy, values, dropped)
         curves = curves_of(
             self.found, self.stored, (self.before, now), after, optimizers, groups, counters
@@ -222,7 +220,7 @@ class _Forecaster:
         return found.optimizers
 
     def _optimizers(
-        self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]]
+        self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]], mapped: Mapped
     ) -> tuple[OptimizerForecast, ...]:
         stored, now = self.stored, self.now
         sizes = self.before.global_batch_size, now.global_batch_size
@@ -241,7 +239,7 @@ class _Forecaster:
                     )
                 )
             )
-        moments = self._moments(phase.policy, plans, groups)
+        moments = self._moments(phase.policy, plans, groups, mapped)
         out = []
         for plan, decided in zip(plans, moments, strict=True):
             if plan is None:
@@ -259,6 +257,7 @@ class _Forecaster:
         policy: ResumePolicy,
         plans: Sequence[ResumePlan | None],
         groups: Sequence[Sequence[Mapping[str, Any]]],
+        mapped: Mapped,
     ) -> tuple[tuple[ParameterPlan, ...] | None, ...]:
         """Return the plans of each optimizer's parameters; None if they are not known."""
         rows = padded_rows(self.stored.args, self.now)
@@ -269,6 +268,7 @@ class _Forecaster:
             groups,
             None if rows is not None and rows[0] == rows[1] else rows,
             decoupled=getattr(self.before, "decoupled_lr", None) is not None,
+            new=mapped.new_to_optimizer,
         )
         for error in found.errors:
             self.found.refuse(error)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import MegatronExtError, PlanError
 from ..plan.decisions import ResumePlan
 from ..plan.matching import unmatched, used_group_rules, used_rules
+from ..plan.mean_of import means_of, offer, sources_of
 from ..plan.moments import plan_moments
 from ..plan.parameters import Parameter, ParameterPlan
 from ..policy.policy import ResumePolicy
@@ -69,6 +71,7 @@ def forecast_moments(
     rows: tuple[int, int] | None = None,
     *,
     decoupled: bool = False,
+    new: Collection[str] = (),
 ) -> MomentsForecast:
     """Resolve a policy's rules on the parameters of a checkpoint.
 
@@ -79,6 +82,7 @@ def forecast_moments(
         groups: The current param_groups of each optimizer.
         rows: Rows of the embedding in the checkpoint and now, if these differ.
         decoupled: Whether embedding and output layer have a separate learning rate.
+        new: The names of parameters that are known to be new to the optimizers.
     """
     changes = policy.decides_moments
     if not (changes or policy.groups or rows):
@@ -94,7 +98,9 @@ def forecast_moments(
     parameters = in_groups(found.parameters, groups, rows, decoupled)
     errors: list[MegatronExtError] = []
     idle = _idle(policy, parameters, groups)
-    if idle and policy.strict:
+    # A rule may match a new parameter that only the script adds.
+    refused = policy.strict and not policy.parameters.new
+    if idle and refused:
         errors.append(PlanError(f"{idle}. Correct the rule, or pass --no-selective-strict"))
     decided: list[tuple[ParameterPlan, ...] | None] = []
     for plan, of_one, current, saved in zip(
@@ -108,10 +114,13 @@ def forecast_moments(
             except MegatronExtError as e:
                 errors.append(e)
                 decided[-1] = None
+    if None not in decided:
+        names = [p.name for of_one in parameters for p in of_one]
+        errors += _wrong_means(policy, [one or () for one in decided], new, names)
     return MomentsForecast(
         tuple(decided),
         tuple(errors),
-        (idle,) if idle and not policy.strict else (),
+        (idle,) if idle and not refused else (),
         (_names_note(found),) if changes else (),
     )
 
@@ -145,6 +154,25 @@ def rules_of(policy: ResumePolicy, decided: Sequence[ParameterPlan]) -> tuple[Ru
         RuleForecast(name, write(m), write(v), parameters[i], elements[i], tuple(examples[i]))
         for i, (name, m, v) in enumerate(rules)
     )
+
+
+def _wrong_means(
+    policy: ResumePolicy,
+    decided: Sequence[Sequence[ParameterPlan]],
+    new: Collection[str],
+    names: Sequence[str],
+) -> Iterator[PlanError]:
+    """Yield the errors of the rules `fill mean-of` that every rank of the run would raise."""
+    for one in means_of(policy):
+        needed = [of_one for of_one in decided if any(one in plan.statistics for plan in of_one)]
+        # Which optimizer updates a parameter that only the script adds is not known.
+        for mine in needed or [list(chain.from_iterable(decided))]:
+            others = (p for of_one in decided if needed and of_one is not mine for p in of_one)
+            found = offer(one, mine, new, [p.parameter.name for p in others])
+            try:
+                sources_of(one, [found], sorted({*names[:1], *names[-1:]}))
+            except PlanError as e:
+                yield e
 
 
 def _idle(

@@ -105,6 +105,11 @@ class Mapped:
     partial: bool = False
 
     @property
+    def new_to_optimizer(self) -> tuple[str, ...]:
+        """The names of the parameters whose moments start at 0."""
+        return tuple(one.name for one in self.new if one.moments)
+
+    @property
     def changes_request(self) -> bool:
         """Whether a rank may have to request something else than Megatron does."""
         return bool(self.sources) or self.partial
@@ -119,9 +124,9 @@ def new_warnings(plan: ResumePlan, mapped: Mapped | None) -> Iterator[str]:
     """
     rules = [r.match for r in plan.policy.rules if r.exp_avg_sq != KEEP]
     bare = [
-        one.name
-        for one in (() if mapped is None else mapped.new)
-        if one.moments and not any(Match(rule.name).fits(one.name, 0, {}) for rule in rules)
+        name
+        for name in (() if mapped is None else mapped.new_to_optimizer)
+        if not any(Match(rule.name).fits(name, 0, {}) for rule in rules)
     ]
     if not bare or not plan.step:
         return
@@ -130,5 +135,6 @@ def new_warnings(plan: ResumePlan, mapped: Mapped | None) -> Iterator[str]:
             f"the moments of {len(bare)} new parameters ({first_of(bare)}) are 0 while step stays "
             f"at {plan.step}: they get no bias correction, and at betas {betas[0]:g}, {betas[1]:g} "
             f"their first update is {fresh_update(betas, plan.step):.2f} lr. The remedy is "
-            "--selective-rule PATTERN reset 'fill X', with X of alike parameters"
+            "--selective-rule PATTERN reset 'fill mean-of OTHERS', with the pattern of alike "
+            "parameters, or 'fill X'"
         )

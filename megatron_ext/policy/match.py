@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..base.patterns import compiled
 from ..base.values import plain
 from ..errors import PolicyError
 from ..rules.base import Rule
@@ -115,7 +114,7 @@ class Match:
         )
 
     def _pattern(self) -> re.Pattern[str]:
-        return _compiled(self.name)
+        return compiled(self.name)
 
     @classmethod
     def parse(cls, text: str) -> Match:
@@ -215,12 +214,6 @@ def attributes(found: Any, where: str) -> tuple[tuple[str, Scalar], ...]:
 def has_attributes(group: Mapping[str, Any], wanted: Sequence[tuple[str, Scalar]]) -> bool:
     """Whether a param_group has all these attributes."""
     return all(_equal(group.get(key), value) for key, value in wanted)
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(name: str) -> re.Pattern[str]:
-    """Compile a name's pattern once; translating the glob takes most of the time of a match."""
-    return re.compile(name[3:] if name.startswith("re:") else fnmatch.translate(name))
 
 
 def _rows(found: Any, name: str) -> tuple[int | None, int | None]:

@@ -115,6 +115,7 @@ def _change(work: MomentWork) -> AppliedRules:
             work.shapes,
             ranks.sum_over_ranks,
             device,
+            work.sources,
         )
     jobs = [_work(shard, work.plans[shard.parameter.name], found) for shard in shards]
     return AppliedRules(shards, tuple(transform(jobs, Statistics.BEFORE_AND_AFTER)), device)

@@ -6,7 +6,7 @@ statistics their parameters need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..base.text import MAX_NAMED
 from ..errors import CheckpointError, PlanError
 from ..plan.decisions import ResumePlan
 from ..plan.matching import unmatched, used_group_rules, used_rules
+from ..plan.mean_of import Offer, Parts, means_of, offer, sources_of
 from ..plan.moments import plan_moments
 from ..plan.parameters import ParameterPlan
 from ..policy.policy import ResumePolicy
@@ -41,6 +42,10 @@ class MomentWork:
         kept: Whether the state is kept because the optimizer is not Adam.
         wanted: The statistics that some rank needs, the same list on every rank.
         shapes: The unsharded shapes of their parameters.
+        offers: What this rank's parameters give to each mean of several parameters that a rule
+            names.
+        sources: The means of single parameters for each such mean in `wanted`, the same on every
+            rank.
         unread: For each moment, the parameters on this rank whose moment was not read.
         warnings: A warning about rules that match nothing on any rank.
         examples: For each rule, some parameters that it matches on any rank.
@@ -54,6 +59,8 @@ class MomentWork:
     kept: bool = False
     wanted: tuple[Statistic, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    offers: Mapping[Statistic, Offer] = field(default_factory=dict)
+    sources: Mapping[Statistic, Parts] = field(default_factory=dict)
     unread: Mapping[Key, frozenset[str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     examples: tuple[tuple[str, ...], ...] = ()
@@ -66,6 +73,7 @@ def prepare(
     saved_groups: Sequence[Mapping[str, Any]],
     chain: Sequence[Any] = (),
     unread: Mapping[Key, frozenset[str]] | None = None,
+    new: Collection[str] = (),
 ) -> MomentWork | None:
     """Resolve a plan's rules against this rank's shards. Changes nothing; not collective.
 
@@ -76,6 +84,7 @@ def prepare(
         saved_groups: The checkpoint's param_groups.
         chain: All optimizers that the policy applies to. A rule has to match in one of them.
         unread: For each moment, the parameters on this rank whose moment was not read.
+        new: The names of parameters that are new to the optimizers.
 
     Returns:
         None if the policy has no rules and keeps all moments.
@@ -104,8 +113,15 @@ def prepare(
             for o in members
         )
     )
+    elsewhere = [
+        shard.parameter.name
+        for o in members
+        if o is not optimizer and is_adam(o.optimizer)
+        for shard in of_members[id(o)]
+    ]
+    offers = {one: offer(one, (), new, elsewhere) for one in means_of(policy)}
     if optimizer.optimizer is None:
-        return MomentWork(policy, (), {}, used, used_groups)
+        return MomentWork(policy, (), {}, used, used_groups, offers=offers)
     shards = of_members[id(optimizer)]
     if not is_adam(optimizer.optimizer):
         _refuse_rules(policy, optimizer.optimizer, shards)
@@ -117,7 +133,8 @@ def prepare(
         for p in plan_moments(plan, list(parameters.values()), saved_groups, groups)
     }
     _require_read(unread, plans)
-    return MomentWork(policy, shards, plans, used, used_groups, unread=unread)
+    offers = {one: offer(one, plans.values(), new, elsewhere) for one in offers}
+    return MomentWork(policy, shards, plans, used, used_groups, offers=offers, unread=unread)
 
 
 def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan]) -> None:
@@ -144,7 +161,8 @@ def exchange_with_ranks(work: MomentWork) -> MomentWork:
     needs no statistic.
 
     Raises:
-        PlanError: The policy is strict, and a rule matches nothing on any rank; on every rank.
+        PlanError: The policy is strict, and a rule matches nothing on any rank; or the parameters
+            of a ``mean-of`` are not what it expects. On every rank.
     """
     policy, effect = work.policy, work.policy.preset.effect
     selects = effect.exp_avg.statistics or effect.exp_avg_sq.statistics
@@ -153,19 +171,21 @@ def exchange_with_ranks(work: MomentWork) -> MomentWork:
     needed = {s: p.parameter.shape for p in work.plans.values() for s in p.statistics}
     examples = sorted(work.plans)
     ends = [*examples[:1], *examples[-1:]]
-    mine = (needed, work.used, work.used_groups, ends, _matched(work))
-    of_ranks, used, used_groups, names, matched = zip(*ranks.gather(mine), strict=True)
-    idle = unmatched(
-        policy,
-        frozenset().union(*used),
-        frozenset().union(*used_groups),
-        sorted({name for some in names for name in some}),
-    )
+    mine = (needed, work.used, work.used_groups, ends, _matched(work), work.offers)
+    of_ranks, used, used_groups, names, matched, offers = zip(*ranks.gather(mine), strict=True)
+    some_names = sorted({name for some in names for name in some})
+    idle = unmatched(policy, frozenset().union(*used), frozenset().union(*used_groups), some_names)
     if idle and policy.strict:
         raise PlanError(f"{idle}. Correct the rule, or pass --no-selective-strict")
+    wanted = sorted({s for needed in of_ranks for s in needed})
     return replace(
         work,
-        wanted=tuple(sorted({s for needed in of_ranks for s in needed})),
+        wanted=tuple(wanted),
+        sources={
+            s: sources_of(s, [of_rank[s] for of_rank in offers], some_names)
+            for s in wanted
+            if s.kind == "mean-of"
+        },
         shapes={s.parameter: shape for needed in of_ranks for s, shape in needed.items()},
         warnings=(idle,) if idle else (),
         examples=tuple(

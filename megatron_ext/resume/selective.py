@@ -96,6 +96,7 @@ class Selective:
                 saved.groups,
                 self.resume.members,
                 load.unread,
+                () if load.mapped is None else load.mapped.new_to_optimizer,
             )
             found = resized_of(self, self.resume_chunks, plan, saved.groups)
             self._require_names(phase.policy, load)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import chain
 
 import torch
 
 from .. import _ops
 from ..base.placement import Run, within
+from ..plan.mean_of import Parts
 from ..rules.base import Statistic
 from .parameters import Shard
 
@@ -37,6 +39,7 @@ def compute_statistics(
     shapes: Mapping[str, tuple[int, ...]],
     reduce: Reduce,
     device: torch.device,
+    sources: Mapping[Statistic, Parts] | None = None,
 ) -> dict[Statistic, Value]:
     """Compute statistics; collective.
 
@@ -49,6 +52,8 @@ def compute_statistics(
         shapes: Unsharded shape of each parameter in `wanted`.
         reduce: Sums an int64 tensor over all ranks, in place.
         device: The device of the moments.
+        sources: For each ``mean-of`` in `wanted` the means of its parameters, in the same order on
+            every rank.
 
     Returns:
         A number for each statistic; for ``column-mean`` float64 ``[columns]`` on the CPU.
@@ -57,9 +62,17 @@ def compute_statistics(
     for shard in shards:
         by_name.setdefault(shard.parameter.name, []).append(shard)
     out: dict[Statistic, Value] = {}
-    means = [s for s in wanted if s.kind in ("mean", "column-mean")]
+    sources = sources or {}
+    of_several = [s for s in wanted if s.kind == "mean-of"]
+    parts = chain.from_iterable(sources[s] for s in of_several)
+    means = list(dict.fromkeys([*(s for s in wanted if s.kind in ("mean", "column-mean")), *parts]))
     if means:
-        out.update(_means(means, by_name, moment, shapes, reduce, device))
+        exact = _means(means, by_name, moment, shapes, reduce, device)
+        for one, by_column in exact.items():
+            found = [float(x or 0) * one.factor for x in by_column]
+            of_columns = one.kind == "column-mean"
+            out[one] = torch.tensor(found, dtype=torch.float64) if of_columns else found[0]
+        out.update({s: _mean_of(sources[s], exact) for s in of_several})
     selected = [s for s in wanted if s.kind in ("median", "quantile")]
     for at in range(0, len(selected), _QUANTILES_AT_A_TIME):
         some = selected[at : at + _QUANTILES_AT_A_TIME]
@@ -109,7 +122,8 @@ def _means(
     shapes: Mapping[str, tuple[int, ...]],
     reduce: Reduce,
     device: torch.device,
-) -> dict[Statistic, Value]:
+) -> dict[Statistic, list[Fraction | None]]:
+    """Compute exact means, one for each column; None if no element of it is finite."""
     width = [_width(s, shapes) for s in wanted]
     # Each row has the sums of all windows, then the number of elements, of one column.
     sums = torch.zeros(sum(width), _WINDOWS + 1, dtype=torch.int64, device=device)
@@ -122,14 +136,26 @@ def _means(
                 _add(target, values, run, n)
         at += n
     reduce(sums)
-    out: dict[Statistic, Value] = {}
+    out: dict[Statistic, list[Fraction | None]] = {}
     at = 0
     for statistic, n in zip(wanted, width, strict=True):
-        found = [_mean(row) * statistic.factor for row in sums[at : at + n].tolist()]
-        by_column = statistic.kind == "column-mean"
-        out[statistic] = torch.tensor(found, dtype=torch.float64) if by_column else found[0]
+        out[statistic] = [_mean(row) for row in sums[at : at + n].tolist()]
         at += n
     return out
+
+
+def _mean_of(parts: Parts, exact: Mapping[Statistic, Sequence[Fraction | None]]) -> float:
+    """Weight the means of parameters by their numbers of elements.
+
+    The sums count a parameter as often as the ranks hold it, so they cannot be added up.
+    """
+    total, count = Fraction(0), 0
+    for part, elements in parts.items():
+        (mean,) = exact[part]
+        if mean is not None:
+            total += mean * Fraction(part.factor) * elements
+            count += elements
+    return float(total / count) if count else 0.0
 
 
 def _width(statistic: Statistic, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -159,12 +185,12 @@ def _add(target: torch.Tensor, values: torch.Tensor, run: Run, width: int) -> No
         target.index_add_(0, column + _WINDOWS, finite.long())
 
 
-def _mean(row: Sequence[int]) -> float:
+def _mean(row: Sequence[int]) -> Fraction | None:
     *windows, count = row
     if not count:
-        return 0.0
+        return None
     total = sum(value << (_WINDOW * w) for w, value in enumerate(windows))
-    return float(Fraction(total, count << _EXPONENT_BIAS))
+    return Fraction(total, count << _EXPONENT_BIAS)
 
 
 def _quantiles(

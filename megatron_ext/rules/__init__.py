@@ -19,6 +19,7 @@ from .batch_size import BatchRatio, BatchSize
 from .bias_consistent import BiasConsistent
 from .fill_from import FillFrom
 from .form import DECIMAL, Form, Key
+from .mean_of import MeanOf
 from .prune import Prune, PruneMagnitude, PruneRandom
 from .registry import check_moment, parse, write
 
@@ -37,6 +38,7 @@ __all__ = [
     "Form",
     "Keep",
     "Key",
+    "MeanOf",
     "Prune",
     "PruneMagnitude",
     "PruneRandom",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 RowStatistic = Literal["mean", "median", "column-mean"]
-StatisticKind = Literal[RowStatistic, "quantile"]
+StatisticKind = Literal[RowStatistic, "mean-of", "quantile"]
 Spans = tuple[tuple[int, int], ...]
 
 #: How the kernels apply a rule. ``kept`` changes no element. ``pointwise`` needs only the element's
@@ -30,13 +30,15 @@ Kind = Literal["kept", "pointwise", "positional", "joint"]
 
 @dataclass(frozen=True, order=True)
 class Statistic:
-    """A statistic of one moment of one unsharded parameter, before any change.
+    """A statistic of one moment of one unsharded parameter or of several, before any change.
 
     Args:
-        parameter: The parameter's name.
+        parameter: The parameter's name; for ``mean-of`` the pattern of the parameters' names.
         key: The moment.
-        kind: ``mean``, ``median``, ``column-mean``, or ``quantile``, which is of abs(x).
-        rows: First row and one past the last of each range that the statistic covers.
+        kind: ``mean``, ``median``, ``column-mean``, ``mean-of``, which is over all elements of
+            several parameters, or ``quantile``, which is of abs(x).
+        rows: First row and one past the last of each range that the statistic covers. Empty for
+            ``mean-of``: `megatron_ext.plan.mean_of` finds its parameters and their rows.
         fraction: p of the quantile.
         factor: The factor by which the rows are scaled. The statistic is multiplied by it.
     """
@@ -48,9 +50,13 @@ class Statistic:
     fraction: float = 0.0
     factor: float = 1.0
 
-    # These attributes of a rule hold for the rule that the statistic will become.
-    reads_old: ClassVar[bool] = True
+    # The attributes of a rule hold for the rule that the statistic will become.
     multiplier: ClassVar[None] = None
+
+    @property
+    def reads_old(self) -> bool:
+        """Whether the result depends on old values of the parameter that has the rule."""
+        return self.kind != "mean-of"
 
 
 class Context(Protocol):

@@ -15,6 +15,8 @@ MOMENTS: tuple[Key, ...] = get_args(Key)
 #: The text of a number: finite and decimal.
 DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"-?\d+", re.ASCII)
+#: The text that stands for each placeholder of a form; any other placeholder is a decimal number.
+_TEXTS = {"N": _INTEGER, "PATTERN": re.compile(r"\S+")}
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class Form:
     r"""One text form of a rule, with its description for the help and the documents.
 
     Args:
-        text: Its words. A capital letter stands for a number, and N for an integer. Words in
-            brackets are optional, as in ``prune-random P [seed N]``.
+        text: Its words. A word in capitals is a placeholder: PATTERN stands for a pattern of
+            parameter names, N for an integer, and any other letter for a number. Words in brackets
+            are optional, as in ``prune-random P [seed N]``.
         what: The description in one line.
         formula: The formula in TeX.
         basis: The basis of the formula: P (published) with arXiv ids, D (derived from Adam's
@@ -48,12 +51,12 @@ class Form:
         return self.text.split()[0]
 
     @property
-    def letters(self) -> tuple[str, ...]:
-        """The capital letters, which stand for the fields of the rule after `values`."""
+    def placeholders(self) -> tuple[str, ...]:
+        """The words in capitals, which stand for the fields of the rule after `values`."""
         return tuple(w for w in (*self._required, *self._optional) if w.isupper())
 
     def matches(self, words: Sequence[str]) -> bool:
-        """Whether words have this form. Any word matches a number."""
+        """Whether words have this form. Any word matches a placeholder."""
         shapes = (self._required, (*self._required, *self._optional))
         return any(
             len(words) == len(shape)
@@ -61,24 +64,30 @@ class Form:
             for shape in shapes
         )
 
+    def lacks(self, words: Sequence[str]) -> bool:
+        """Whether words are the name and more of this form, without the placeholders after them."""
+        begun = self._required[: len(words)]
+        return 1 < len(words) < len(self._required) and begun == tuple(words)
+
     def read(self, words: Sequence[str], text: str) -> tuple[Any, ...]:
         """Read the values of the rule's fields from words of this form.
 
         Raises:
-            PolicyError: A word is not a number. The message has `text`.
+            PolicyError: A word is not what a placeholder stands for. The message has `text`.
         """
         shape = (*self._required, *self._optional)
         pairs = zip(shape, words, strict=False)
-        return (*self.values, *(_number(s, w, text) for s, w in pairs if s.isupper()))
+        return (*self.values, *(_value(s, w, text) for s, w in pairs if s.isupper()))
 
     def write(self, rule: Any) -> str:
         """Write a rule whose first fields are `values`."""
-        lettered = dict(zip(self.letters, fields(rule)[len(self.values) :], strict=False))
-        numbers = {letter: getattr(rule, f.name) for letter, f in lettered.items()}
+        of_fields = dict(zip(self.placeholders, fields(rule)[len(self.values) :], strict=False))
+        values = {word: getattr(rule, f.name) for word, f in of_fields.items()}
         words = self._required
-        if any(numbers[c] != lettered[c].default for c in self._optional if c in lettered):
+        if any(values[w] != of_fields[w].default for w in self._optional if w in values):
             words += self._optional
-        return " ".join(repr(numbers[w]) if w in numbers else w for w in words)
+        texts = {word: v if isinstance(v, str) else repr(v) for word, v in values.items()}
+        return " ".join(texts.get(w, w) for w in words)
 
     def unset(self, rule: type) -> list[str]:
         """List the fields of a rule to which this form gives no value."""
@@ -91,10 +100,7 @@ class Form:
         """A regular expression of the text that `read` accepts, for a JSON schema."""
 
         def of(words: Sequence[str]) -> list[str]:
-            return [
-                _INTEGER.pattern if w == "N" else DECIMAL.pattern if w.isupper() else w
-                for w in words
-            ]
+            return [_TEXTS.get(w, DECIMAL).pattern if w.isupper() else w for w in words]
 
         optional = "".join(f" +{part}" for part in of(self._optional))
         return " +".join(of(self._required)) + (f"({optional})?" if optional else "")
@@ -108,11 +114,10 @@ class Form:
         return tuple(self.text.partition(" [")[2].rstrip("]").split())
 
 
-def _number(letter: str, word: str, text: str) -> float | int:
-    if letter == "N":
-        if not _INTEGER.fullmatch(word):
-            raise PolicyError(f"{text!r}: expected an integer, found {word!r}")
-        return int(word)
-    if not DECIMAL.fullmatch(word):
-        raise PolicyError(f"{text!r}: expected a number, found {word!r}")
-    return float(word)
+def _value(placeholder: str, word: str, text: str) -> float | int | str:
+    if placeholder == "PATTERN":
+        return word
+    if not _TEXTS.get(placeholder, DECIMAL).fullmatch(word):
+        what = "an integer" if placeholder == "N" else "a number"
+        raise PolicyError(f"{text!r}: expected {what}, found {word!r}")
+    return int(word) if placeholder == "N" else float(word)

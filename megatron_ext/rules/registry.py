@@ -89,10 +89,11 @@ def parse(text: str) -> Rule:
     words = (name, *rest.split())
     # A form without a number takes precedence over one with a number in the same place.
     fitting = [(r, f) for r, f in forms().values() if f.matches(words)]
-    fitting.sort(key=lambda found: len(found[1].letters))
-    for rule, form in fitting:
+    fitting.sort(key=lambda found: len(found[1].placeholders))
+    unfinished = [form.text for _, form in forms().values() if form.lacks(words)]
+    for rule, form in fitting if not unfinished else ():
         return rule(*form.read(words, text))
-    same_name = [form.text for _, form in forms().values() if form.name == name]
+    same_name = unfinished or [text for text, (_, form) in forms().items() if form.name == name]
     if same_name:
         raise PolicyError(f"{text!r}: expected {' or '.join(map(repr, same_name))}")
     names = dict.fromkeys(form.name for _, form in forms().values())

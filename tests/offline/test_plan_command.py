@@ -102,6 +102,9 @@ POLICIES = {
           - {match: 'output_layer.weight[40:]', exp_avg: reset, exp_avg_sq: fill column-mean}
           - {match: 'decoder.layers.1.*.linear_fc2.weight[3:9] wd_mult=1', exp_avg: scale 0.25}
           - {match: '*layernorm* ndim=1', exp_avg_sq: floor 1e-6}
+          - match: embedding.position_embeddings.weight
+            exp_avg: fill mean-of *.linear_proj.weight
+            exp_avg_sq: fill mean-of re:decoder[.].*linear_proj[.].*
     """,
     "reset": "{preset: reset, schedule: checkpoint}",
 }
@@ -476,6 +479,70 @@ def test_a_rule_that_matches_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (first["parameters"], first["elements"]) == (1, 3 * 5)
     assert first["examples"] == ["decoder.layers.2.mlp.w[1:4]"]
     assert (preset["parameters"], preset["elements"]) == (3, 2 * 20 + 5)
+
+
+MEAN_OF = ("--selective-rule", "new_norm", "reset")
+
+
+@pytest.mark.parametrize(
+    ("words", "errors"),
+    [
+        ((*MEAN_OF, "fill mean-of decoder.*", "--selective-new-parameters", "new_norm"), []),
+        (
+            (*MEAN_OF, "fill mean-of decoder.*"),
+            ["1 of 1 rules match no parameter that holds moments"],
+        ),
+        (
+            (*MEAN_OF, "fill mean-of *.v", "--selective-new-parameters", "new_norm"),
+            ["fill mean-of *.v for exp_avg_sq matches no parameter that holds moments. Names look"],
+        ),
+        (("--selective-rule", "final", "reset", "fill mean-of decoder.*"), []),
+        (
+            ("--selective-rule", "final", "reset", "fill mean-of *"),
+            ["found final (this rule sets it itself)"],
+        ),
+        (
+            (
+                *("--selective-rule", "final", "reset", "fill mean-of decoder.*"),
+                *("--selective-rule", "decoder.layers.1.*", "keep", "floor 1e-9"),
+            ),
+            ["found decoder.layers.1.mlp.w (changed by another rule)"],
+        ),
+        (
+            (
+                *("--selective-rule", "final", "reset", "fill mean-of decoder.*"),
+                *("--num-layers", "4", "--selective-new-parameters", "decoder.layers.3.*"),
+            ),
+            ["found decoder.layers.3.mlp.w (new to the optimizer)"],
+        ),
+    ],
+)
+def test_the_parameters_of_a_mean_are_checked(
+    words: tuple[str, ...], errors: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+    tensors = {k + "decoder.layers.mlp.w": torch.ones(3, 4, 5) for k in kinds}
+    tensors |= {f"{k}final": torch.ones(5) for k in kinds}
+    args = {"lr": 1e-3, "train_iters": 9, "global_batch_size": 8, "num_layers": 3}
+    common = {"args": Namespace(**args)}
+    directory = inspected.store(tmp_path / "a", tensors, common=common)
+    status, found = plan(capsys, directory, *words)
+    assert len(found["errors"]) == len(errors)
+    for text, expected in zip(found["errors"], errors, strict=True):
+        assert expected in text
+    idle = [w for w in found["warnings"] if "match no parameter" in w]
+    assert bool(idle) == ("new_norm" in words[-1])
+    assert (status == 2) == bool(errors)
+
+
+@pytest.mark.ranks
+def test_a_mean_of_another_optimizers_parameters_is_refused(checkpoints: Checkpoints) -> None:
+    layout = replace(MOE, ep=2, format="fully_reshardable")
+    directory, _ = checkpoints.phase_1(layout, 2)
+    rule = ("decoder.final_layernorm.*", "fill mean-of *linear_fc1.*", "keep")
+    found = forecast(directory, [*words(SECOND), "--selective-rule", *rule])
+    (error,) = found.errors
+    assert "another optimizer of the chain updates decoder.layers.0.mlp.experts" in str(error)
 
 
 def test_dropped_moments_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from megatron_ext.policy.yaml_file import dumps, loads, read
 from megatron_ext.rules.batch_size import BatchRatio
 from megatron_ext.rules.elementwise import Fill, Scale
 from megatron_ext.rules.fill_from import FillFrom
+from megatron_ext.rules.mean_of import MeanOf
 from megatron_ext.rules.prune import PruneRandom
 from tests.support.groups import KEEPABLE
 from tests.support.policy_strategies import POLICIES
@@ -61,6 +62,7 @@ RICH = ResumePolicy(
         ),
         MomentRule(Match("*.bias"), PruneRandom(0.5, 7), PruneRandom(0.5, 7)),
         MomentRule(Match("embedding.*", (None, 8)), exp_avg_sq=BatchRatio(1e-3)),
+        MomentRule(Match("*.q_norm.*"), MeanOf("*.k_norm.*"), MeanOf("re:.*[.](k|v)_norm[.].*")),
     ),
     step=1000,
     nonfinite="reset",
@@ -93,6 +95,8 @@ FLAGS = [
     *["scale -0.5", "scale 0.25"],
     *["--selective-rule", "*.bias", "prune-random 0.5 seed 7", "prune-random 0.5 seed 7"],
     *["--selective-rule", "embedding.*[:8]", "keep", "batch-size 1e-3"],
+    *["--selective-rule", "*.q_norm.*", "fill mean-of *.k_norm.*"],
+    "fill mean-of re:.*[.](k|v)_norm[.].*",
     *"--selective-step 1000 --selective-nonfinite reset --no-selective-strict".split(),
     *"--selective-master-weights model".split(),
     *"--selective-schedule continue --selective-grad-scaler reset".split(),
@@ -127,6 +131,9 @@ moments:
     exp_avg_sq: prune-random 0.5 seed 7
   - match: {name: embedding.*, rows: ":8"}
     exp_avg_sq: batch-size 1e-3
+  - match: "*.q_norm.*"
+    exp_avg: fill mean-of *.k_norm.*
+    exp_avg_sq: fill mean-of re:.*[.](k|v)_norm[.].*
 step: 1000
 nonfinite: reset
 master_weights: model

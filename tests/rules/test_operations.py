@@ -16,6 +16,7 @@ from megatron_ext.rules.batch_size import BatchRatio
 from megatron_ext.rules.bias_consistent import BiasConsistent
 from megatron_ext.rules.elementwise import KEEP, Fill, Floor, Scale
 from megatron_ext.rules.fill_from import FillFrom
+from megatron_ext.rules.mean_of import MeanOf
 from megatron_ext.rules.prune import Prune, PruneMagnitude, PruneRandom
 from megatron_ext.rules.registry import check_moment, parse, write
 from tests.support.policy_strategies import OPERATIONS
@@ -39,6 +40,9 @@ def test_what_is_written_is_read_back_as_the_same_operation(operation: Rule) -> 
         ("fill mean", FillFrom("mean"), "fill mean"),
         ("fill median", FillFrom("median"), "fill median"),
         ("fill column-mean", FillFrom("column-mean"), "fill column-mean"),
+        ("fill mean-of *.k_norm.weight", MeanOf("*.k_norm.weight"), "fill mean-of *.k_norm.weight"),
+        (" fill  mean-of  re:(a|b)[.]c ", MeanOf("re:(a|b)[.]c"), "fill mean-of re:(a|b)[.]c"),
+        ("fill mean-of 7", MeanOf("7"), "fill mean-of 7"),
         ("floor 1E-12", Floor(1e-12), "floor 1e-12"),
         ("prune 0.9", Prune(0.9), "prune 0.9"),
         ("prune-random 0.5", PruneRandom(0.5), "prune-random 0.5"),
@@ -53,9 +57,9 @@ def test_every_form_is_read(text: str, operation: Rule, written: str) -> None:
 
 
 def test_the_list_of_forms_is_complete() -> None:
-    numbers = {"A": "2", "X": "0.5", "P": "0.5", "K": "4"}
+    values = {"A": "2", "X": "0.5", "P": "0.5", "K": "4", "PATTERN": "*.bias"}
     for form in GRAMMAR:
-        words = [numbers.get(word, word) for word in form.split(" [")[0].split()]
+        words = [values.get(word, word) for word in form.split(" [")[0].split()]
         assert isinstance(parse(" ".join(words)), Rule)
 
 
@@ -79,6 +83,9 @@ def test_the_list_of_forms_is_complete() -> None:
             "'fill': expected 'fill X' or 'fill mean' or 'fill median' or 'fill column-mean'",
         ),
         ("fill row-mean", "'fill row-mean': expected a number, found 'row-mean'"),
+        ("fill mean-of", "'fill mean-of': expected 'fill mean-of PATTERN'"),
+        ("fill mean-of a b", "'fill mean-of a b': expected 'fill X' or 'fill mean' or "),
+        ("fill mean-of re:(", "fill mean-of re:(: not a regular expression: missing )"),
         ("prune 1.5", "prune: expected a fraction from 0 to 1, found 1.5"),
         ("prune -0.1", "prune: expected a fraction from 0 to 1, found -0.1"),
         ("prune-random 2", "PruneRandom.probability is 2.0; it must be between 0 and 1"),
@@ -101,6 +108,9 @@ def test_what_is_no_operation_is_refused_with_what_was_expected(text: str, messa
     ("make", "message"),
     [
         (lambda: FillFrom("mode"), "expected a number or one of mean, median, column-mean"),
+        (lambda: MeanOf("a b"), "without spaces; found 'a b'"),
+        (lambda: MeanOf(""), "fill mean-of: expected a glob, or re: and a regular expression, "),
+        (lambda: MeanOf(2.0), "found 2.0"),  # type: ignore[arg-type]
         (lambda: Prune(math.nan), "prune: expected a fraction from 0 to 1, found nan"),
         (lambda: BatchRatio(math.inf), "batch-size: expected a ratio above 0, found inf"),
         (lambda: BatchRatio(math.nan), "batch-size: expected a ratio above 0, found nan"),
@@ -141,6 +151,8 @@ def test_what_has_no_meaning_for_a_moment_is_refused(key: str, text: str, messag
         ("exp_avg", "fill -1"),
         ("exp_avg", "fill mean"),
         ("exp_avg", "fill column-mean"),
+        ("exp_avg", "fill mean-of *"),
+        ("exp_avg_sq", "fill mean-of *"),
         ("exp_avg_sq", "scale 0"),
         ("exp_avg_sq", "reset"),
         ("exp_avg_sq", "floor 0"),

@@ -25,21 +25,38 @@ _NUMBERS = st.one_of(
 _ABOVE_0 = st.floats(1e-6, 1e6)
 _FRACTIONS = st.floats(0.0, 1.0)
 
+_NAMES = st.sampled_from(
+    (
+        "*",
+        "decoder.layers.1.*",
+        "*[0-9].bias",
+        "*[0:3]",
+        "two words",
+        "re:.*[.]weight",
+        "re:(a|b) c",
+        "re:[:]",
+        "a b=c",
+        " ",
+        "ndim=2",
+    )
+)
+
 
 def rules_of(form: str, key: Key) -> st.SearchStrategy[Rule]:
     """The rules of one form that have a meaning for a moment."""
     rule, found = registry.forms()[form]
-    letters = [st.integers() if letter == "N" else _NUMBERS for letter in found.letters]
+    kinds = {"N": st.integers(), "PATTERN": _NAMES}
+    placeholders = [kinds.get(word, _NUMBERS) for word in found.placeholders]
 
-    def make(numbers: tuple[float, ...]) -> Rule | None:
+    def make(values: tuple[float | str, ...]) -> Rule | None:
         try:
-            made = rule(*found.values, *numbers)
+            made = rule(*found.values, *values)
             check_moment(key, made, "")
         except PolicyError:
             return None
         return made
 
-    return st.tuples(*letters).map(make).filter(lambda made: made is not None)
+    return st.tuples(*placeholders).map(make).filter(lambda made: made is not None)
 
 
 def _of_moment(key: Key) -> st.SearchStrategy[Rule]:
@@ -63,21 +80,6 @@ _ATTRIBUTES = st.dictionaries(
 )
 _ENDS = st.none() | st.integers(0, 100)
 _ROWS = st.none() | st.tuples(_ENDS, _ENDS).filter(lambda r: r[1] is None or (r[0] or 0) < r[1])
-_NAMES = st.sampled_from(
-    (
-        "*",
-        "decoder.layers.1.*",
-        "*[0-9].bias",
-        "*[0:3]",
-        "two words",
-        "re:.*[.]weight",
-        "re:(a|b) c",
-        "re:[:]",
-        "a b=c",
-        " ",
-        "ndim=2",
-    )
-)
 MATCHES = st.builds(
     lambda name, rows, ndim, group: Match(name, rows, ndim, tuple(group.items())),
     _NAMES,

@@ -15,6 +15,7 @@ from megatron_ext.rules.bias_consistent import BiasConsistent
 from megatron_ext.rules.clip import Clip
 from megatron_ext.rules.elementwise import Fill, Floor, Keep, Scale
 from megatron_ext.rules.fill_from import FillFrom
+from megatron_ext.rules.mean_of import MeanOf
 from megatron_ext.rules.prune import Prune, PruneMagnitude, PruneRandom
 
 #: What the moments of the cases were made with, and what the resume goes on with.
@@ -127,6 +128,12 @@ def prune(rule: Prune, e: Elements) -> np.ndarray:
 def fill_from(rule: FillFrom, e: Elements) -> np.ndarray:
     found = {"mean": np.mean, "median": lambda x: np.quantile(x, 0.5, method="lower")}
     return np.full_like(e.x, found[rule.statistic](e.x))
+
+
+@oracle(MeanOf("w"), MeanOf("w*"))
+def mean_of(rule: MeanOf, e: Elements) -> np.ndarray:
+    """Of a pattern that matches one parameter whose elements are these."""
+    return np.full_like(e.x, np.mean(e.x))
 
 
 @oracle(Clip(0.4), Clip(0.6))
