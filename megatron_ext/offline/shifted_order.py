@@ -1,0 +1,195 @@
+"""The order of the parameters in a buffer. Pure.
+
+A buffer has the parameters in the reverse order of their registration
+(core/optimizer/distrib_optimizer.py:547, 0.19.2). A rank lists its state in that order when it
+saves, and the index keeps it as long as one rank has written all of it. If data-parallel ranks have
+shared the work (``--ckpt-fully-parallel-save``), the order is that in which Megatron's modules
+register their parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..checkpoint.names import Style
+from .shifted_ranks import Ranks
+
+_SHARED = re.compile(r"embedding\.word_embeddings\.weight|output_layer\.weight")
+_EXPERT = re.compile(r"\.mlp\.experts\.")
+#: A parameter of a layer, whose number is in the key or is an axis of the tensor.
+_LAYER = re.compile(r"(?:.*\.)?layers\.(?:(?P<number>\d+)\.)?(?P<rest>.+)", re.DOTALL)
+#: The parts of a model in a buffer; what is in none of them is between the second and the third.
+_PARTS = (r"output_layer\.", r"mtp\.", r"(?:.*\.)?layers\.", r"embedding\.")
+#: The order in which a layer's modules are registered (core/transformer/transformer_layer.py:320
+#: and attention.py, 0.19.2). A norm that is fused into the next layer is registered with that one.
+_MODULES = (
+    "input_layernorm.",
+    "self_attention.linear_proj.",
+    "self_attention.linear_qkv.layer_norm_",
+    "self_attention.linear_qkv.",
+    "self_attention.q_layernorm.",
+    "self_attention.k_layernorm.",
+    "pre_mlp_layernorm.",
+    "mlp.router.",
+    "mlp.experts.experts.linear_fc1.",
+    "mlp.experts.experts.linear_fc2.",
+    "mlp.shared_experts.linear_fc1.",
+    "mlp.shared_experts.linear_fc2.",
+    "mlp.linear_fc1.layer_norm_",
+    "mlp.linear_fc1.",
+    "mlp.linear_fc2.",
+    "embedding.word_embeddings.",
+    "embedding.position_embeddings.",
+)
+#: Norms that the local implementation registers as modules of their own.
+_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank held of a parameter.
+
+    Args:
+        key: The model's key of the tensor.
+        lead: The layer and the expert in the tensor.
+        name: Global name of the parameter.
+        pieces: Offset and shape of the stored pieces, in the rank's order: one, or the halves of a
+            gated layer.
+        dtype: Dtype of the model's weights.
+        buffer: What tells a rank's buffers apart: the virtual stage, and whether it is an expert's.
+        stored: Whether this rank stored it. It did not if another one held the same.
+    """
+
+    key: str
+    lead: tuple[int, ...]
+    name: str
+    pieces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    dtype: torch.dtype
+    buffer: tuple[int, bool] = (0, False)
+    stored: bool = True
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return sum(torch.Size(shape).numel() for _, shape in self.pieces)
+
+    @property
+    def shared(self) -> bool:
+        """Whether pipeline stages may share it."""
+        return _SHARED.fullmatch(self.key) is not None
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer."""
+        found = _LAYER.fullmatch(self.key)
+        if found is None:
+            return None
+        return self.lead[0] if found["number"] is None else int(found["number"])
+
+    @property
+    def expert(self) -> int:
+        """The number of its expert, if that is an axis of the tensor."""
+        found = _LAYER.fullmatch(self.key)
+        by_layer = found is not None and found["number"] is None
+        return (*self.lead[by_layer:], 0)[0]
+
+
+def is_expert(key: str) -> bool:
+    """Whether a tensor of the model is of experts."""
+    return _EXPERT.search(key) is not None
+
+
+def in_order(mine: Sequence[Held], style: Style, alone: bool, ranks: Ranks) -> list[Held]:
+    """Sort what one rank held as in its buffers, and note the buffers.
+
+    Args:
+        mine: What it held, as the index lists it.
+        style: How the model names its parameters.
+        alone: Whether one rank has written all of it.
+        ranks: The ranks of the run.
+    """
+    listed = {key: number for number, key in enumerate(dict.fromkeys(h.key for h in mine))}
+    order = listed if alone else {key: -_registered(key, style) for key in listed}
+    stages = _stages(mine, alone, ranks)
+    last = max(stages.values(), default=0)
+    apart = ranks.experts_apart
+    if apart is None:
+        apart = _experts_follow(order)
+    block: dict[int | None, int] = {}
+    for held in mine:
+        if is_expert(held.key):
+            block[held.layer] = min(order[held.key], block.get(held.layer, order[held.key]))
+
+    def place(held: Held) -> tuple[float, ...]:
+        part, layer, number = _part(held.key), held.layer, order[held.key]
+        in_layer = (number, 0, 0)
+        if is_expert(held.key):
+            # Grouped experts are parameters of one module, others are modules of their own.
+            in_layer = (block[layer], -held.expert, number)
+            if style.grouped:
+                in_layer = (number, -held.expert, 0)
+        return (buffer_of(held)[0], part, -(layer or 0), *in_layer)
+
+    def buffer_of(held: Held) -> tuple[int, bool]:
+        stage = 0 if held.key.startswith("embedding.") else last
+        if held.layer is not None:
+            stage = stages.get(held.layer, last)
+        return stage, bool(apart) and is_expert(held.key)
+
+    return [replace(h, buffer=buffer_of(h)) for h in sorted(mine, key=place)]
+
+
+def _part(key: str) -> float:
+    for number, pattern in enumerate(_PARTS):
+        if re.match(pattern, key):
+            return number
+    return 1.5
+
+
+def _stages(mine: Sequence[Held], alone: bool, ranks: Ranks) -> dict[int, int]:
+    """Return layer -> number of the virtual stage. Within a stage layers descend."""
+    stages: dict[int, int] = {}
+    if not alone:
+        stage, before = 0, None
+        for layer in sorted({h.layer for h in mine if h.layer is not None}):
+            if ranks.virtual and before is not None and layer > before + 1:
+                stage += 1
+            stages[layer], before = stage, layer
+        return stages
+    layers: dict[str, list[int]] = defaultdict(list)
+    for held in mine:
+        found = _LAYER.fullmatch(held.key)
+        if found is not None and held.layer is not None and not held.key.startswith("mtp."):
+            layers[found["rest"]].append(held.layer)
+    for listed in layers.values():
+        stage = 0
+        for at, layer in enumerate(listed):
+            stage += at > 0 and layer > listed[at - 1]
+            stages.setdefault(layer, stage)
+    return stages
+
+
+def _experts_follow(order: Mapping[str, int]) -> bool:
+    """Whether the index has the experts behind everything else of the layers."""
+    experts = [number for key, number in order.items() if is_expert(key)]
+    others = [n for key, n in order.items() if not is_expert(key) and _LAYER.fullmatch(key)]
+    return bool(experts and others) and min(experts) > max(others)
+
+
+def _registered(key: str, style: Style) -> int:
+    """Return a number that is larger the later a parameter is registered in its layer."""
+    found = _LAYER.fullmatch(key)
+    rest = key if found is None else found["rest"]
+    if style.local:
+        for fused, norm in _NORMS.items():
+            rest = rest.replace(fused, norm)
+    matching = [n for n, module in enumerate(_MODULES) if rest.startswith(module)]
+    return 2 * min(matching, default=len(_MODULES)) + rest.endswith("bias")
