@@ -98,12 +98,12 @@ def _require_explained(stored: StoredCheckpoint, reader: Reader, found: Sequence
     wrong: Counter[str] = Counter()
     for one in unexplained:
         wrong.update(one.wrong)
-    named = [f"{name} ({count} elements)" for name, count in wrong.items()]
+    named = [f"{name}: {count}" for name, count in wrong.items()]
     raise CheckpointError(
-        f"{stored.directory}: the master weights of {first_of(named)}: expected that they are the "
-        "model's weights, rounded to their dtype, in their own place or where stock Megatron 0.16 "
-        "to 0.19 stores them if several buckets are padded; found others. The weights were edited "
-        "after the save, or a file is damaged. If only the weights were edited, resume with "
+        f"{stored.directory}: expected master weights that are the model's weights, rounded to "
+        "their dtype, in their own place or where stock Megatron 0.16 to 0.19 stores them if "
+        f"several buckets are padded. Elements that differ: {first_of(named)}. The weights were "
+        "edited after the save, or a file is damaged. If only the weights were edited, resume with "
         "--selective-master-weights model; otherwise restore the checkpoint or convert another "
         "iteration"
     )

@@ -19,9 +19,9 @@ from .shifted_order import Held
 from .shifted_parameters import Reader
 from .shifted_ranks import Ranks
 
-#: Elements that are looked for, at how many places, and how many different values they must have:
-#: norms that have hardly moved from one are found in many places.
-_NEEDLE, _NEEDLES, _VALUES = 16, 9, 8
+#: Elements that are looked for, and how many different values they must have: norms that have
+#: hardly moved from one are found in many places.
+_NEEDLE, _VALUES = 16, 8
 #: Layouts that are compared with the weights before the search is given up.
 _MOST_LAYOUTS = 256
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -91,11 +91,13 @@ def shift_of(stored: torch.Tensor, weights: torch.Tensor) -> int | None:
     """
     data, width = weights.numpy().tobytes(), weights.itemsize
     votes: Counter[int] = Counter()
-    last = len(stored) - _NEEDLE
-    for number in range(_NEEDLES):
-        at = last * number // (_NEEDLES - 1)
-        needle = stored[max(at, 0) : max(at, 0) + _NEEDLE]
-        if last < 0 or len(needle.unique()) < _VALUES:
+    if (last := len(stored) - _NEEDLE) < 0:
+        return None
+    # If the shift is large, only the first elements are the parameter's own.
+    near = [_NEEDLE << number for number in range(0, last.bit_length(), 2)]
+    for at in sorted({0, *near, *(last * part // 4 for part in range(1, 5))}):
+        needle = stored[at : at + _NEEDLE]
+        if at > last or len(needle.unique()) < _VALUES:
             continue
         places = list(_places(data, needle.numpy().tobytes(), width))
         if len(places) == 1 and places[0] >= at:
