@@ -103,7 +103,8 @@ def _require_explained(stored: StoredCheckpoint, reader: Reader, found: Sequence
         f"{stored.directory}: expected master weights that are the model's weights, rounded to "
         "their dtype, in their own place or where stock Megatron 0.16 to 0.19 stores them if "
         f"several buckets are padded. Elements that differ: {first_of(named)}. The weights were "
-        "edited after the save, or a file is damaged. If only the weights were edited, resume with "
+        "edited after the save, a file is damaged, or the order of the parameters in the run's "
+        "buffers is not the one of Megatron's GPT. If only the weights were edited, resume with "
         "--selective-master-weights model; otherwise restore the checkpoint or convert another "
         "iteration"
     )

@@ -25,24 +25,41 @@ _EXPERT = re.compile(r"\.mlp\.experts\.")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(?:(?P<number>\d+)\.)?(?P<rest>.+)", re.DOTALL)
 #: The parts of a model in a buffer; what is in none of them is between the second and the third.
 _PARTS = (r"output_layer\.", r"mtp\.", r"(?:.*\.)?layers\.", r"embedding\.")
-#: The order in which a layer's modules are registered (core/transformer/transformer_layer.py:320
-#: and attention.py, 0.19.2). A norm that is fused into the next layer is registered with that one.
+#: The order in which a layer's modules are registered (core/transformer/transformer_layer.py:354,
+#: attention.py:413, multi_latent_attention.py:509, moe/moe_layer.py:259 and
+#: multi_token_prediction.py:983, 0.19.2). A norm that is fused into the next layer is registered
+#: with that one.
 _MODULES = (
+    "enorm.",
+    "hnorm.",
+    "eh_proj.",
     "input_layernorm.",
     "self_attention.linear_proj.",
     "self_attention.linear_qkv.layer_norm_",
     "self_attention.linear_qkv.",
+    "self_attention.linear_q_proj.",
+    "self_attention.linear_q_down_proj.",
+    "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.linear_q_up_proj.",
+    "self_attention.linear_kv_down_proj.",
+    "self_attention.linear_kv_up_proj.layer_norm_",
+    "self_attention.linear_kv_up_proj.",
     "self_attention.q_layernorm.",
     "self_attention.k_layernorm.",
+    "self_attention.kv_layernorm.",
     "pre_mlp_layernorm.",
     "mlp.router.",
+    "mlp.fc1_latent_proj.",
+    "mlp.fc2_latent_proj.",
     "mlp.experts.experts.linear_fc1.",
     "mlp.experts.experts.linear_fc2.",
+    "mlp.shared_experts.gate_weight",
     "mlp.shared_experts.linear_fc1.",
     "mlp.shared_experts.linear_fc2.",
     "mlp.linear_fc1.layer_norm_",
     "mlp.linear_fc1.",
     "mlp.linear_fc2.",
+    "final_layernorm.",
     "embedding.word_embeddings.",
     "embedding.position_embeddings.",
 )
@@ -187,7 +204,7 @@ def _experts_follow(order: Mapping[str, int]) -> bool:
 def _registered(key: str, style: Style) -> int:
     """Return a number that is larger the later a parameter is registered in its layer."""
     found = _LAYER.fullmatch(key)
-    rest = key if found is None else found["rest"]
+    rest = (key if found is None else found["rest"]).removeprefix("transformer_layer.")
     if style.local:
         for fused, norm in _NORMS.items():
             rest = rest.replace(fused, norm)

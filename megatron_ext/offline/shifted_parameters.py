@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..base.text import first_of
 from ..checkpoint import names
 from ..checkpoint.state_keys import state_dtype
 from ..checkpoint.store import Store
@@ -20,6 +21,7 @@ from .shifted_ranks import Ranks
 from .slabs import Piece, pieces_of, whole, writer_of
 
 MASTER = "param"
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Reader:
@@ -32,6 +34,7 @@ class Reader:
     def __init__(self, stored: StoredCheckpoint) -> None:
         assert stored.store is not None
         self.store: Store = stored.store
+        _require_floats(stored)
         #: Key of the weights -> state, such as ``exp_avg`` -> its key.
         self.states: dict[str, dict[str, str]] = {w: {} for w in masters_of(stored).values()}
         for key, shape in stored.tensors.items():
@@ -111,6 +114,21 @@ def buffers_of(stored: StoredCheckpoint, reader: Reader) -> list[list[Held]]:
         ]
         groups.append(in_order(mine, style, len(writers[group]) == 1, ranks))
     return [buffer for group in _completed(groups) for buffer in _cut(group)]
+
+
+def _require_floats(stored: StoredCheckpoint) -> None:
+    assert stored.store is not None
+    entries = stored.store.index.state_dict_metadata
+    others = {
+        w: d for w in masters_of(stored).values() if (d := state_dtype(entries[w])) not in _FLOATS
+    }
+    if others:
+        found = first_of([f"{key}: {dtype}" for key, dtype in others.items()])
+        raise CheckpointError(
+            f"{stored.directory}: expected weights of bfloat16, float16 or float32, to which their "
+            f"master weights are rounded, found {found}. Nothing proves where the "
+            "state of these is: restore the checkpoint or load another iteration"
+        )
 
 
 _Id = tuple[str, tuple[int, ...]]

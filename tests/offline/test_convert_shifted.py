@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ext import cli
 from megatron_ext.checkpoint.store import Store
@@ -186,6 +188,20 @@ def test_what_is_put_back_loads(
                 )
 
 
+def test_a_load_and_inspect_name_the_way_out(
+    saved: Any, ext: RankPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = saved("dp 3")
+    layout, ranks = LOADED["dp 3"]
+    run = dict(layout=layout, hyper=SECOND, directory=str(source), policies=["{}"])
+    ((error,),) = ext.run("tests.support.policies:refused", ranks, **run)
+    command = f"python -m megatron_ext convert SOURCE TARGET --to {TO}"
+    assert f"`{command}` writes a copy in which shifted state is put back" in error["message"]
+    assert cli.main(["inspect", str(source), "--moments"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"several buckets are padded: {command} puts them back" in said
+
+
 def test_the_command_tells_what_is_lost(
     saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +290,18 @@ def test_edited_weights_are_no_shifted_state(stock: RankPool, tmp_path: Path) ->
     assert "decoder.layers.1.mlp.linear_fc1.weight: " in said
     assert "linear_proj" not in said
     assert "resume with --selective-master-weights model" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_weights_that_prove_nothing_are_refused(saved: Any, tmp_path: Path) -> None:
+    original, _ = saved("dp 3")
+    source, key = tmp_path / "source", "decoder.final_layernorm.bias"
+    shutil.copytree(original, source)
+    index = pickle.loads((source / ".metadata").read_bytes())
+    index.state_dict_metadata[key].properties.dtype = torch.float64
+    (source / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"found {re.escape(key)}: torch.float64. Nothing"):
+        convert(source, tmp_path / "new", to=TO)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

@@ -167,7 +167,18 @@ DENSE = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
-#: The same of the local modules.
+#: With multi-latent attention.
+LATENT = (
+    DENSE[0],
+    "self_attention.linear_q_down_proj.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attention.linear_q_up_proj.weight",
+    "self_attention.linear_kv_down_proj.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attention.linear_kv_up_proj.weight",
+    *DENSE[3:],
+)
+#: The first ones, of the local modules.
 LOCAL = (DENSE[1], DENSE[0], *DENSE[2:])
 GROUPED = tuple(f"mlp.experts.experts.linear_fc{n}.weight" for n in (1, 2))
 FIRST = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
@@ -183,6 +194,12 @@ def test_the_order_is_the_reverse_of_the_registration(seed: int, local: bool) ->
         *(held(LAYER + name, layer) for layer in range(3) for name in names),
         *map(held, LAST),
     ]
+    if not local:
+        names = LATENT
+        mtp = ("enorm.weight", "eh_proj.weight", "transformer_layer.mlp.linear_fc1.weight")
+        layers = (held(LAYER + name, layer) for layer in range(3) for name in names)
+        last = (held(f"mtp.layers.{name}", 0) for name in (*mtp, "final_layernorm.weight"))
+        registered = [*map(held, FIRST), *layers, held(LAST[0]), *last, held(LAST[1])]
     listed = random.Random(seed).sample(registered, len(registered))
     # Several ranks have written it, in any order.
     assert in_order(listed, Style(local=local), False, Ranks({})) == registered[::-1]
