@@ -22,11 +22,12 @@ from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
 from . import master_proof
 from .new_checkpoint import TensorWriter, Written, copy_others
-from .shifted_layout import Part, Source, sources
-from .shifted_order import Held
+from .shifted_held import Held
+from .shifted_layout import Part
 from .shifted_parameters import MASTER, Reader, buffers_of
 from .shifted_proof import Found, find
 from .shifted_ranks import Ranks
+from .shifted_sources import Source, sources
 
 SOURCE = "fully_reshardable"
 

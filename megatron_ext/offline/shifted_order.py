@@ -12,17 +12,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import replace
 
 from ..checkpoint.names import Style
+from .shifted_held import LAYER, Held, is_expert
 from .shifted_ranks import Ranks
 
-_SHARED = re.compile(r"embedding\.word_embeddings\.weight|output_layer\.weight")
-_EXPERT = re.compile(r"\.mlp\.experts\.")
-#: A parameter of a layer, whose number is in the key or is an axis of the tensor.
-_LAYER = re.compile(r"(?:.*\.)?layers\.(?:(?P<number>\d+)\.)?(?P<rest>.+)", re.DOTALL)
 #: The parts of a model in a buffer; what is in none of them is between the second and the third.
 _PARTS = (r"output_layer\.", r"mtp\.", r"(?:.*\.)?layers\.", r"embedding\.")
 #: The order in which a layer's modules are registered (core/transformer/transformer_layer.py:354,
@@ -68,60 +63,6 @@ _NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one rank held of a parameter.
-
-    Args:
-        key: The model's key of the tensor.
-        lead: The layer and the expert in the tensor.
-        name: Global name of the parameter.
-        pieces: Offset and shape of the stored pieces, in the rank's order: one, or the halves of a
-            gated layer.
-        dtype: Dtype of the model's weights.
-        buffer: What tells a rank's buffers apart: the virtual stage, and whether it is an expert's.
-        stored: Whether this rank stored it. It did not if another one held the same.
-    """
-
-    key: str
-    lead: tuple[int, ...]
-    name: str
-    pieces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    dtype: torch.dtype
-    buffer: tuple[int, bool] = (0, False)
-    stored: bool = True
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return sum(torch.Size(shape).numel() for _, shape in self.pieces)
-
-    @property
-    def shared(self) -> bool:
-        """Whether pipeline stages may share it."""
-        return _SHARED.fullmatch(self.key) is not None
-
-    @property
-    def layer(self) -> int | None:
-        """The number of its layer."""
-        found = _LAYER.fullmatch(self.key)
-        if found is None:
-            return None
-        return self.lead[0] if found["number"] is None else int(found["number"])
-
-    @property
-    def expert(self) -> int:
-        """The number of its expert, if that is an axis of the tensor."""
-        found = _LAYER.fullmatch(self.key)
-        by_layer = found is not None and found["number"] is None
-        return (*self.lead[by_layer:], 0)[0]
-
-
-def is_expert(key: str) -> bool:
-    """Whether a tensor of the model is of experts."""
-    return _EXPERT.search(key) is not None
 
 
 def in_order(mine: Sequence[Held], style: Style, alone: bool, ranks: Ranks) -> list[Held]:
@@ -183,7 +124,7 @@ def _stages(mine: Sequence[Held], alone: bool, ranks: Ranks) -> dict[int, int]:
         return stages
     layers: dict[str, list[int]] = defaultdict(list)
     for held in mine:
-        found = _LAYER.fullmatch(held.key)
+        found = LAYER.fullmatch(held.key)
         if found is not None and held.layer is not None and not held.key.startswith("mtp."):
             layers[found["rest"]].append(held.layer)
     for listed in layers.values():
@@ -197,13 +138,13 @@ def _stages(mine: Sequence[Held], alone: bool, ranks: Ranks) -> dict[int, int]:
 def _experts_follow(order: Mapping[str, int]) -> bool:
     """Whether the index has the experts behind everything else of the layers."""
     experts = [number for key, number in order.items() if is_expert(key)]
-    others = [n for key, n in order.items() if not is_expert(key) and _LAYER.fullmatch(key)]
+    others = [n for key, n in order.items() if not is_expert(key) and LAYER.fullmatch(key)]
     return bool(experts and others) and min(experts) > max(others)
 
 
 def _registered(key: str, style: Style) -> int:
     """Return a number that is larger the later a parameter is registered in its layer."""
-    found = _LAYER.fullmatch(key)
+    found = LAYER.fullmatch(key)
     rest = (key if found is None else found["rest"]).removeprefix("transformer_layer.")
     if style.local:
         for fused, norm in _NORMS.items():

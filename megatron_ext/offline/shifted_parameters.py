@@ -16,7 +16,8 @@ from ..checkpoint.store import Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
 from .master_proof import masters_of
-from .shifted_order import Held, in_order, is_expert
+from .shifted_held import Held, is_expert
+from .shifted_order import in_order
 from .shifted_ranks import Ranks
 from .slabs import Piece, pieces_of, whole, writer_of
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .shifted_layout import Part, Place, divisors, gathered, layouts
-from .shifted_order import Held
+from .shifted_held import Held
+from .shifted_layout import Part, Place, divisors, layouts
+from .shifted_needle import shift_of
 from .shifted_parameters import Reader
 from .shifted_ranks import Ranks
+from .shifted_sources import gathered
 
-#: Elements that are looked for, and how many different values they must have: norms that have
-#: hardly moved from one are found in many places.
-_NEEDLE, _VALUES = 16, 8
 #: Layouts that are compared with the weights before the search is given up.
 _MOST_LAYOUTS = 256
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -80,37 +79,6 @@ def find(reader: Reader, buffer: Sequence[Held], ranks: Ranks) -> Found:
         if found.layouts:
             break
     return found
-
-
-def shift_of(stored: torch.Tensor, weights: torch.Tensor) -> int | None:
-    """Return by how many elements a parameter's stored elements come late; None if unclear.
-
-    Args:
-        stored: The bits of what is stored under its name.
-        weights: The bits of its weights.
-    """
-    data, width = weights.numpy().tobytes(), weights.itemsize
-    votes: Counter[int] = Counter()
-    if (last := len(stored) - _NEEDLE) < 0:
-        return None
-    # If the shift is large, only the first elements are the parameter's own.
-    near = [_NEEDLE << number for number in range(0, last.bit_length(), 2)]
-    for at in sorted({0, *near, *(last * part // 4 for part in range(1, 5))}):
-        needle = stored[at : at + _NEEDLE]
-        if at > last or len(needle.unique()) < _VALUES:
-            continue
-        places = list(_places(data, needle.numpy().tobytes(), width))
-        if len(places) == 1 and places[0] >= at:
-            votes[places[0] - at] += 1
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _places(data: bytes, needle: bytes, width: int) -> Iterator[int]:
-    at = data.find(needle)
-    while at >= 0:
-        if at % width == 0:
-            yield at // width
-        at = data.find(needle, at + 1)
 
 
 def _tiers(parts: Sequence[Part], ranks: Ranks) -> Iterator[Iterator[tuple[Place, ...]]]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.names import Style
-from megatron_ext.offline.shifted_layout import Part, Place, divisors, gathered, layouts, sources
-from megatron_ext.offline.shifted_order import Held, in_order
-from megatron_ext.offline.shifted_proof import shift_of
+from megatron_ext.offline.shifted_held import Held
+from megatron_ext.offline.shifted_layout import Part, Place, divisors, layouts
+from megatron_ext.offline.shifted_needle import shift_of
+from megatron_ext.offline.shifted_order import in_order
 from megatron_ext.offline.shifted_ranks import Ranks
+from megatron_ext.offline.shifted_sources import gathered, sources
 from tests.support.pool import RankPool
 
 
