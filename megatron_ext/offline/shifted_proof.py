@@ -21,8 +21,8 @@ from .shifted_parameters import Reader
 from .shifted_ranks import Ranks
 from .shifted_sources import gathered
 
-#: Layouts that are compared with the weights before the search is given up.
-_MOST_LAYOUTS = 256
+#: Layouts that are compared with the weights, and that are proven, before the search ends.
+_MOST_LAYOUTS, _MOST_PROVEN = 256, 16
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -69,13 +69,15 @@ def find(reader: Reader, buffer: Sequence[Held], ranks: Ranks) -> Found:
     for tier in _tiers(parts, ranks):
         for places in itertools.islice(tier, _MOST_LAYOUTS):
             # The first layout, and later ones with less, tell what is wrong.
-            most = None if tried == 0 else sum(found.wrong.values())
+            most = None if tried == 0 else max(1, sum(found.wrong.values()))
             wrong = compare(reader, buffer, places, most)
             tried += 1
             if wrong is not None:
                 found.wrong = wrong
             if wrong == {}:
                 found.layouts.append(places)
+            if len(found.layouts) == _MOST_PROVEN:
+                break
         if found.layouts:
             break
     return found

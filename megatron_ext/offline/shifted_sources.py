@@ -32,7 +32,6 @@ def sources(parts: Sequence[Part], places: Sequence[Place]) -> list[list[Source]
         parts: The parameters of a buffer in its order.
         places: Their places.
     """
-    length = gathered(places)
     found: list[list[Source]] = []
     at = 0
     for place in places:
@@ -42,7 +41,7 @@ def sources(parts: Sequence[Part], places: Sequence[Place]) -> list[list[Source]
             at += 1
         for number in range(at, len(places)):
             window = places[number]
-            begin, end = max(low, window.begin), min(high, window.end, length)
+            begin, end = max(low, window.begin), min(high, window.end)
             if window.begin >= high:
                 break
             if parts[number].stored and begin < end:
