@@ -65,6 +65,15 @@ def test_the_layout_is_among_those_that_are_found(seed: int) -> None:
         assert tuple(moved[cut:]) in rest
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bucket_size_is_one_number(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = [chance.choice([12, 64, 100, 200]) for _ in range(6)]
+    of_every_size = {tuple(laid_out(sizes, size, 384, set())) for size in range(1, 2000)}
+    assert set(layouts([Part(size) for size in sizes], 384)) == of_every_size
+    assert len(of_every_size) > 2
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_sources_are_where_a_wrong_save_puts_the_elements(seed: int) -> None:
     chance = random.Random(seed)
