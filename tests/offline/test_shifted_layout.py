@@ -114,6 +114,10 @@ def test_a_shift_is_told_by_elements_that_differ() -> None:
     assert shift_of(ones, ones) is None
     assert shift_of(weights[:12], weights[:12]) is None
     assert shift_of(behind, weights) is None
+    # Norms of which one element has moved: any other one may be taken for it.
+    stored, norm = torch.ones(2, 1000)
+    stored[24] = norm[508] = 0.996
+    assert shift_of(stored.view(torch.int32), norm.view(torch.int32)) is None
     # Stored elements come late, not early.
     assert shift_of(torch.cat([behind[:900], weights[:100]]), weights) is None
 
