@@ -19,7 +19,9 @@ def add_to(commands: Any) -> None:
         description="Write a fully_reshardable copy of a torch_dist checkpoint of megatron-core "
         "0.15 or earlier whose optimizer state is fully_sharded_model_space, which newer "
         "megatron-core cannot read. With --to fully_reshardable also of one whose optimizer state "
-        "is dp_reshardable.",
+        "is dp_reshardable, or which stock Megatron 0.16 to 0.19 has stored shifted as "
+        "fully_reshardable because several buckets are padded: the model's weights prove what "
+        "belongs where.",
     )
     parser.add_argument("source", help="the directory given to --save; it is not changed")
     parser.add_argument("target", help="a new directory, for --load")
@@ -28,7 +30,7 @@ def add_to(commands: Any) -> None:
         "--to",
         choices=["fully_reshardable"],
         help="also convert dp_reshardable, which Megatron loads with the same tensor, pipeline and "
-        "expert parallel sizes only",
+        "expert parallel sizes only, and put back fully_reshardable state that was stored shifted",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -50,6 +52,18 @@ def _convert(options: argparse.Namespace) -> int:
         print(
             "warning: the ranks that wrote the checkpoint held different copies; the first rank's "
             f"was taken, as Megatron's own save does: {first_of(done.differing)}",
+            file=sys.stderr,
+        )
+    for name, elements in done.lost:
+        print(
+            f"warning: {elements} elements of {name} were overwritten when it was saved: their "
+            "moments are 0, their master weights the model's weights",
+            file=sys.stderr,
+        )
+    if done.reset:
+        print(
+            "warning: it is not certain where these parameters are stored: their moments are 0, "
+            f"their master weights the model's weights: {', '.join(done.reset)}",
             file=sys.stderr,
         )
     print(

@@ -1,6 +1,7 @@
-"""Convert optimizer state that is not stored by parameter to ``fully_reshardable``.
+"""Convert optimizer state to ``fully_reshardable``: by parameter, and each parameter's own.
 
-`.convert_buckets` does that for state by bucket, ``dp_reshardable``. Here it is done for
+`.convert_buckets` does that for state by bucket, ``dp_reshardable``, and `.convert_shifted` for
+``fully_reshardable`` state that was stored shifted. Here it is done for
 ``fully_sharded_model_space``. Up to megatron-core 0.15 a distributed optimizer's state was
 flattened so that each data-parallel rank could write a range. A tensor of global shape (X, Y), cut
 by tensor parallelism into shards of (x, y), is stored as (X/x, Y/y, x*y). Its own shape is in the
@@ -31,8 +32,8 @@ from ..checkpoint.state import FLATTENED
 from ..checkpoint.store import COMMON, INDEX, TRACKER, Store
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
-from . import convert_buckets
-from .new_checkpoint import TensorWriter, copy_others, require_new, reshardable_key
+from . import convert_buckets, convert_shifted
+from .new_checkpoint import TensorWriter, Written, copy_others, require_new, reshardable_key
 
 _TARGET = "fully_reshardable"
 #: Key of a flattened tensor's own shape in the index (strategies/torch.py:291, 0.15.3).
@@ -51,6 +52,10 @@ class Converted:
         size: Bytes written to the store.
         differing: Parameters of which two ranks of the run that wrote the checkpoint held copies
             that are not equal. The copy of the first rank was taken, as Megatron's own save does.
+        lost: Parameters and the number of their elements that a shifted save had overwritten. Their
+            moments are 0, their master weights the model's weights.
+        reset: Parameters of which a shifted save does not tell for certain where they are stored.
+            All their moments are 0, their master weights the model's weights.
     """
 
     directory: Path
@@ -59,6 +64,8 @@ class Converted:
     copied: int
     size: int
     differing: tuple[str, ...] = ()
+    lost: tuple[tuple[str, int], ...] = ()
+    reset: tuple[str, ...] = ()
 
 
 def convert(
@@ -74,7 +81,8 @@ def convert(
         target: A new directory of the same kind; it gets this one iteration.
         iteration: The iteration to convert; by default the one in the tracker file.
         to: ``fully_reshardable`` also converts state that is stored by bucket, which Megatron
-            reads; by default only ``fully_sharded_model_space`` is converted.
+            reads, and puts back state that was stored shifted; by default only
+            ``fully_sharded_model_space`` is converted.
 
     Raises:
         CheckpointError: The source is not such a checkpoint, is damaged, the target exists, or it
@@ -82,15 +90,19 @@ def convert(
     """
     target = Path(target)
     stored = open_checkpoint(source, iteration)
-    by_bucket = to == _TARGET and stored.sharding_type == convert_buckets.SOURCE
-    if not by_bucket:
-        _require_convertible(stored)
+    write = _write
+    if to == _TARGET and stored.sharding_type == convert_buckets.SOURCE:
+        write = convert_buckets.write
+    elif to == _TARGET == stored.sharding_type and convert_shifted.needed(stored):
+        write = convert_shifted.write
+    else:
+        _require_convertible(stored, to)
     require_new(target, stored)
     bare = stored.directory == stored.root
     with new_directory(target) as partial:
         directory = partial if bare else partial / stored.directory.name
         directory.mkdir(exist_ok=True)
-        done = (convert_buckets.write if by_bucket else _write)(stored, directory)
+        done = write(stored, directory)
         if not bare:
             (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
         _check(stored, open_checkpoint(partial))
@@ -98,11 +110,17 @@ def convert(
     return Converted(written, stored.iteration, *done)
 
 
-def _require_convertible(stored: StoredCheckpoint) -> None:
+def _require_convertible(stored: StoredCheckpoint, to: str | None) -> None:
     if stored.sharding_type != FLATTENED:
         kind = stored.sharding_type or f"{stored.format} without a distributed optimizer's state"
-        by_bucket = kind == convert_buckets.SOURCE
-        other_way = f", or convert it with --to {_TARGET}" if by_bucket else ""
+        other_way = ""
+        if kind == convert_buckets.SOURCE:
+            other_way = f", or convert it with --to {_TARGET}"
+        elif kind == _TARGET and to is None:
+            other_way = (
+                ". If `inspect --moments` finds master weights that are not the model's, "
+                f"--to {_TARGET} puts shifted state back"
+            )
         raise CheckpointError(
             f"{stored.directory}: expected optimizer state of the sharding {FLATTENED}, found "
             f"{kind}. There is nothing to convert: load it as it is{other_way}"
@@ -114,7 +132,7 @@ def _require_convertible(stored: StoredCheckpoint) -> None:
         )
 
 
-def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tuple[str, ...]]:
+def _write(stored: StoredCheckpoint, directory: Path) -> Written:
     store = Store(stored.directory)
     shapes = _shapes(store)
     pieces: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = defaultdict(list)
@@ -130,7 +148,8 @@ def _write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tu
     writer.finish()
     copy_others(stored.directory, directory, {*files, INDEX, COMMON})
     _rewrite_common(stored.directory / COMMON, directory / COMMON)
-    return len(shapes), len(store.index.state_dict_metadata) - len(shapes), writer.size, ()
+    copied = len(store.index.state_dict_metadata) - len(shapes)
+    return Written(len(shapes), copied, writer.size)
 
 
 def _shapes(store: Store) -> dict[str, tuple[int, ...]]:

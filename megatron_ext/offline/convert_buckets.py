@@ -26,7 +26,7 @@ from .bucket_places import Places, find
 from .bucket_reading import Reader, buckets_of, weights_of
 from .bucket_weights import Weights, fingerprint
 from .common_state import plain, with_values
-from .new_checkpoint import TensorWriter, copy_others
+from .new_checkpoint import TensorWriter, Written, copy_others
 
 SOURCE = "dp_reshardable"
 _TARGET = "fully_reshardable"
@@ -36,16 +36,12 @@ _SHARDING = "param_state_sharding_type"
 _OF_SOURCE = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 
-def write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tuple[str, ...]]:
+def write(stored: StoredCheckpoint, directory: Path) -> Written:
     """Write the files of the converted iteration.
 
     Args:
         stored: The checkpoint, with state by bucket.
         directory: The new directory of the iteration.
-
-    Returns:
-        The number of tensors of the optimizer's state and of those copied unchanged, the bytes
-        written, and the names of the parameters of which two ranks had different copies.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or it is not certain which parameter lies where.
@@ -74,7 +70,7 @@ def write(stored: StoredCheckpoint, directory: Path) -> tuple[int, int, int, tup
     copy_others(stored.directory, directory, {*files, INDEX, COMMON})
     if (path := stored.directory / COMMON).is_file():
         (directory / COMMON).write_bytes(with_values(path.read_bytes(), values, str(path)))
-    return made, copied, writer.size, differing
+    return Written(made, copied, writer.size, differing)
 
 
 def _common(store: Store) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def explain(stored: StoredCheckpoint, proof: MasterProof) -> Sequence[str]:
     if proof.differences:
         upstream = (
             " (stock Megatron 0.16 to 0.19 stores shifted tensors in this format if several "
-            "buckets are padded)"
+            "buckets are padded: python -m megatron_ext convert SOURCE TARGET --to "
+            "fully_reshardable puts them back)"
             if stored.sharding_type == "fully_reshardable"
             else ""
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,26 @@ from ..checkpoint.store import INDEX, Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
 from . import copying
+
+
+class Written(NamedTuple):
+    """What a conversion has written.
+
+    Args:
+        reshaped: Number of tensors that were put together anew.
+        copied: Number of tensors and objects copied unchanged.
+        size: Bytes written to the store.
+        differing: Parameters of which two ranks had different copies.
+        lost: Parameters and the number of their elements that were stored nowhere.
+        reset: Parameters of which it is not certain where they are stored.
+    """
+
+    reshaped: int
+    copied: int
+    size: int
+    differing: tuple[str, ...] = ()
+    lost: tuple[tuple[str, int], ...] = ()
+    reset: tuple[str, ...] = ()
 
 
 def require_new(target: Path, stored: StoredCheckpoint) -> None:

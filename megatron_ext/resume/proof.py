@@ -34,7 +34,9 @@ _BY_POSITION = (
 _BY_NAME = (
     "The weights were edited after the save, a file is damaged, or stock Megatron 0.16 to 0.19 has "
     "written the state: it stores shifted tensors as fully_reshardable if several buckets are "
-    "padded (`python -m megatron_ext inspect CHECKPOINT --moments` lists them)."
+    "padded. `python -m megatron_ext convert SOURCE TARGET --to fully_reshardable` writes a copy "
+    "in which shifted state is put back, or says that it is something else (`python -m "
+    "megatron_ext inspect CHECKPOINT --moments` lists what differs)."
 )
 _ELEMENTS_AT_A_TIME = 1 << 22
 #: The dtypes in which Megatron stores a model's weights.
