@@ -17,27 +17,10 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from . import registration
 from .bucket_weights import Weight
 
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?layers)\.(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
-
-
-#: The beginnings of names in a layer, of which the first are registered before the second
-#: (core/transformer/transformer_layer.py:354-433 and attention.py:1722, 0.19.2; as in 0.16.1).
-#: A norm has the name of the linear layer behind it if that does both; it comes before the weight.
-_ATTENTION = ("input_layernorm.", "self_attention.")
-_CROSS = ("pre_cross_attn_layernorm.", "cross_attention.")
-_MLP = ("pre_mlp_layernorm.", "mlp.")
-_ATTENTION_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-_MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-_REGISTERED = (
-    (_ATTENTION_NORM, ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias")),
-    (_MLP_NORM, ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias", "mlp.linear_fc2.")),
-    (_ATTENTION, _CROSS),
-    (_ATTENTION, _MLP),
-    (_CROSS, _MLP),
-    (("self_attention.q_layernorm.",), ("self_attention.k_layernorm.",)),
-)
 
 
 @dataclass
@@ -177,11 +160,9 @@ def _own_order(buffers: Sequence[Buffer]) -> _Order:
     }
     return {
         (stack, later, earlier)
-        for first, second in _REGISTERED
         for stack, earlier in places
-        if earlier[0].startswith(first)
         for other, later in places
-        if other == stack and later[0].startswith(second)
+        if other == stack and registration.comes_first(earlier[0], later[0])
     }
 
 

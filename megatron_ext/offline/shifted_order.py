@@ -15,54 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..checkpoint.names import Style
+from . import registration
 from .shifted_held import LAYER, Held, is_expert
 from .shifted_ranks import Ranks
 
 #: The parts of a model in a buffer; what is in none of them is between the second and the third.
 _PARTS = (r"output_layer\.", r"mtp\.", r"(?:.*\.)?layers\.", r"embedding\.")
-#: The order in which a layer's modules are registered (core/transformer/transformer_layer.py:354,
-#: attention.py:413, multi_latent_attention.py:509, moe/moe_layer.py:259 and
-#: multi_token_prediction.py:983, 0.19.2). A norm that is fused into the next layer is registered
-#: with that one.
-_MODULES = (
-    "enorm.",
-    "hnorm.",
-    "eh_proj.",
-    "input_layernorm.",
-    "self_attention.linear_proj.",
-    "self_attention.linear_qkv.layer_norm_",
-    "self_attention.linear_qkv.",
-    "self_attention.linear_q_proj.",
-    "self_attention.linear_q_down_proj.",
-    "self_attention.linear_q_up_proj.layer_norm_",
-    "self_attention.linear_q_up_proj.",
-    "self_attention.linear_kv_down_proj.",
-    "self_attention.linear_kv_up_proj.layer_norm_",
-    "self_attention.linear_kv_up_proj.",
-    "self_attention.q_layernorm.",
-    "self_attention.k_layernorm.",
-    "self_attention.kv_layernorm.",
-    "pre_mlp_layernorm.",
-    "mlp.router.",
-    "mlp.fc1_latent_proj.",
-    "mlp.fc2_latent_proj.",
-    "mlp.experts.experts.linear_fc1.",
-    "mlp.experts.experts.linear_fc2.",
-    "mlp.shared_experts.gate_weight",
-    "mlp.shared_experts.linear_fc1.",
-    "mlp.shared_experts.linear_fc2.",
-    "mlp.linear_fc1.layer_norm_",
-    "mlp.linear_fc1.",
-    "mlp.linear_fc2.",
-    "final_layernorm.",
-    "embedding.word_embeddings.",
-    "embedding.position_embeddings.",
-)
-#: Norms that the local implementation registers as modules of their own.
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 def in_order(mine: Sequence[Held], style: Style, alone: bool, ranks: Ranks) -> list[Held]:
@@ -146,8 +104,5 @@ def _registered(key: str, style: Style) -> int:
     """Return a number that is larger the later a parameter is registered in its layer."""
     found = LAYER.fullmatch(key)
     rest = (key if found is None else found["rest"]).removeprefix("transformer_layer.")
-    if style.local:
-        for fused, norm in _NORMS.items():
-            rest = rest.replace(fused, norm)
-    matching = [n for n, module in enumerate(_MODULES) if rest.startswith(module)]
-    return 2 * min(matching, default=len(_MODULES)) + rest.endswith("bias")
+    number = registration.number(rest, style.local)
+    return registration.LAST if number is None else number
