@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Escape every character that is not printable, as in ``\x1b``.
+
+    Args:
+        text: Any text.
+        keep: Characters that are left as they are.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class MegatronExtError(RuntimeError):
-    """Base class of every error raised by this package."""
+    """Base class of every error raised by this package.
+
+    Args:
+        message: The text. It may quote a checkpoint, and a traceback prints it as it is: characters
+            that a terminal may obey are escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        """Escape what is not printable."""
+        super().__init__(printable(message, keep="\n"))
 
 
 class PolicyError(MegatronExtError, ValueError):

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import printable as printable
+
 #: Number of items of a list that a message names.
 MAX_NAMED = 8
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Escape every character that is not printable, as in ``\x1b``.
-
-    Args:
-        text: Any text.
-        keep: Characters that are left as they are.
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def first_of(items: Sequence[str]) -> str:

@@ -5,11 +5,16 @@ No function here reads a tensor. They work on state dicts and metadata that have
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import CheckpointError
+
+#: The dtype of the weights in the key of a bucket (core/optimizer/distrib_optimizer.py:1884,
+#: 0.19.2).
+_DTYPE = re.compile(r"dtype_\(torch\.(\w+), torch\.\w+\)")
 
 #: Role of a directory in a phase. Without ``--selective-from`` it is ``load``: an earlier phase's
 #: directory or this one's. With it, ``start`` is where the phase starts, ``own`` its own directory.
@@ -146,6 +151,32 @@ def misfits(
                 f"{key}: the checkpoint has shape {tuple(stored)}, the model {tuple(shape)}"
             )
     return lines
+
+
+def other_precision(
+    requested: Mapping[str, object], saved: Mapping[str, object]
+) -> CheckpointError | None:
+    """Make the error for buckets of weights of another dtype, which their keys name.
+
+    Args:
+        requested: Checkpoint keys that this rank requests.
+        saved: Checkpoint keys that are stored.
+
+    Returns:
+        None if the dtypes are not what differs.
+    """
+    now, before = (
+        {m[1] for key in keys for m in _DTYPE.finditer(key)} for keys in (requested, saved)
+    )
+    if not now or not before or now & before:
+        return None
+    then, mine = (" and ".join(sorted(found)) for found in (before, now))
+    return CheckpointError(
+        f"the checkpoint's optimizer state is that of {then} weights, the model has {mine} ones. "
+        "State by bucket (dp_reshardable) cannot change the precision. Resume with the precision "
+        "of the checkpoint (--bf16, --fp16, or neither), or convert it (python -m megatron_ext "
+        "convert SOURCE TARGET --to fully_reshardable) and resume from that in another one"
+    )
 
 
 def does_not_fit(lines: Sequence[str]) -> CheckpointError:

@@ -14,14 +14,16 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from ..base import ranks
-from ..errors import MegatronExtError
+from ..base.files import check_writable
+from ..errors import HostError, MegatronExtError
 from ..host.arguments import global_args
-from ..plan.preflight import examine
+from ..plan.preflight import Preflight, examine
 from ..resume.session import current
 from .session import request_of
 
@@ -37,7 +39,7 @@ def before_the_script(args: Any) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    found = examine(args, read_request=request_of, open_checkpoint=rank == 0)
+    found = _examined(args, first=rank == 0)
     if found.error is not None and (found.of_arguments or world == 1):
         raise found.error
     if found.error is not None:
@@ -47,6 +49,28 @@ def before_the_script(args: Any) -> None:
             flush=True,
         )
     current.preflight = found
+
+
+def _examined(args: Any, *, first: bool) -> Preflight:
+    """Examine the arguments; on the first rank also the checkpoint and the report's directory."""
+    found = examine(args, read_request=request_of, open_checkpoint=first)
+    error = _report_error(args) if first and not found.of_arguments else None
+    return found if error is None else replace(found, of_checkpoint=(*found.of_checkpoint, error))
+
+
+def _report_error(args: Any) -> MegatronExtError | None:
+    """Return the error of a directory in which no report can be written."""
+    directory = request_of(args).report_dir
+    if directory is None:
+        return None
+    try:
+        check_writable(directory)
+    except OSError as e:
+        return HostError(
+            f"--selective-report {directory}: expected a directory in which files can be written: "
+            f"{e}. Make room or change its permissions, or choose another directory"
+        )
+    return None
 
 
 def error_of(args: Any) -> MegatronExtError | None:
@@ -59,7 +83,7 @@ def error_of(args: Any) -> MegatronExtError | None:
         return None
     if current.preflight is None:
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-        current.preflight = examine(args, read_request=request_of, open_checkpoint=on_rank_0)
+        current.preflight = _examined(args, first=on_rank_0)
     return current.preflight.error
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..base import ranks
 from ..base.log import say
-from ..checkpoint.state import does_not_fit, misfits
+from ..checkpoint.state import does_not_fit, misfits, other_precision
 from ..checkpoint.stored import open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.phase import Mark, decide
@@ -78,6 +78,8 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
             raise
         if not any(_OPTIMIZER_PREFIX in key for key in stored):
             raise no_optimizer_state(call["checkpoint_dir"]) from e
+        if (other := other_precision(requested, stored)) is not None:
+            raise other from e
         raise does_not_fit([f"in {call['checkpoint_dir']}:", *lines]) from e
 
 

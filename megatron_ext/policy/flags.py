@@ -33,12 +33,14 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         default=None,
         help="YAML file with the whole policy. It can be combined only with --selective-report, "
-        "--selective-from, --selective-phase, --reset-iteration and --reset-dataloader.",
+        "--selective-from, --selective-phase, --selective-dry-run, --no-selective-guard, "
+        "--reset-iteration and --reset-dataloader.",
     )
     group.add_argument(
         "--selective-keep-hyperparameters",
         metavar="KEY",
         nargs="+",
+        action="extend",
         default=[],
         help="param_group keys whose value is taken from the checkpoint instead of the current "
         "arguments, for example: betas eps weight_decay.",
@@ -53,6 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-take-hyperparameters",
         metavar="KEY",
         nargs="+",
+        action="extend",
         default=[],
         help="With --selective-hyperparameters checkpoint: keys taken from the arguments.",
     )
@@ -76,6 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-decline",
         metavar="NAME",
         nargs="+",
+        action="extend",
         default=[],
         help="Parts of the preset that are left out, for example: lr eps.",
     )
@@ -122,7 +126,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "behind.",
         ),
     ):
-        group.add_argument(flag, metavar="PATTERN", nargs="+", default=[], help=what)
+        group.add_argument(
+            flag, metavar="PATTERN", nargs="+", action="extend", default=[], help=what
+        )
     group.add_argument(
         "--selective-copy-parameters",
         metavar="WORD",
@@ -237,4 +243,5 @@ def values_of(args: Any) -> dict[str, Any]:
 
 def flag_of(name: str) -> str:
     """Return the flag of an argparse destination."""
-    return "--no-selective-strict" if name == "selective_strict" else f"--{name.replace('_', '-')}"
+    negative = "no-" if name in ("selective_strict", "selective_guard") else ""
+    return f"--{negative}{name.replace('_', '-')}"

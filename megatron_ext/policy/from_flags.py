@@ -17,7 +17,13 @@ from .policy import ResumePolicy
 from .request import Request
 
 #: Flags of the policy that may be given beside a file.
-_BESIDE_A_FILE = ("selective_phase", "reset_iteration", "reset_dataloader")
+_BESIDE_A_FILE = (
+    "selective_phase",
+    "selective_dry_run",
+    "selective_guard",
+    "reset_iteration",
+    "reset_dataloader",
+)
 
 
 def request_from_args(args: argparse.Namespace | Any) -> Request:

@@ -263,7 +263,10 @@ class Resume:
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if self.report is None or self.write_report is None or not on_rank_0:
             return []
-        return [self.write_report(self.report)]
+        try:
+            return [self.write_report(self.report)]
+        except OSError as e:  # the run is worth more than its report
+            return [f"megatron_ext: WARNING: the resume report could not be written: {e}"]
 
 
 def _environment() -> EnvironmentDocument:

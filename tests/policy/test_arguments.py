@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -266,6 +268,30 @@ def test_a_file_and_a_flag_together_are_refused(tmp_path: Path, argv: str, flag:
         f"--selective-policy {path} and {flag}: expected the file or the flags. Put what the flags "
         "say into the file"
     )
+
+
+def test_how_the_run_is_watched_goes_together_with_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "phase2.yaml"
+    path.write_text("preset: reset-momentum")
+    words = f"--optimizer-class a.B --selective-policy {path} --selective-dry-run"
+    request = from_flags.request_from_args(parse(*words.split(), "--no-selective-guard"))
+    assert request.policy == ResumePolicy(preset=Preset("reset-momentum"))
+    assert (request.dry_run, request.guard) == (True, False)
+    assert given_without_class(parse("--no-selective-guard")) == ["--no-selective-guard"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "found"),
+    [
+        ("--selective-keep-hyperparameters", lambda p: p.keep_hyperparameters),
+        ("--selective-new-parameters", lambda p: p.parameters.new),
+        ("--selective-drop-parameters", lambda p: p.parameters.drop),
+    ],
+)
+def test_a_list_may_be_given_in_parts(flag: str, found: Callable[[ResumePolicy], Any]) -> None:
+    parts = policy(flag, "betas", flag, "eps", "a")
+    assert found(parts) == found(policy(flag, "betas", "eps", "a")) == ("betas", "eps", "a")
+    assert found(policy()) == ()
 
 
 def test_the_report_and_the_class_go_together_with_a_file(tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ MISFITS = {
         Layout(tp=2),
         ["does not fit", "optimizer.distributed.dp_group_idx_", "fully-reshardable"],
     ),
+    "another precision": (
+        Layout(),
+        Layout(dtype="fp32"),
+        ["state is that of bfloat16 weights, the model has float32 ones", "--bf16", "convert"],
+    ),
     "another model": (
         Layout(format="fully_reshardable"),
         Layout(format="fully_reshardable", hidden=32),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.base.log import say
+from megatron_ext.errors import CheckpointError
+from megatron_ext.hooks import preflight
+from megatron_ext.policy.flags import add_flags
 from megatron_ext.report import files
 from megatron_ext.report.model import OptimizerReport
 from megatron_ext.resume.session import Resume
@@ -134,3 +140,45 @@ def test_without_a_directory_nothing_is_written(
     assert resume.report is not None
     assert resume.report.scheduler == scheduler_section()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "a full disk"])
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    obstacle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "report"
+    if obstacle == "a file in its place":
+        directory.write_text("")
+    resume, (member,) = chain(1, directory)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        resume.done(member, optimizer_report())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert resume.complete
+    assert "WARNING: the resume report could not be written: [Errno" in capsys.readouterr().out
+    assert [*tmp_path.rglob("*.tmp")] == []
+
+
+def test_a_directory_in_which_nothing_can_be_written_is_refused_before_the_load(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--optimizer-class", "megatron_ext.SelectiveAdam", "--selective-report"]
+    parser = add_flags(argparse.ArgumentParser())
+    error = preflight._report_error(parser.parse_args([*words, str(tmp_path / "file")]))
+    assert str(error).startswith(f"--selective-report {tmp_path / 'file'}: expected a directory")
+    for directory in (tmp_path, tmp_path / "new" / "one"):
+        assert preflight._report_error(parser.parse_args([*words, str(directory)])) is None
+        assert not [p for p in directory.iterdir() if p.suffix == ".tmp"]
+
+
+def test_what_a_checkpoint_says_reaches_no_terminal_raw(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A phase's name or a group's key may hold a terminal's escapes."""
+    say(["phase \x1b[2J\x07", "next"])
+    assert capsys.readouterr().out == "phase \\x1b[2J\\x07\nnext\n"
+    error = CheckpointError("group 'a\x1b]0;b\x07'\nnext line")
+    assert str(error) == "group 'a\\x1b]0;b\\x07'\nnext line"
