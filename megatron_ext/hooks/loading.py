@@ -22,6 +22,8 @@ from . import counters
 from .session import require_built
 from .sharded import no_optimizer_state
 
+_PRETRAINED = "--pretrained-checkpoint"
+
 
 def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `megatron.training.checkpointing.load_checkpoint`."""
@@ -36,7 +38,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                 require_built()
             return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
         megatron_args = global_args()
-        dropped = dropping_flag(megatron_args)
+        dropped = _dropped(megatron_args, kwargs.get("load_arg", "load"))
         resume = members[0].resume
         if dropped and resume.policy.needs_optimizer:
             raise needs_optimizer(dropped, resume.policy)
@@ -54,6 +56,8 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if dropped and resume.complete:
             # A GPT that goes on as a HybridModel (training/checkpointing.py:2206, 0.19.2).
             say(f"megatron_ext: {dropped}: Megatron loads a GPT's optimizer state all the same")
+        elif dropped == _PRETRAINED:
+            say(f"megatron_ext: {dropped}: only its weights are loaded, the optimizer is new")
         elif dropped:
             say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
         elif _loaded_iteration() > 0 and not resume.complete:
@@ -97,6 +101,20 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(checkpoint_args, *args, **kwargs)
 
     return check_checkpoint_args
+
+
+def _dropped(args: Any, load_arg: str) -> str | None:
+    """Return the flag with which stock drops the optimizer's state, or None.
+
+    Without a checkpoint of its own a run loads ``--pretrained-checkpoint`` as with ``--finetune``
+    (training/checkpointing.py:2094, 0.19.2). A restart loads its own, with the optimizer.
+    """
+    flag = dropping_flag(args)
+    if flag is None and getattr(args, "pretrained_checkpoint", None) is not None:
+        checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+        own = checkpointing.checkpoint_exists(getattr(args, load_arg, None))
+        return None if own else _PRETRAINED
+    return flag
 
 
 def _loaded_iteration() -> int:

@@ -495,6 +495,12 @@ CONTRACT = (
     ),
     HostName(
         f"{TRAINING}.checkpointing",
+        "checkpoint_exists",
+        since="0.18.0",
+        reference="training/checkpointing.py:346; whether --pretrained-checkpoint is loaded",
+    ),
+    HostName(
+        f"{TRAINING}.checkpointing",
         "get_checkpoint_tracker_filename",
         since="0.18.0",
         reference="training/checkpointing.py:340; the iteration of a legacy checkpoint",

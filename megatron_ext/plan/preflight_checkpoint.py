@@ -176,11 +176,11 @@ def _nothing_to_start_from(args: Any, chosen: Directories, policy: ResumePolicy)
             f"--load {chosen.load} holds non-persistent checkpoints only. Give "
             "--non-persistent-ckpt-type global to go on from them, or name an empty directory"
         )
-    elif pretrained is not None:
+    elif pretrained is not None and policy.needs_optimizer:
         yield (
-            f"--pretrained-checkpoint {pretrained}: Megatron loads it without its optimizer, whose "
-            "moments were to be kept. Name it in --selective-from instead, or add --finetune to "
-            "start with a new optimizer"
+            f"--pretrained-checkpoint {pretrained} with {asked or 'a policy for its optimizer'}: "
+            "Megatron loads it without its optimizer, which this needs. Name it in "
+            "--selective-from instead, or leave this out to start from its weights alone"
         )
     elif asked:
         where = f"--load {chosen.load} holds no checkpoint" if chosen.load else "there is no --load"

@@ -28,6 +28,7 @@ HEAD = (
     f"{FULL} {OURS} --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
     "--tensor-model-parallel-size 1"
 )
+PRETRAINED = "--pretrained-checkpoint {full}"
 
 
 def scenario(arguments: str, loads: str | None = None, **kwargs: Any) -> Scenario:
@@ -52,6 +53,17 @@ SCENARIOS = {
     "head, unbroken": scenario(f"{HEAD} {SECOND}", env=OUTPUT, world=2),
     "head again": scenario(f"{HEAD} --train-iters 5", "head", saves=True, env=OUTPUT, world=2),
     "head, third": scenario(f"{HEAD} {SECOND}", "head again", env=OUTPUT, world=2),
+    "weights": scenario(
+        f"{FULL} {OURS} {PRETRAINED} --load {{weights}} --train-iters 2",
+        saves=True,
+        after=("full",),
+    ),
+    "weights, stock": scenario(
+        f"{FULL} {PRETRAINED} --load {{weights, stock}} --train-iters 2", after=("full",)
+    ),
+    "weights again": scenario(
+        f"{FULL} {OURS} {PRETRAINED} --train-iters 3", "weights", after=("full",)
+    ),
     "plain": scenario(f"{PHASE} {FIRST}", saves=True),
     "plain, stock": scenario(f"{PHASE} {SECOND}", "plain"),
     "distributed on": scenario(f"{FULL} {OURS} {SECOND}", "plain"),
@@ -153,6 +165,21 @@ def test_the_distributed_optimizer_is_turned_on_and_off(
     assert sorted(runs[after].iterations) == [5, 6]
 
 
+@pytest.mark.reads("weights", "weights, stock", "weights again")
+def test_weights_alone_are_a_start_and_a_restart_goes_on(runs: Runs) -> None:
+    """The same command: without a checkpoint of its own, and with one."""
+    first, again = ok(runs["weights"]), ok(runs["weights again"])
+    assert first.iterations == ok(runs["weights, stock"]).iterations
+    assert sorted(first.iterations) == [1, 2]
+    assert "--pretrained-checkpoint: only its weights are loaded, the optimizer is new" in first.log
+    assert first.report is None
+    saved, loaded = dump(runs, "weights", "after"), dump(runs, "weights again", "before")
+    for name, state in loaded["state"].items():
+        assert_equal(state, saved["state"][name])
+    assert sorted(again.iterations) == [3]
+    assert again.report is not None
+
+
 #: HybridModel's layers for the pattern M*-M*- -> those of the GPT.
 GPT_LAYERS = {"1": "0", "2": "0", "4": "1", "5": "1"}
 
@@ -196,7 +223,7 @@ def test_a_gpt_goes_on_as_a_hybrid_model_with_new_layers(
     }
     assert any("new parameters" in one for one in report["optimizers"][0]["warnings"])
     assert "moments are dropped" not in runs[run].log
-    assert ("Megatron loads the optimizer state" in runs[run].log) == ("finetuned" in run)
+    assert ("Megatron loads a GPT's optimizer state" in runs[run].log) == ("finetuned" in run)
     after = dump(runs, run, "after")
     for name, weight in after["weights"].items():
         change = (weight - loaded["weights"][name]).abs().max()

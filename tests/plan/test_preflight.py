@@ -119,6 +119,7 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--load {new} --save {new} --selective-keep-hyperparameters eps",
         {},
     ),
+    "weights alone": ("--load {new} --save {new}", {"pretrained_checkpoint": "somewhere"}),
     "an iteration by name": ("--load {one}", {"ckpt_step": 10}),
     "iteration 0, which stock takes for none": ("--load {one}", {"ckpt_step": 0}),
     "no optimizer wanted": ("--load {one}", {"no_load_optim": True}),
