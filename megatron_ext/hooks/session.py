@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import HostError
-from ..host.arguments import global_args
+from ..host.arguments import global_args, only_evaluates
 from ..policy.flags import values_of
 from ..policy.from_flags import request_from_args
 from ..policy.request import Request
@@ -61,9 +61,9 @@ def require_built() -> None:
         HostError: The script built no optimizer through Megatron, or none with this class.
     """
     request = active_request()
-    if request is not None and not current.built:
+    if request is not None and not current.built and not only_evaluates(global_args()):
         raise HostError(
             f"--optimizer-class {request.optimizer_class}: no optimizer was built with it. The "
             "script has to build its optimizer with megatron.core.optimizer.get_megatron_optimizer "
-            "(as megatron.training does), and --skip-train builds none"
+            "(as megatron.training does)"
         )

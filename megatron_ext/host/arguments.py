@@ -56,12 +56,21 @@ def dropping_flag(args: Any) -> str | None:
     Args:
         args: Megatron's arguments.
     """
-    for name in ("no_load_optim", "finetune", "skip_train"):
-        # With an RL step, --skip-train still builds and loads an optimizer.
-        rl = name == "skip_train" and getattr(args, "perform_rl_step", False)
-        if getattr(args, name, False) and not rl:
+    for name in ("no_load_optim", "finetune"):
+        if getattr(args, name, False):
             return f"--{name.replace('_', '-')}"
-    return None
+    return "--skip-train" if only_evaluates(args) else None
+
+
+def only_evaluates(args: Any) -> bool:
+    """Whether stock builds no optimizer (training/training.py:2031, 0.19.2).
+
+    With an RL step, --skip-train still builds and loads one.
+
+    Args:
+        args: Megatron's arguments, or None.
+    """
+    return bool(getattr(args, "skip_train", False)) and not getattr(args, "perform_rl_step", False)
 
 
 def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:

@@ -91,6 +91,7 @@ SCENARIOS = {
     "no-load-optim stock": Scenario(
         f"{PHASE_2} {DISTRIBUTED} --override-opt_param-scheduler --no-load-optim", "single phase 1"
     ),
+    "evaluation": Scenario(f"{PHASE_2} {DISTRIBUTED} {OURS} --skip-train", "single phase 1"),
     "no-load-optim ours": Scenario(
         f"{PHASE_2} {DISTRIBUTED} {OURS} --no-load-optim", "single phase 1"
     ),
@@ -348,6 +349,13 @@ def test_policies_from_flags_and_from_a_file(runs: Runs) -> None:
     assert optimizer["step"] == {"value": 0, "checkpoint": 10, "taken": "policy"}
     assert optimizer["moments"]["state"]["exp_avg"]["rms_after"] == 0.0
     assert "re-warm-up of about 1000 steps" in found.log
+
+
+@pytest.mark.reads("evaluation")
+def test_a_run_that_only_evaluates_needs_no_optimizer(runs: Runs) -> None:
+    run = ok(runs["evaluation"])
+    assert run.iterations == {}
+    assert run.report is None
 
 
 @pytest.mark.reads("no-load-optim stock", "no-load-optim ours")
