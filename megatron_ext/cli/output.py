@@ -43,7 +43,10 @@ def require_package(name: str, purpose: str) -> None:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; expected errors become one message and the exit status 2.
+    """Run a command; an error becomes one message and the exit status 2.
+
+    Exit status 1, which Python gives to a traceback, is an answer of some commands. An error that
+    nobody has foreseen is raised in Python's development mode (``python -X dev``).
 
     Args:
         command: Returns the exit status.
@@ -51,8 +54,16 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except (MegatronExtError, OSError) as e:
-        print("error:", printable(str(e), keep="\n"), file=sys.stderr)
-        return 2
+        message = str(e)
+    except Exception as e:  # damaged and hostile files raise anything
+        if sys.flags.dev_mode:
+            raise
+        message = (
+            f"unexpected {type(e).__name__}: {e}. A file is damaged, or this is a fault of "
+            "megatron_ext: please report it with the output of the same command under python -X dev"
+        )
+    print("error:", printable(message, keep="\n"), file=sys.stderr)
+    return 2
 
 
 def print_json(document: Any) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 import pickle
 import sys
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext.cli import main
 from tests.checkpoint.test_stored import Evil
 from tests.support import specimens
 from tests.support.cells import chosen
+from tests.support.checkpoints import checkpoint
 from tests.support.pool import ROOT
 
 #: The file, and the form of checkpoint that has it.
@@ -128,3 +132,41 @@ def test_no_module_is_imported_for_a_checkpoint(
             assert main([*words, "--allow-pickle"]) == 0
             assert marker.exists()
     del sys.modules["made_up_module"]
+
+
+def cycle() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+GROUP: dict[Any, Any] = {"max_lr": 1e-3, "params": []}
+#: Common states that no run of Megatron writes.
+ODD: dict[str, Any] = {
+    "keys that are no texts": {"optimizer": {"optimizer": {"param_groups": [{1: 2, **GROUP}]}}},
+    "an infinite step": {"optimizer": {"optimizer": {"param_groups": [{"step": inf, **GROUP}]}}},
+    "a cycle": {"optimizer": {"optimizer": {"param_groups": [{"x": cycle(), **GROUP}]}}},
+    "a scheduler that is a list": {
+        "opt_param_scheduler": [1],
+        "optimizer": {"optimizer": {"param_groups": [GROUP]}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_no_run_writes_is_an_error_and_no_answer(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 1 is an answer of inspect, diff and plan; Python gives it to a traceback too."""
+    root = checkpoint(tmp_path / "root", format="torch")
+    torch.save(ODD[name], next(root.rglob("model_optim_rng.pt")))
+    commands = specimens.commands(root, root, tmp_path / "new")
+    refused = 0
+    for command in commands.values():
+        code = main(command)
+        said = capsys.readouterr().err
+        assert code in (0, 2), (command, said)
+        assert (code == 2) == said.startswith("error: ")
+        assert "Traceback" not in said
+        refused += code == 2
+    assert refused > 0
