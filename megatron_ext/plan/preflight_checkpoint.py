@@ -72,6 +72,8 @@ def examine_checkpoint(
             # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
             step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
+            if stored is not None and stored.store is not None:
+                stored.store.require_files()
         except CheckpointError as e:
             return (e,), None
     if stored is None:

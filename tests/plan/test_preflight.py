@@ -21,6 +21,7 @@ from megatron_ext.policy.flags import add_flags
 from megatron_ext.policy.phase import Mark, digest_of, identity
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
+from tests.support import specimens
 from tests.support.checkpoints import DEFAULTS, checkpoint, checksums
 
 RESET = ResumePolicy(preset=Preset("reset"))
@@ -350,6 +351,9 @@ FAULTS = {
     "a damaged file": fault(
         CheckpointError, "--load {torn}", "cannot read {torn}", "truncated or damaged", "restore"
     ),
+    "a file that is too short": fault(
+        CheckpointError, "--load {short}", "__0_0.distcp: expected at least", "as .metadata says"
+    ),
     "a damaged tracker": fault(
         CheckpointError,
         "--load {tracker}",
@@ -557,6 +561,8 @@ FAULTS = {
 @pytest.fixture
 def faulty(many: Place) -> Place:
     """What is damaged, beside the rest."""
+    short = specimens.specimen("common.pt", many.short) / "__0_0.distcp"
+    short.write_bytes(short.read_bytes()[:-1])
     checkpoint(many.torn)
     file = many.torn / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:200])
