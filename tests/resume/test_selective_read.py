@@ -222,7 +222,8 @@ def test_a_rank_without_parameters_overwrites_as_the_others_do(
         "filled": ALL % ("fill 0.25", "keep"),
     }
     found = ext.run("tests.support.policies:resumed", 2, policies=policies, **call)
-    assert found[0]["kept"]["held"] and not found[1]["kept"]["held"]
+    assert found[0]["kept"]["held"]
+    assert not found[1]["kept"]["held"]
     kept = found[0]["kept"]["state"]
     wanted = {"reset": (0.0, 0.0), "momentum": (0.0, None), "filled": (0.25, None)}
     for policy, values in wanted.items():
