@@ -92,3 +92,15 @@ def test_a_negative_exp_avg_sq_in_the_checkpoint_is_refused_by_name(
         one = resumed(ext, call, f"{{nonfinite: {choice}{rest}}}")[0]
         assert unusable(one) == left
         assert any("1 elements of the moments" in line for line in one["lines"])
+
+
+def test_what_a_rule_makes_of_a_live_optimizer_is_judged_too(
+    stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    call = tampered(stock, checkpoints, tmp_path / "large", 1e30)
+    refused = ext.run(
+        "tests.support.policies:live_refused", 2, policy="preset: gradient-scale 1e+15", **call
+    )
+    assert [r["type"] for r in refused] == ["PlanError", "AgreementError"]
+    for one in refused:
+        assert "1 of exp_avg_sq not finite (preset gradient-scale 1e+15)" in one["message"]
