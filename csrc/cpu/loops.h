@@ -57,7 +57,7 @@ inline constexpr int64_t kBlock = 2048;
 
 // Adds the current values of a block's elements to the statistics.
 template <typename T>
-MEGATRON_EXT_INLINE void count_values(const T* x, int64_t n, Tally& tally) {
+MEGATRON_EXT_INLINE void count_values(const T* x, int64_t n, float lowest, Tally& tally) {
   double squares = 0.0;
   float largest = 0.0f;
   uint32_t nonfinite = 0;
@@ -65,7 +65,7 @@ MEGATRON_EXT_INLINE void count_values(const T* x, int64_t n, Tally& tally) {
   for (int64_t i = 0; i < n; ++i) {
     const float value = load(x[i]);
     Tally one;
-    count<Statistics::after>(one, value, value);
+    count<Statistics::after>(one, value, value, lowest);
     squares += one.after;
     largest = one.largest > largest ? one.largest : largest;
     nonfinite += one.nonfinite;
@@ -105,7 +105,7 @@ MEGATRON_EXT_INLINE uint32_t apply(T* x, int64_t n, const Coefficients& k, const
 
 template <typename T, Rule R, Statistics S>
 void transform_range(void* data, int64_t n, const Coefficients& coefficients,
-                     const GlobalIndex& index, int64_t first, Tally& tally) {
+                     const GlobalIndex& index, int64_t first, float lowest, Tally& tally) {
   const Coefficients k = coefficients;
   const GlobalIndex where = index;
   T* const x = static_cast<T*>(data);
@@ -119,7 +119,7 @@ void transform_range(void* data, int64_t n, const Coefficients& coefficients,
       total.changed += apply<T, R, S>(x + i, size, k, where, first + i);
     }
     if constexpr (S != Statistics::none) {
-      count_values(x + i, size, total);
+      count_values(x + i, size, lowest, total);
     }
   }
   if constexpr (R == Rule::keep) {
@@ -151,8 +151,8 @@ void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coeffici
     v[i] = stored;
     Tally one_m;
     Tally one_v;
-    count<S>(one_m, momentum, momentum);
-    count<S>(one_v, old, load(stored));
+    count<S>(one_m, momentum, momentum, lowest_of(0));
+    count<S>(one_v, old, load(stored), lowest_of(1));
     squares_m += one_m.after;
     before += one_v.before;
     after += one_v.after;
@@ -168,13 +168,13 @@ void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coeffici
 
 template <typename T, Statistics S>
 void transform_type(Rule rule, void* data, int64_t n, const Coefficients& k,
-                    const GlobalIndex& where, int64_t first, Tally& tally) {
+                    const GlobalIndex& where, int64_t first, float lowest, Tally& tally) {
   switch (rule) {
-#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)          \
-  case Rule::name:                                                        \
-    if constexpr (Kind::kind != Kind::joint) {                            \
-      transform_range<T, Rule::name, S>(data, n, k, where, first, tally); \
-    }                                                                     \
+#define MEGATRON_EXT_RULE(name, code, coefficients, kind, reads)                  \
+  case Rule::name:                                                                \
+    if constexpr (Kind::kind != Kind::joint) {                                    \
+      transform_range<T, Rule::name, S>(data, n, k, where, first, lowest, tally); \
+    }                                                                             \
     return;
     // A joint rule has a loop over both moments: batch_size_range.
     MEGATRON_EXT_RULES(MEGATRON_EXT_RULE)
@@ -223,7 +223,7 @@ void transform_record(const Record& r, Range range, Tally tally[kMoments]) {
                      : r.type[moment] == Type::bfloat16 ? transform_type<BFloat16, S>
                                                         : transform_type<_Float16, S>;
     run(r.rule[moment], element(r, moment, range.begin), n, r.coefficients[moment], r.where,
-        range.begin - r.begin, tally[moment]);
+        range.begin - r.begin, lowest_of(moment), tally[moment]);
   }
 }
 

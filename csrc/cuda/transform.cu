@@ -90,6 +90,7 @@ struct Unary {
   const Coefficients& k;
   const GlobalIndex& where;
   int64_t segment_begin;
+  float lowest;  // of the moment
 };
 
 template <typename T, Statistics S>
@@ -116,7 +117,7 @@ __device__ __forceinline__ void transform_one(T* x, int at, const Unary& unary, 
     x[at] = stored;
     y[0] = load(stored);
   }
-  count<S>(tally, old, y[0]);
+  count<S>(tally, old, y[0], unary.lowest);
 }
 
 // Processes U 16-byte vectors at a time.
@@ -152,7 +153,7 @@ __device__ __forceinline__ void transform_vectors(T* x, int begin, int end, cons
       for (int i = 0; i < N; ++i) {
         const T stored = store<T>(y[i]);
         // A kept element is not rounded again, because a NaN would lose its bits.
-        count<S>(tally, load(vector[u].x[i]), load(stored));
+        count<S>(tally, load(vector[u].x[i]), load(stored), unary.lowest);
         vector[u].x[i] = stored;
       }
       if (unary.rule != Rule::keep) {
@@ -198,8 +199,8 @@ __device__ __forceinline__ void batch_size_one(const M* m, V* v, int at, const C
   const float old = load(v[at]);
   const V stored = store<V>(batch_size(momentum, old, k));
   v[at] = stored;
-  count<kKept<S>>(tally[0], momentum, momentum);
-  count<S>(tally[1], old, load(stored));
+  count<kKept<S>>(tally[0], momentum, momentum, lowest_of(0));
+  count<S>(tally[1], old, load(stored), lowest_of(1));
 }
 
 template <typename M, typename V, Statistics S>
@@ -228,8 +229,8 @@ __device__ __forceinline__ void batch_size_vectors(const M* m, V* v, int begin, 
         const float first = load(momentum[u].x[i]);
         const float old = load(vector[u].x[i]);
         vector[u].x[i] = store<V>(batch_size(first, old, k));
-        count<kKept<S>>(tally[0], first, first);
-        count<S>(tally[1], old, load(vector[u].x[i]));
+        count<kKept<S>>(tally[0], first, first, lowest_of(0));
+        count<S>(tally[1], old, load(vector[u].x[i]), lowest_of(1));
       }
       vector[u].write(v + base + u * kStride);
     }
@@ -297,7 +298,8 @@ __device__ __forceinline__ void transform_record(const Record& r, const Chunk& c
     if (!visits(r.rule[moment], S)) {
       continue;
     }
-    const Unary unary{r.rule[moment], r.coefficients[moment], r.where, c.segment_begin};
+    const Unary unary{r.rule[moment], r.coefficients[moment], r.where, c.segment_begin,
+                      lowest_of(moment)};
     Tally t;
     switch (r.type[moment]) {
       case Type::float32:

@@ -59,7 +59,7 @@ def transform_moments_(
             if after is not before:
                 stored.copy_(after)
             if statistics:
-                _count(out[tensor, moment], before, stored.float())
+                _count(out[tensor, moment], before, stored.float(), MOMENTS[moment])
     if statistics == Statistics.AFTER:
         out[..., [0, 4]] = -1.0
     return out
@@ -163,14 +163,17 @@ class SegmentOperands:
         return rule.reference(x, self)
 
 
-def _count(out: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+def _count(out: torch.Tensor, before: torch.Tensor, after: torch.Tensor, moment: str) -> None:
     out[0] += before.double().square().sum()
     out[1] += after.double().square().sum()
     magnitude = after.abs()
     largest = torch.where(magnitude.isnan(), 0.0, magnitude)
     if len(largest):
         out[2] = torch.maximum(out[2], largest.max().double())
-    out[3] += (~after.isfinite()).sum()
+    unusable = ~after.isfinite()
+    if moment == "exp_avg_sq":
+        unusable |= after < 0.0
+    out[3] += unusable.sum()
     out[4] += ((before != after) & ~(before.isnan() & after.isnan())).sum()
 
 

@@ -38,7 +38,8 @@ COLUMNS = (
 #: of a random pruning.
 
 #: Last dimension of the ops' result: sum of squares before and after; largest absolute value after,
-#: ignoring NaN; number of non-finite values after; number of changed elements.
+#: ignoring NaN; number of values after that Adam cannot use: NaN, infinite, or negative in
+#: exp_avg_sq, whose square root it takes; number of changed elements.
 STATISTICS_COLUMNS = ("square_sum_before", "square_sum_after", "largest", "nonfinite", "changed")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..base.values import plain
 from ..errors import CheckpointError
 
 #: The dtype of the weights in the key of a bucket (core/optimizer/distrib_optimizer.py:1884,
@@ -19,6 +20,8 @@ _DTYPE = re.compile(r"dtype_\(torch\.(\w+), torch\.\w+\)")
 #: Role of a directory in a phase. Without ``--selective-from`` it is ``load``: an earlier phase's
 #: directory or this one's. With it, ``start`` is where the phase starts, ``own`` its own directory.
 DirectoryRole = Literal["load", "start", "own"]
+#: The largest step that Adam's kernels can take: it is an int32 there.
+LARGEST_STEP = 2**31 - 1
 #: The tensors of Adam's state; `param` is Megatron's name for the fp32 master weight.
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 #: NeMo writes these structural keys with a prefix; Megatron accepts both
@@ -86,8 +89,8 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
         state_dict: See `optimizer_section`.
 
     Raises:
-        CheckpointError: There are no param_groups, or the groups disagree about ``step`` or about
-            the phase.
+        CheckpointError: There are no param_groups, ``step`` is no number of steps, or the groups
+            disagree about it or about the phase.
     """
     _, section = optimizer_section(state_dict)
     groups = tuple(canonical(group) for group in section["param_groups"])
@@ -210,14 +213,10 @@ def saved_key(group: Mapping[str, Any], key: str) -> str:
 
 def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> int | None:
     """Return an optimizer's one step; TE and apex keep it in the groups, torch in the state."""
-    steps = {int(g["step"]) for g in groups if g.get("step") is not None}
-    if state.get("common_step") is not None:
-        steps.add(int(state["common_step"]))
-    steps |= {
-        int(s["step"])
-        for s in state.values()
-        if isinstance(s, Mapping) and s.get("step") is not None
-    }
+    found = [g.get("step") for g in groups]
+    found.append(state.get("common_step"))
+    found += [s.get("step") for s in state.values() if isinstance(s, Mapping)]
+    steps = {_whole_step(step) for step in found if step is not None}
     if len(steps) > 1:
         raise CheckpointError(
             f"the checkpoint's param_groups disagree about step: found {sorted(steps)}, expected "
@@ -225,6 +224,20 @@ def _common_step(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) 
             "edited; load another one or pass --no-load-optim"
         )
     return steps.pop() if steps else None
+
+
+def _whole_step(found: Any) -> int:
+    """Return a saved step as an int. A float of torch's Adam is one too."""
+    step = plain(found)
+    number = isinstance(step, int | float) and not isinstance(step, bool)
+    # The comparison is false for a NaN.
+    if not (number and 0 <= step <= LARGEST_STEP and step == int(step)):
+        raise CheckpointError(
+            f"the checkpoint's step is {step!r}; expected a whole number from 0 to {LARGEST_STEP}. "
+            "The checkpoint is damaged or was edited; load another one or pass --no-load-optim to "
+            "start with a new optimizer (the Adam moments are then lost)"
+        )
+    return int(step)
 
 
 def _common_mark(groups: Sequence[Mapping[str, Any]]) -> str | None:

@@ -35,7 +35,8 @@ class TensorStatistics:
         elements: Number of elements read: everything stored except bucket padding.
         norm: Square root of the sum of squares of the finite elements.
         largest: Largest absolute value of the finite elements; 0 if there are none.
-        nonfinite: Number of NaN and infinite elements.
+        nonfinite: Number of NaN and infinite elements, and of negative ones of exp_avg_sq, whose
+            square root Adam takes.
     """
 
     optimizer: int | None
@@ -99,6 +100,8 @@ def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[Ten
             bad = values.numel() - int(finite.sum())
             if bad:
                 values = torch.where(finite, values, 0.0)
+            if target.state == "exp_avg_sq":
+                bad += int((values < 0.0).sum())
             total[0] += values.numel()
             total[1] += float(torch.dot(values, values))
             total[2] = max(total[2], float(values.abs().max()))

@@ -14,16 +14,21 @@ from ..base.values import same
 from ..policy.match import Match
 from ..policy.policy import ResumePolicy
 from ..policy.presets import KEEP_ALL
-from ..rules.base import Rule
+from ..rules.base import ElementRule, Rule
 from ..rules.batch_size import BatchRatio
 from ..rules.bias_consistent import BiasConsistent
-from ..rules.elementwise import RESET
+from ..rules.clip import Clip
+from ..rules.elementwise import RESET, Scale
 
 if TYPE_CHECKING:
     from .decisions import Circumstances, ResumePlan
 
 #: Above this ratio the bias of the batch-size rule is worth a warning.
 _LARGE_RATIO = 4.0
+#: The largest number that rounds to 0 in fp32. bf16 has 16 bits less.
+_LARGEST_ZERO = 2.0**-150
+#: A loss of larger values than these is worth a warning.
+_WORTH_TELLING = {"exp_avg": 1e-10, "exp_avg_sq": 1e-20}
 
 
 def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
@@ -41,6 +46,7 @@ def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
     out = [
         *_step(plan),
         *_partial_reset(plan),
+        *_scales(plan.policy),
         *_not_scaled(plan, circumstances),
         *([] if plan.continued else _batch_size(plan.policy, circumstances)),
     ]
@@ -133,12 +139,11 @@ def _step(plan: ResumePlan) -> Iterator[str]:
     if any(m.keeps_bias and v.keeps_bias for m, v in operations):
         for betas in betas_of(plan):
             growth = step_growth(betas, t, after)
-            verb = "grows" if growth > 1.0 else "shrinks"
             if abs(growth - 1.0) > 0.01:
                 yield (
                     f"step goes from {t} to {after} while moments are kept: at betas "
-                    f"{betas[0]:g}, {betas[1]:g} the first update {verb} to {growth:.2f}x. "
-                    "The rule bias-consistent keeps it the same"
+                    f"{betas[0]:g}, {betas[1]:g} the first update {_verb(growth)} to "
+                    f"{growth:.2f}x. The rule bias-consistent keeps it the same"
                 )
 
 
@@ -160,6 +165,29 @@ def _partial_reset(plan: ResumePlan) -> Iterator[str]:
                 f"exp_avg_sq is reset and exp_avg is not, while step stays at {plan.step}: at b2 = "
                 f"{betas[1]:g} the first update can be {bound:.1f}x what it was"
             )
+
+
+def _scales(policy: ResumePolicy) -> Iterator[str]:
+    for m, v in _operations(policy):
+        a, b = (o.multiplier if isinstance(o, ElementRule) else None for o in (m, v))
+        if a and b and abs(abs(a) / math.sqrt(b) - 1.0) > 0.01:
+            growth = abs(a) / math.sqrt(b)
+            yield (
+                f"exp_avg is multiplied by {a:g} and exp_avg_sq by {b:g}: Adam divides the one by "
+                f"the root of the other, so the first update {_verb(growth)} to {growth:.4g}x "
+                "where the gradient is small"
+            )
+        for key, factor in (("exp_avg", a), ("exp_avg_sq", b)):
+            lost = _LARGEST_ZERO / abs(factor) if factor else 0.0
+            if lost > _WORTH_TELLING[key]:
+                yield (
+                    f"{key} is multiplied by {factor:g}: what is below {lost:.2g} becomes 0 (in "
+                    f"bf16 below {lost * 2.0**16:.2g})"
+                )
+
+
+def _verb(growth: float) -> str:
+    return "grows" if growth > 1.0 else "shrinks"
 
 
 def _not_scaled(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]:
@@ -227,7 +255,15 @@ def _operations(policy: ResumePolicy) -> list[tuple[Rule, Rule]]:
     effect = policy.preset.effect
     pairs = [(r.exp_avg, r.exp_avg_sq) for r in policy.rules]
     everything = any(r.match == Match() for r in policy.rules)
-    return pairs if everything else [(effect.exp_avg, effect.exp_avg_sq), *pairs]
+    pairs = pairs if everything else [(effect.exp_avg, effect.exp_avg_sq), *pairs]
+    return [(_or_reset(m), _or_reset(v)) for m, v in pairs]
+
+
+def _or_reset(rule: Rule) -> Rule:
+    """Return `RESET` for a rule that leaves nothing, because fp32 rounds its factor to 0."""
+    factor = rule.factor if isinstance(rule, Scale) else 1.0
+    factor = rule.limit if isinstance(rule, Clip) else factor
+    return RESET if abs(factor) <= _LARGEST_ZERO else rule
 
 
 def betas_of(plan: ResumePlan) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import PlanError
 from ..rules.base import ElementRule, Rule
 from ..rules.elementwise import KEEP
-from ..rules.form import Key
+from ..rules.form import MOMENTS, Key
 from .decisions import ResumePlan
 from .matching import operations_of
 from .parameters import Parameter, ParameterPlan, Rows
@@ -59,6 +59,9 @@ def _plan(
         m = exp_avg.resolve(context)
         context = replace(context, key="exp_avg_sq", rows=of_exp_avg_sq)
         v = exp_avg_sq.resolve(context)
+        for key, rule in zip(MOMENTS, (m, v), strict=True):
+            if isinstance(rule, ElementRule) and rule.overflow:
+                raise context.error(f"{key}: {rule.overflow}")
         if isinstance(v, ElementRule) and v.kind == "joint" and m != KEEP:
             raise context.error(
                 f"the {v.name.replace('_', '-')} rule for exp_avg_sq reads exp_avg, which must be "

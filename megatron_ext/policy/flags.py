@@ -104,7 +104,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--selective-nonfinite",
         choices=("error", "reset", "keep"),
         default="error",
-        help="What to do about NaN and infinite moments in the checkpoint. Default: error.",
+        help="What to do about moments that Adam cannot use, in the checkpoint or after the rules: "
+        "NaN, infinite, or negative in exp_avg_sq. Default: error.",
     )
     group.add_argument(
         "--selective-master-weights",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from ..checkpoint.state import NOT_HYPERPARAMETERS
+from ..checkpoint.state import LARGEST_STEP, NOT_HYPERPARAMETERS
 from ..errors import PolicyError
 from ..rules.base import Rule
 from ..rules.elementwise import KEEP
@@ -51,8 +51,9 @@ class ResumePolicy:
             hyperparameters that follow.
         rules: Changes of some moment elements. Two rules must not cover the same element.
         step: ``"keep"``, ``"reset"`` (0) or a number; None for the preset's choice.
-        nonfinite: How to treat NaN or infinite moments in the checkpoint: ``"error"``,
-            ``"reset"`` (those elements to 0) or ``"keep"``.
+        nonfinite: How to treat moments that Adam cannot use, in the checkpoint or after the
+            rules: NaN, infinite, or negative in exp_avg_sq. ``"error"``, ``"reset"`` (those
+            elements to 0) or ``"keep"``.
         master_weights: ``"checkpoint"``, or ``"model"``: the fp32 master weights are made from the
             weights that the model has loaded, for weights that were edited after the save.
         parameters: What is said about parameters that differ between checkpoint and model.
@@ -119,6 +120,11 @@ class ResumePolicy:
         all_of(Preset, (self.preset,), "preset")
         all_of(ParameterMap, (self.parameters,), "parameters")
         step = self.step
+        if isinstance(step, int) and step > LARGEST_STEP:
+            raise PolicyError(
+                "--selective-step: expected keep, reset or a number of at least 0 and at most "
+                f"{LARGEST_STEP}, found {step!r}"
+            )
         number = isinstance(step, int) and not isinstance(step, bool) and step >= 0
         if not (step is None or step in ("keep", "reset") or number):
             raise PolicyError(

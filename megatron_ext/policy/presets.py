@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import PolicyError
-from ..rules.base import Rule
+from ..rules.base import ElementRule, Rule
 from ..rules.batch_size import BatchRatio
 from ..rules.bias_consistent import BiasConsistent
 from ..rules.elementwise import KEEP, RESET, Scale
-from ..rules.form import DECIMAL
+from ..rules.form import DECIMAL, MOMENTS
 from ..rules.prune import Prune
 
 Step = int | Literal["keep", "reset"]
@@ -94,7 +94,8 @@ class Preset:
             have been changed already: only hyperparameters follow.
 
     Raises:
-        PolicyError: The preset is unknown or has the wrong numbers.
+        PolicyError: The preset is unknown or has the wrong numbers, or fp32 cannot hold those of
+            its rules.
     """
 
     name: str = "keep"
@@ -131,7 +132,11 @@ class Preset:
                 f"preset {self.name}: {', '.join(map(repr, unknown))} cannot be declined; it "
                 f"changes {can}"
             )
-        entry.effect(*numbers)  # its rules check their numbers
+        effect = entry.effect(*numbers)  # its rules check their numbers
+        for key in MOMENTS:
+            rule = getattr(effect, key)
+            if isinstance(rule, ElementRule) and rule.overflow:
+                raise PolicyError(f"preset {self}: {key}: {rule.overflow}")
 
     @property
     def declinable(self) -> tuple[str, ...]:

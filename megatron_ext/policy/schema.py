@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 from ..base.schema import INLINE, Count, Keywords
+from ..checkpoint.state import LARGEST_STEP
 from ..rules import registry
 from .checks import NOT_A_CHOICE
 from .match import Scalar
@@ -190,7 +191,8 @@ class PolicyDocument(TypedDict, total=False):
             Default: keep.
         moments: Rules; two must not meet in one element.
         step: Adam's step. Default: what the preset says.
-        nonfinite: What to do about NaN and infinite moments in the checkpoint. Default: error.
+        nonfinite: What to do about moments that Adam cannot use, in the checkpoint or after the
+            rules: NaN, infinite, or negative in exp_avg_sq. Default: error.
         master_weights: The source of the fp32 master weights. model: they are made from the
             model's weights, once, and the moments are kept. Default: checkpoint.
         parameters: What is said about parameters that differ between the checkpoint and the
@@ -205,7 +207,7 @@ class PolicyDocument(TypedDict, total=False):
     schedule: Origin
     preset: Annotated[str | dict[str, Any], Keywords(of=Any, oneOf=presets())]
     moments: list[Annotated[MomentRuleDocument, INLINE]]
-    step: KeepOrReset | Count
+    step: KeepOrReset | Annotated[int, Keywords(minimum=0, maximum=LARGEST_STEP)]
     nonfinite: Nonfinite
     master_weights: Masters
     parameters: Annotated[ParametersDocument, INLINE]

@@ -21,7 +21,8 @@ class LoadedState:
         tensors: State key -> number of shards written on this rank, or on all ranks after `summed`.
         elements: State key -> number of elements in these shards.
         made: State key -> number of elements that are new: no checkpoint value is used for them.
-        nonfinite: Number of NaN and infinite elements of the moments.
+        nonfinite: Number of elements of the moments that Adam cannot use: NaN, infinite, or
+            negative in exp_avg_sq.
         proven: Number of elements of the master weights that are the model's weights.
         differing: Number of elements of the master weights that are not.
         keys: The keys to count. An optimizer other than Adam has ``param`` and ``state``, which is

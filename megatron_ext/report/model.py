@@ -64,7 +64,8 @@ class MomentReport:
         rules: One report for each rule, and one for the preset.
         rms: Root mean square of each moment before and after.
         changed: Number of elements of each moment whose value differs from before.
-        nonfinite: Number of NaN and infinite elements of each moment after.
+        nonfinite: Number of elements of each moment that Adam cannot use after: NaN, infinite, or
+            negative in exp_avg_sq.
         unread: Number of elements of each moment that were not read, because they are overwritten.
             The root mean square before and the number of changes do not include them.
         norms_on_this_rank: Euclidean norms of exp_avg and exp_avg_sq after, on this rank.

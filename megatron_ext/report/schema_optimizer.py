@@ -105,7 +105,8 @@ class MomentStateDocument(TypedDict):
         rms_before: Root mean square before, over the elements that were read; null if none was.
         rms_after: Root mean square after.
         changed: Number of read elements whose value differs from before.
-        nonfinite: Number of NaN and infinite elements after.
+        nonfinite: Number of elements that Adam cannot use after: NaN, infinite, or negative in
+            exp_avg_sq.
         unread: Number of elements that were not read from the checkpoint, because the whole moment
             of their parameter is overwritten.
     """

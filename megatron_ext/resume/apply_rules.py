@@ -19,6 +19,7 @@ from ..rules.base import ElementRule, Statistic
 from ..rules.elementwise import KEEP
 from ..rules.registry import write
 from .moments import MomentStatistics, transform
+from .nonfinite import Unusable, unusable_of
 from .parameters import Shard
 from .prepare_rules import MomentWork
 from .scaled import values
@@ -45,17 +46,25 @@ class AppliedRules:
     device: torch.device
 
     @property
-    def nonfinite_before(self) -> dict[str, int]:
-        """Map each parameter that had NaN or infinite elements to their number after the change.
+    def unusable_before(self) -> dict[str, Unusable]:
+        """Map each parameter that had elements that Adam cannot use to these, after the change.
 
         A float64 sum of squares of fp32 values does not overflow: it is finite if all values are.
+        A negative element of exp_avg_sq was negative before, because no factor of it is.
         """
-        found: dict[str, int] = {}
+        found: dict[str, Unusable] = {}
         for shard, by_key in zip(self.shards, self.counted, strict=True):
-            for s in by_key.values():
-                if s.norm_before is not None and not math.isfinite(s.norm_before):
-                    name = shard.parameter.name
-                    found[name] = found.get(name, 0) + s.nonfinite
+            if not any(s.nonfinite for s in by_key.values()):
+                continue
+            m, v = (by_key[key].norm_before for key in MOMENT_KEYS)
+            now = unusable_of(shard.inner, shard.key)
+            before = Unusable(
+                0 if m is None or math.isfinite(m) else now.exp_avg,
+                0 if v is None or math.isfinite(v) else now.exp_avg_sq,
+                now.negative,
+            )
+            if before.total:
+                found[shard.parameter.name] = before
         return found
 
 
@@ -77,7 +86,7 @@ def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
     rules = (x for p in work.plans.values() for r in p.rows for x in (r.exp_avg, r.exp_avg_sq))
     if any(rule.multiplier is None for rule in rules):
         return None
-    states = (s.inner.state[s.key] for s in work.shards if _has_moments(s))
+    states = (s.inner.state[s.key] for s in work.shards if s.has_moments)
     if any(state[key].dtype != torch.float32 for state in states for key in MOMENT_KEYS):
         return None
     return _change(work)
@@ -104,7 +113,7 @@ def _changes(work: MomentWork) -> bool:
 
 
 def _change(work: MomentWork) -> AppliedRules:
-    shards = tuple(s for s in work.shards if _has_moments(s))
+    shards = tuple(s for s in work.shards if s.has_moments)
     device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else ranks.device()
     found: dict[Statistic, Value] = {}
     if work.wanted:
@@ -201,7 +210,3 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
 
 def _rms(square_sum: float, elements: float) -> float | None:
     return math.sqrt(square_sum / elements) if elements else None
-
-
-def _has_moments(shard: Shard) -> bool:
-    return all(key in shard.inner.state.get(shard.key, {}) for key in MOMENT_KEYS)

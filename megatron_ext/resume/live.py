@@ -17,7 +17,7 @@ from ..policy.presets import KEEP_ALL
 from ..report.loaded import LoadedState
 from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
-from . import apply_rules, prepare_rules
+from . import apply_rules, nonfinite, prepare_rules
 from .members import adam_optimizers
 from .steps import is_adam, place_step, step_of
 
@@ -45,7 +45,8 @@ def transform_moments(
 
     Raises:
         PolicyError: The policy decides more than moments and step.
-        PlanError: A rule cannot be applied. No moment has been changed.
+        PlanError: A rule cannot be applied, and no moment has been changed; or Adam cannot use
+            what the rules made, and the policy's choice for that is ``error``.
         HostError: The state of an optimizer cannot be reached.
     """
     members: list[Any] = []
@@ -67,11 +68,14 @@ def transform_moments(
     reports = []
     for member, plan, work in zip(members, plans, met, strict=True):
         moments = None if work is None else apply_rules.apply_rules(work)
+        notes: tuple[str, ...] = ()
+        if work is not None and moments is not None:
+            moments, notes = nonfinite.handle_made(work, moments)
         if plan.step != plan.saved_step:
             place_step(member.optimizer, plan.step)
         counts = tuple(len(g["params"]) for g in member.param_groups)
         kind = f"{type(member).__name__} over {type(member.optimizer).__name__}"
-        reports.append(OptimizerReport(kind, plan, LoadedState(), counts, moments))
+        reports.append(OptimizerReport(kind, plan, LoadedState(), counts, moments, notes))
     return ResumeReport("", reports)
 
 

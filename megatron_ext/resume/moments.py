@@ -34,7 +34,7 @@ class MomentStatistics:
         norm_before: Euclidean norm before; None if only the new values were counted.
         norm_after: Euclidean norm after.
         largest: Largest absolute value after, ignoring NaN.
-        nonfinite: Number of NaN and infinite values after.
+        nonfinite: Number of NaN and infinite values after, and of negative ones of exp_avg_sq.
         changed: Number of elements whose value differs; None if only the new values were counted.
     """
 
@@ -109,7 +109,8 @@ class Survey:
     """Statistics of both moments of some parameters.
 
     Args:
-        nonfinite: Number of NaN and infinite elements of each parameter.
+        nonfinite: Number of elements of each parameter that Adam cannot use: NaN, infinite, or
+            negative in exp_avg_sq.
         norms: Euclidean norms of exp_avg and exp_avg_sq over all parameters.
     """
 
@@ -119,7 +120,7 @@ class Survey:
 
 @torch.no_grad()
 def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
-    """Compute norms and non-finite counts of some parameters' moments, in one read-only pass.
+    """Compute the norms of some parameters' moments and count what is unusable, in one pass.
 
     Args:
         inner: The torch optimizer that holds the state.

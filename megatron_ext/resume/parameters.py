@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..base.placement import Block, Run, block_of, runs
+from ..checkpoint.state import MOMENT_KEYS
 from ..errors import HostError
 from ..plan.parameters import Parameter
 from . import vocabulary
@@ -47,6 +48,11 @@ class Shard:
     end: int
     inner: Any
     key: torch.Tensor
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer has state for it."""
+        return all(key in self.inner.state.get(self.key, {}) for key in MOMENT_KEYS)
 
     def runs(self) -> Iterator[Run]:
         """Yield the runs of its elements in the unsharded parameter."""

@@ -96,7 +96,7 @@ def prepare(
     """
     policy, unread = plan.policy, unread or {}
     if not policy.overwrites_moments:
-        _require_read(unread, {})
+        _require_read(unread, None)
     if not (policy.decides_moments or policy.groups):
         return None
     chain = [o for o in chain or [optimizer] if o.optimizer is not None]
@@ -137,14 +137,19 @@ def prepare(
     return MomentWork(policy, shards, plans, used, used_groups, offers=offers, unread=unread)
 
 
-def _require_read(unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan]) -> None:
+def _require_read(
+    unread: Mapping[Key, frozenset[str]], plans: Mapping[str, ParameterPlan] | None
+) -> None:
     """Raise unless the plan overwrites every moment that was not read.
 
-    Empty `plans` overwrite nothing.
+    Args:
+        unread: For each moment, the parameters on this rank whose moment was not read.
+        plans: The rules of each parameter that has elements on this rank, by its name. A rank may
+            have none. None if the policy overwrites nothing.
     """
     for key, names in unread.items():
-        for name in names if not plans else names & plans.keys():
-            done = [getattr(rows, key) for rows in plans[name].rows] if plans else [KEEP]
+        for name in names if plans is None else names & plans.keys():
+            done = [KEEP] if plans is None else [getattr(rows, key) for rows in plans[name].rows]
             if any(rule.reads_old for rule in done):
                 raise CheckpointError(
                     f"{key} of {name} was not read from the checkpoint, because the plan "

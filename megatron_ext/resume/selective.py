@@ -140,8 +140,8 @@ class Selective:
         if done is None:
             loaded.nonfinite, self.norms_after_load = nonfinite.count_nonfinite(self)
         else:
-            bad = done.nonfinite_before
-            loaded.nonfinite = sum(bad.values())
+            bad = done.unusable_before
+            loaded.nonfinite = sum(found.total for found in bad.values())
         # TE rounds the fp32 result of a step twice if master weights are fp16, into the model and
         # into them (transformer_engine/pytorch/optimizers/fused_adam.py).
         if plan.policy.master_weights != "model" and self.config.main_params_dtype == torch.float32:
@@ -157,7 +157,9 @@ class Selective:
             what = nonfinite.handle_nonfinite(self, self.resume_chunks, choice, bad)
             notes = (f"{summed.nonfinite} elements of the moments {what}",)
         moments = None if work is None else apply_rules.apply_rules(work, done)
-        if moments is not None:
+        if work is not None and moments is not None:
+            moments, made = nonfinite.handle_made(work, moments)
+            notes += made
             self.norms_after_load = moments.norms_on_this_rank
         elif summed.nonfinite:
             self.norms_after_load = None

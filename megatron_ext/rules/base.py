@@ -23,6 +23,9 @@ RowStatistic = Literal["mean", "median", "column-mean"]
 StatisticKind = Literal[RowStatistic, "mean-of", "quantile"]
 Spans = tuple[tuple[int, int], ...]
 
+#: The smallest number that rounds to infinity in fp32. The kernels round coefficients to fp32.
+_FP32_OVERFLOW = 2.0**128 - 2.0**103
+
 #: How the kernels apply a rule. ``kept`` changes no element. ``pointwise`` needs only the element's
 #: value, and ``positional`` its global index too. ``joint`` is for exp_avg_sq and reads exp_avg.
 Kind = Literal["kept", "pointwise", "positional", "joint"]
@@ -219,6 +222,14 @@ class ElementRule(Rule):
     @classmethod
     def coefficient_refusal(cls, exact: Sequence[float]) -> str:
         """Describe invalid coefficients in a caller's segment table; empty if they are valid."""
+        return ""
+
+    @property
+    def overflow(self) -> str:
+        """The reason why the kernels cannot apply the rule; empty if fp32 holds its numbers."""
+        for name, value in zip(self.coefficient_names, self.coefficients(), strict=False):
+            if not abs(value) < _FP32_OVERFLOW:
+                return f"{name} is {value!r}, which fp32 cannot hold (at most 3.4028235e+38)"
         return ""
 
     def stream_key(self, parameter: int) -> int:

@@ -122,8 +122,8 @@ def check_moment(key: Key, rule: Any, where: str) -> None:
         where: The rule of the policy, for the message.
 
     Raises:
-        PolicyError: The object has no form, the rule is for the other moment, or it would make
-            exp_avg_sq negative.
+        PolicyError: The object has no form, the rule is for the other moment, it would make
+            exp_avg_sq negative, or fp32 cannot hold its numbers.
     """
     if type(rule) not in _registered or not rule.forms:
         raise PolicyError(
@@ -140,6 +140,8 @@ def check_moment(key: Key, rule: Any, where: str) -> None:
             f"{where}: {text!r} would make exp_avg_sq negative, and Adam takes its square root; "
             "expected a number of at least 0"
         )
+    if isinstance(rule, ElementRule) and rule.overflow:
+        raise PolicyError(f"{where}: {text!r}: {rule.overflow}")
 
 
 def check_pair(exp_avg: ElementRule, exp_avg_sq: ElementRule) -> None:

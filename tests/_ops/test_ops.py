@@ -22,6 +22,7 @@ from megatron_ext._ops import Transform, native, schema
 from megatron_ext._ops.segments import COLUMNS, Segment, Statistics, encode
 from megatron_ext.base.placement import GlobalIndex, runs
 from megatron_ext.rules import registry
+from megatron_ext.rules.base import ElementRule
 from megatron_ext.rules.batch_size import BatchSize
 from megatron_ext.rules.elementwise import Fill, Keep, Scale
 from megatron_ext.rules.prune import PruneRandom
@@ -252,7 +253,8 @@ def assert_case(kernel: Kernel, case: tuple, m_type: torch.dtype, v_type: torch.
                 covered[s.begin : s.end] = True
         for moment, (old, new) in enumerate(((m_old[t], m_ref[t]), (v_old[t], v_ref[t]))):
             assert same_bits(old[~covered], new[~covered])
-            statistics = expected_statistics(old[covered], new[covered])
+            key = ("exp_avg", "exp_avg_sq")[moment]
+            statistics = expected_statistics(old[covered], new[covered], key)
             assert_statistics(found[t, moment], statistics)
             assert_statistics(expected[t, moment], statistics)
 
@@ -309,6 +311,20 @@ def test_statistics_after_leave_out_what_needs_the_old_values(kernel: Kernel) ->
     m, v = (x.to(kernel.device) for x in moments(50, torch.float32, torch.float32))
     (row,) = kernel.run([m], [v], [Segment(0, 0, 50, Fill(0.0), Fill(2.0))], Statistics.AFTER)
     assert row.tolist() == [[-1.0, 0.0, 0.0, 0.0, -1.0], [-1.0, 200.0, 2.0, 0.0, -1.0]]
+
+
+@pytest.mark.parametrize("statistics", [Statistics.AFTER, Statistics.BEFORE_AND_AFTER])
+@pytest.mark.parametrize("rule", [Keep(), Scale(1.0), BatchSize(1.0, (0.9, 0.95), 100)])
+def test_a_negative_exp_avg_sq_counts_with_what_is_not_finite(
+    kernel: Kernel, rule: ElementRule, statistics: Statistics
+) -> None:
+    values = torch.tensor([-1e-6, -3e-45, -math.inf, math.inf, math.nan, -0.0, 0.0, 1.0])
+    for n in (8, 7, 3, 1):
+        m, v = torch.full((n,), -1.0), values[:n].clone()
+        segments = [Segment(0, 0, n, Keep(), rule)]
+        state = ([x.to(kernel.device)] for x in (m, v))
+        found = kernel.run(*state, segments, statistics)
+        assert found[0, :, 3].tolist() == [0.0, min(n, 5.0)]
 
 
 def test_a_tensor_without_segments_counts_nothing(kernel: Kernel) -> None:

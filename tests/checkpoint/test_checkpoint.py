@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -79,6 +80,21 @@ def test_the_step_is_found_wherever_the_inner_optimizer_keeps_it(
 )
 def test_steps_that_disagree_are_an_error(section: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"disagree about step: found \[5, 9\]"):
+        read_optimizer({"optimizer": section})
+
+
+@pytest.mark.parametrize(
+    "step", [-1, -1.0, 2.5, math.inf, -math.inf, math.nan, 1e30, 2**31, "three", True]
+)
+@pytest.mark.parametrize("where", ["group", "parameter", "common"])
+def test_a_step_that_adam_cannot_have_taken_is_an_error(step: Any, where: str) -> None:
+    kept = torch.tensor(float(step)) if isinstance(step, float) else step
+    section: dict[str, Any] = {
+        "group": {"param_groups": [{"step": step}]},
+        "parameter": {"param_groups": [{}], "state": {0: {"step": kept}}},
+        "common": {"param_groups": [{}], "state": {"common_step": kept}},
+    }[where]
+    with pytest.raises(CheckpointError, match=r"step is .*expected a whole number from 0 to"):
         read_optimizer({"optimizer": section})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -543,6 +544,15 @@ def test_a_mean_of_another_optimizers_parameters_is_refused(checkpoints: Checkpo
     found = forecast(directory, [*words(SECOND), "--selective-rule", *rule])
     (error,) = found.errors
     assert "another optimizer of the chain updates decoder.layers.0.mlp.experts" in str(error)
+
+
+@pytest.mark.parametrize("step", [-5, 2.5, math.inf])
+def test_a_step_that_adam_cannot_have_taken_is_refused(
+    step: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkpoint(tmp_path / "one", step=step, changes={"lr": 3e-3, "train_iters": 100})
+    assert main(["plan", str(root)]) == 2
+    assert f"step is {step}; expected a whole number from 0 to" in capsys.readouterr().err
 
 
 def test_dropped_moments_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
 from megatron_ext.rules.base import Rule
 from megatron_ext.rules.batch_size import BatchRatio
+from megatron_ext.rules.clip import Clip
 from megatron_ext.rules.elementwise import KEEP, RESET, Fill, Scale
 from megatron_ext.rules.fill_from import FillFrom
 from tests.support.groups import GROUPS, LISTS, STEPS, group
@@ -213,6 +214,49 @@ def test_exp_avg_sq_reset_by_itself_tells_the_bound(b2: float, number: str) -> N
         f"exp_avg_sq is reset and exp_avg is not, while step stays at {LATE}: at b2 = {b2:g} the "
         f"first update can be {number}x what it was",
     )
+
+
+# --- scales
+
+
+@pytest.mark.parametrize(
+    ("m", "v", "verb", "number"),
+    [
+        (KEEP, Scale(0.25), "grows", "2"),
+        (KEEP, Scale(1e-6), "grows", "1000"),
+        (Scale(-2.0), KEEP, "grows", "2"),
+        (Scale(0.5), Scale(0.01), "grows", "5"),
+        (KEEP, Scale(4.0), "shrinks", "0.5"),
+        (Scale(0.1), KEEP, "shrinks", "0.1"),
+    ],
+)
+def test_a_scale_that_the_other_moment_does_not_follow_tells_the_first_update(
+    m: Rule, v: Rule, verb: str, number: str
+) -> None:
+    a, b = (r.factor if isinstance(r, Scale) else 1.0 for r in (m, v))
+    assert warnings(rules((m, v))) == (
+        f"exp_avg is multiplied by {a:g} and exp_avg_sq by {b:g}: Adam divides the one by the root "
+        f"of the other, so the first update {verb} to {number}x where the gradient is small",
+    )
+
+
+@given(factor=st.floats(1e-12, 1e12))
+def test_a_scale_of_both_is_no_news(factor: float) -> None:
+    assert warnings(rules((Scale(factor), Scale(factor * factor)))) == ()
+
+
+@pytest.mark.parametrize("none", [Scale(0.0), Scale(1e-50), Clip(0.0)])
+def test_a_rule_that_leaves_nothing_is_a_reset(none: Rule) -> None:
+    assert warnings(rules((KEEP, none)), (0.9, 0.95)) == warnings(rules((KEEP, RESET)), (0.9, 0.95))
+    assert warnings(rules((none, none)))[0].startswith("moments are reset while step stays")
+
+
+def test_a_scale_that_leaves_fp32_tells_what_becomes_0() -> None:
+    found = warnings(ResumePolicy(preset=Preset("gradient-scale", (1e-15,))))
+    assert found == (
+        "exp_avg_sq is multiplied by 1e-30: what is below 7e-16 becomes 0 (in bf16 below 4.6e-11)",
+    )
+    assert warnings(ResumePolicy(preset=Preset("gradient-scale", (1e-3,)))) == ()
 
 
 def test_a_rule_for_everything_takes_the_presets_place() -> None:

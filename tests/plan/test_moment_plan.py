@@ -104,6 +104,14 @@ def test_rows_of_one_rule(text: str, expected: list[tuple[int, int, int | None]]
     assert [(r.first, r.last, r.rule) for r in found] == expected
 
 
+def test_a_number_that_fp32_cannot_hold_is_refused_where_only_the_plan_has_it() -> None:
+    message = refusal(ResumePolicy(rules=(rule("*", KEEP, BatchRatio(1e-39)),)))
+    assert message.startswith(
+        "rule '*' (exp_avg: keep, exp_avg_sq: batch-size 1e-39), output_layer"
+    )
+    assert "1/k is 1.0000000000000001e+39, which fp32 cannot hold" in message
+
+
 def test_a_scalar_is_one_row() -> None:
     assert (SCALAR.rows, SCALAR.row_elements, W.rows, W.row_elements) == (1, 1, 10, 4)
     policy = ResumePolicy(rules=(rule("temperature", Scale(2.0)),))

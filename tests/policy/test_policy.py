@@ -360,6 +360,8 @@ def test_a_rule_as_it_stands_in_messages() -> None:
             "--selective-step: expected keep, reset or a number of at least 0, found -1",
         ),
         ({"step": "restart"}, "--selective-step: expected keep, reset or a number"),
+        ({"step": 2**31}, "of at least 0 and at most 2147483647, found 2147483648"),
+        ({"step": 10**400}, "of at least 0 and at most 2147483647, found 1000"),
         ({"step": True}, "found True"),
         ({"step": 1.5}, "found 1.5"),
         ({"nonfinite": "ignore"}, "expected 'error' or 'reset' or 'keep', found 'ignore'"),

@@ -162,6 +162,13 @@ def test_gradient_scale_scales_eps_and_clipping(s: float, eps: float, clip: floa
     assert found.clip_grad.value == clip * s
 
 
+def test_a_gradient_scale_whose_square_fp32_cannot_hold_is_refused() -> None:
+    for s in (1e20, 1.9e19):
+        with pytest.raises(PolicyError, match=r"preset gradient-scale .*: exp_avg_sq: factor is"):
+            Preset("gradient-scale", (s,))
+    assert Preset("gradient-scale", (1.8e19,)).effect.exp_avg_sq == Scale(1.8e19 * 1.8e19)
+
+
 def test_without_clipping_there_is_nothing_to_scale() -> None:
     policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)))
     assert plan(policy, circumstances=Circumstances(clip_grad=0.0)).clip_grad is None

@@ -9,6 +9,7 @@ from megatron_ext.base.placement import block_of
 from megatron_ext.plan.parameters import Parameter, ParameterPlan, Rows
 from megatron_ext.policy import yaml_file
 from megatron_ext.resume.apply_rules import apply_in_one_pass
+from megatron_ext.resume.nonfinite import Unusable
 from megatron_ext.resume.parameters import Shard
 from megatron_ext.resume.prepare_rules import MomentWork
 from megatron_ext.rules.base import ElementRule
@@ -38,7 +39,7 @@ def _work(rule: ElementRule, dtype: torch.dtype, policy: str = SCALE) -> MomentW
 def test_what_was_not_finite_is_told_from_what_the_change_made_so() -> None:
     done = apply_in_one_pass(_work(Scale(4.0), torch.float32))
     assert done is not None
-    assert done.nonfinite_before == {"bad": 3}
+    assert done.unusable_before == {"bad": Unusable(exp_avg_sq=3)}
     by_name = {s.parameter.name: c for s, c in zip(done.shards, done.counted, strict=True)}
     assert {name: c["exp_avg_sq"].nonfinite for name, c in by_name.items()} == {
         "good": 0,

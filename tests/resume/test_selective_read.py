@@ -204,6 +204,37 @@ def test_a_phase_that_goes_on_reads_everything(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_rank_without_parameters_overwrites_as_the_others_do(
+    parallel: bool, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    """With so few trained elements all of the second rank's share of the buffer is padding.
+
+    Stock cannot save that as dp_reshardable: "empty bucket encountered".
+    """
+    layout = replace(FULLY, hidden=16, parallel_load=parallel, trained="final_layernorm.weight")
+    directory, _ = checkpoints.phase_1(layout, 2)
+    call: dict[str, Any] = {"layout": layout, "hyper": SECOND, "directory": directory}
+    policies = {
+        "kept": "{}",
+        "reset": "preset: reset",
+        "momentum": "preset: reset-momentum",
+        "filled": ALL % ("fill 0.25", "keep"),
+    }
+    found = ext.run("tests.support.policies:resumed", 2, policies=policies, **call)
+    assert found[0]["kept"]["held"]
+    assert not found[1]["kept"]["held"]
+    kept = found[0]["kept"]["state"]
+    wanted = {"reset": (0.0, 0.0), "momentum": (0.0, None), "filled": (0.25, None)}
+    for policy, values in wanted.items():
+        for name, tensors in found[0][policy]["state"].items():
+            for key, value in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+                old = kept[name][key]
+                expected = old if value is None else np.full_like(old, value)
+                np.testing.assert_array_equal(tensors[key], expected, err_msg=f"{policy} {name}")
+
+
+@pytest.mark.ranks
 def test_everything_is_read_where_stock_would_miss_keys(ext: RankPool) -> None:
     """What is not asked for counts as missing there. Not by a load: with torch 2.15 those fail."""
     found = ext.run("tests.support.reading:strictness", 1)[0]

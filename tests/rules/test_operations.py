@@ -131,6 +131,11 @@ def test_an_operation_made_in_python_is_checked_too(
     [
         ("exp_avg_sq", "scale -1", "'scale -1.0' would make exp_avg_sq negative"),
         ("exp_avg_sq", "fill -1e-9", "'fill -1e-09' would make exp_avg_sq negative"),
+        ("exp_avg_sq", "floor 1e39", "'floor 1e+39': minimum is 1e+39, which fp32 cannot hold"),
+        ("exp_avg_sq", "fill 1e39", "'fill 1e+39': value is 1e+39, which fp32 cannot hold"),
+        ("exp_avg", "fill -1e39", "'fill -1e+39': value is -1e+39, which fp32 cannot hold"),
+        ("exp_avg_sq", "scale 1e39", "'scale 1e+39': factor is 1e+39, which fp32 cannot hold"),
+        ("exp_avg", "clip 3.4028236e38", "which fp32 cannot hold (at most 3.4028235e+38)"),
         ("exp_avg_sq", "floor -2", "expected a number of at least 0"),
         ("exp_avg", "batch-size 4", "'batch-size 4.0' is a rule for exp_avg_sq, not for exp_avg"),
         ("exp_avg", "floor 1", "'floor 1.0' is for exp_avg_sq, whose root is divided by"),

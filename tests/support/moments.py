@@ -88,15 +88,15 @@ def oracle(
     return ORACLES[type(rule)].formula(rule, elements)
 
 
-def expected_statistics(before: torch.Tensor, after: torch.Tensor) -> list[float]:
-    """The five columns, from float64 and exact sums."""
+def expected_statistics(before: torch.Tensor, after: torch.Tensor, key: str) -> list[float]:
+    """The five columns of a moment, from float64 and exact sums."""
     old, new = (x.double().flatten().tolist() for x in (before, after))
     numbers = [abs(x) for x in new if not math.isnan(x)]
     return [
         _square_sum(old),
         _square_sum(new),
         max(numbers, default=0.0),
-        float(sum(not math.isfinite(x) for x in new)),
+        float(sum(not math.isfinite(x) or (key == "exp_avg_sq" and x < 0.0) for x in new)),
         float(
             sum(
                 a != b and not (math.isnan(a) and math.isnan(b))

@@ -36,6 +36,7 @@ def _resumed(layout: Layout, hyper: Hyper, directory: str, policy: str) -> dict[
     harness.load(run, directory)
     return {
         "state": gather(run),
+        "held": sum(len(o.state) for o in harness.inner_optimizers(run.optimizer)),
         "steps": harness.snapshot(run)["steps"],
         "groups": harness.snapshot_groups(run),
         "report": _report(run).to_json(),

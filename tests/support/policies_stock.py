@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,15 +19,28 @@ def state(layout: Layout, hyper: Hyper, directory: str) -> State:
     return gather(run)
 
 
-def damaged(layout: Layout, hyper: Hyper, directory: str, target: str) -> None:
-    """The checkpoint once more, with a NaN and an infinite number among rank 0's moments."""
+def damaged(
+    layout: Layout,
+    hyper: Hyper,
+    directory: str,
+    target: str,
+    changes: Sequence[tuple[str, int, int, float]] = (
+        ("exp_avg", 0, 3, float("nan")),
+        ("exp_avg_sq", 1, 0, float("inf")),
+    ),
+) -> None:
+    """The checkpoint once more, with other numbers among rank 0's moments.
+
+    A change is the moment, the position of a parameter that rank 0 holds, the element and its
+    number.
+    """
     run = harness.build(layout, hyper)
     harness.load(run, directory)
     if dist.get_rank() == 0:
         (inner,) = harness.inner_optimizers(run.optimizer)
         states = [inner.state[p] for g in inner.param_groups for p in g["params"]]
-        states[0]["exp_avg"].view(-1)[3] = float("nan")
-        states[1]["exp_avg_sq"].view(-1)[0] = float("inf")
+        for key, position, element, value in changes:
+            states[position][key].view(-1)[element] = value
     harness.save(run, target)
 
 
