@@ -15,7 +15,8 @@ from ..base.log import say
 from ..checkpoint.directories import name_of
 from ..checkpoint.state import read_optimizer
 from ..errors import CheckpointError, MegatronExtError
-from ..policy.counters import Counters, begin, last_iteration, ramp_of
+from ..host.arguments import global_args
+from ..policy.counters import Counters, begin, last_iteration, overridden, ramp_of
 from ..policy.phase import Mark, Phase, decide, identity
 from ..policy.policy import ResumePolicy
 from ..report.schema import LengthDocument
@@ -141,6 +142,8 @@ def _decide(
     before = _counters(iteration, arguments, state_dict)
     offset = 0 if mark is None else mark.offset
     after, offset = begin(phase.policy, before, offset)
+    # Stock applies its flag after this function, and would not tell the report.
+    after, offset = overridden(after, offset, global_args())
     return phase.at(offset), saved.mark, before, after
 
 

@@ -10,6 +10,7 @@ from ..host.schedule import ScheduleValues, values_of, with_saved
 from ..policy.counters import Counters, last_iteration, ramp_of
 from ..report.curves import Curve, Span, phase_curves
 from .findings import Findings
+from .forecast_counters import saved_counters
 from .forecast_model import LABELS, OptimizerForecast
 from .planned_arguments import state_of
 
@@ -53,17 +54,6 @@ def curves_of(
     future = [[g.values for g in o.plan.groups] for o in optimizers] or groups
     future_curves = found.accepted(lambda: phase_curves(LABELS[1], 2, values, future, span))
     return (*out, *(future_curves or ()))
-
-
-def saved_counters(stored: StoredCheckpoint) -> Counters:
-    """Read the counters of a checkpoint."""
-    args, position = stored.args, state_of(stored).get("num_steps")
-    names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-    return Counters(
-        stored.iteration,
-        **{name: int(args.get(name) or 0) for name in names},
-        num_steps=None if position is None else int(position),
-    )
 
 
 def _offset(optimizers: Sequence[OptimizerForecast]) -> int:

@@ -22,6 +22,7 @@ _OF_A_RUN = (
     "load",
     "save",
     "ckpt_step",
+    "override_ckpt_iteration",
 )
 #: Further arguments that are filled in if the command line is not that of a whole run.
 _OF_THE_MODEL = (

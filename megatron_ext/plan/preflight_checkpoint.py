@@ -123,7 +123,20 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
             f"have different forms in a {stored.sharding_type or stored.format} checkpoint. Give "
             f"the flag as it was, or {_WAY_OUT}, and then change it"
         )
+    yield from _override_problems(stored, args)
     yield from _layout_problems(stored, args)
+
+
+def _override_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
+    """Check what stock raises after the load (training/checkpointing.py:2445, 0.19.2)."""
+    target = getattr(args, "override_ckpt_iteration", None)
+    saved, now = stored.args.get("global_batch_size"), getattr(args, "global_batch_size", None)
+    if target is not None and saved and now and saved != now:
+        yield (
+            f"--override-ckpt-iteration {target} with --global-batch-size {now}: the checkpoint's "
+            f"is {saved}, and Megatron computes the data position from the iteration and the "
+            "current batch size, so that it would be wrong. Leave one of the two out"
+        )
 
 
 def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:

@@ -41,6 +41,10 @@ PHASE_1 = f"--lr 3e-4 --min-lr 3e-5 {FORMAT}"
 PHASE_2 = f"--lr {LR} --min-lr {MIN_LR} {FORMAT} --override-opt_param-scheduler"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
 
+#: The iteration at which `REWIND` goes on.
+REWOUND = 4
+REWIND = f"--override-ckpt-iteration {REWOUND}"
+
 BLEND = (
     "--vocab-size 300 --data-path 0.5 {directory}/text 0.5 {directory}/text --split 100,0,0 "
     "--data-cache-path {directory}/cache"
@@ -103,6 +107,18 @@ SCENARIOS = {
         "--tensorboard-log-interval 1",
         "issue 963 phase 1",
         saves=True,
+        script=TOKENS,
+    ),
+    # Megatron 0.19's own flag, which it applies after it has read the checkpoint's counters.
+    "rewound": Scenario(
+        f"--lr {LR} --min-lr {MIN_LR} --bf16 --use-distributed-optimizer --train-iters 8 "
+        f"--lr-decay-iters {DECAY} --ckpt-format torch_dist {OURS} {REWIND}",
+        "issue 963 phase 1",
+        script=TOKENS,
+    ),
+    "rewound legacy": Scenario(
+        f"{PHASE_2} --train-iters 8 --lr-decay-iters {DECAY} {OURS} {REWIND}",
+        "phase 1 iters",
         script=TOKENS,
     ),
     "issue 963 phase 1": Scenario(
@@ -221,6 +237,35 @@ def test_there_is_data_up_to_the_last_iteration(runs: Runs) -> None:
     found = ok(runs["blend"])
     assert list(found.iterations) == list(range(1, LAST + 1))
     assert "train:      272" in found.log
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.reads("uninterrupted", name))
+        for name in ("rewound", "rewound legacy")
+    ],
+)
+def test_an_overridden_iteration_is_that_of_the_run_and_of_the_report(
+    name: str, runs: Runs, megatron: Version
+) -> None:
+    if megatron < Version("0.19"):
+        pytest.skip("--override-ckpt-iteration came with megatron-core 0.19")
+    stream = batches(ok(runs["uninterrupted"]))
+    found = table(ok(runs[name]))
+    # The schedule stays where the checkpoint has it, as in stock.
+    assert found == [
+        (i, i * BATCH, pytest.approx(logged(FIRST + i - REWOUND)), stream[i - 1])
+        for i in range(REWOUND + 1, 9)
+    ]
+    counters = runs[name].report["counters"]
+    assert counters["iteration"] == {"checkpoint": FIRST, "value": REWOUND}
+    assert counters["consumed_train_samples"] == {
+        "checkpoint": FIRST * BATCH,
+        "value": REWOUND * BATCH,
+    }
+    assert counters["num_steps"] == {"checkpoint": FIRST * BATCH, "value": FIRST * BATCH}
+    assert f"iteration: {REWOUND} (checkpoint {FIRST}; --override-ckpt-iteration)" in runs[name].log
 
 
 @pytest.mark.matrix

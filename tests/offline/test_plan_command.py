@@ -440,6 +440,20 @@ def test_counters_and_the_curve_begin_again(
     assert (old["iterations"][0], old["iterations"][-1], old["samples"][-1]) == (0, 10, 80)
 
 
+@pytest.mark.parametrize("more", [[], ["--no-load-optim"]])
+def test_an_overridden_iteration_is_where_the_run_goes_on(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+    _, found = plan(capsys, root, "--override-ckpt-iteration", "4", *more)
+    told = {k: (v["checkpoint"], v["value"]) for k, v in found["counters"].items()}
+    assert told["iteration"] == (10, 4)
+    assert told["consumed_train_samples"] == (80, 32)
+    assert told["num_steps"] == (80, 0 if more else 80)
+    curve = next(c for c in found["curves"] if c["phase"] == 2)
+    assert curve["iterations"][0] == 4
+
+
 def test_everything_that_is_wrong_is_said_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

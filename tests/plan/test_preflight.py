@@ -184,6 +184,10 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--selective-from {two} --load {new} --save {new} --selective-preset reset",
         {},
     ),
+    "an overridden iteration": (
+        "--load {one} --save {new} --selective-preset reset",
+        {"override_ckpt_iteration": 4, "train_iters": 10},
+    ),
     "both counters and a ramp": (
         "--load {one} --save {new} --reset-iteration --reset-dataloader",
         {"rampup_batch_size": ["4", "2", "40"]},
@@ -222,7 +226,7 @@ def test_what_is_right_is_not_refused(
     unchanged()
     flags, of_megatron = LEGAL[case]
     newer = {} if missing else {"override_ckpt_iteration": None}
-    many.assert_legal(flags, **{**of_megatron, **newer})
+    many.assert_legal(flags, **{**newer, **of_megatron})
 
 
 def test_a_namespace_without_optional_arguments_is_enough(place: Place) -> None:
@@ -440,6 +444,20 @@ FAULTS = {
         "--load {one} --reset-dataloader",
         *("--reset-dataloader with --override-ckpt-iteration 2", "Leave one"),
         override_ckpt_iteration=2,
+    ),
+    "override-ckpt-iteration and another batch size": fault(
+        CheckpointError,
+        "--load {one}",
+        *("--override-ckpt-iteration 2 with --global-batch-size 16", "checkpoint's is 8"),
+        "Leave one of the two out",
+        override_ckpt_iteration=2,
+        global_batch_size=16,
+    ),
+    "nothing left to train after an overridden iteration": fault(
+        HostError,
+        "--load {one} --save {new} --selective-preset reset",
+        *("--train-iters 20", "begins at iteration 30", "nothing left"),
+        override_ckpt_iteration=30,
     ),
     "phase transitions": fault(
         HostError,
