@@ -16,6 +16,7 @@ from ..checkpoint.directories import name_of
 from ..checkpoint.state import read_optimizer
 from ..errors import CheckpointError, MegatronExtError
 from ..host.arguments import global_args
+from ..policy.batch_size import batch_size_at
 from ..policy.counters import Counters, begin, last_iteration, overridden, ramp_of
 from ..policy.phase import Mark, Phase, decide, identity
 from ..policy.policy import ResumePolicy
@@ -105,6 +106,24 @@ def _last_iteration(resume: Resume, args: Any) -> int | None:
     mark = None if resume.phase is None else resume.phase.mark
     offset = 0 if mark is None else mark.offset
     return last_iteration(resume.counters[1], offset, samples, args.global_batch_size)
+
+
+def batch_sizes(saved: Any, at: tuple[Counters, Counters]) -> tuple[int, int] | None:
+    """Return the global batch sizes of the checkpoint's run and of this one, each at its position.
+
+    Args:
+        saved: The checkpoint's arguments.
+        at: The counters of the checkpoint and after the load.
+
+    Returns:
+        Sizes in samples; None if one is not known.
+    """
+    args = global_args()
+    if args is None:
+        return None
+    before = batch_size_at(vars(saved), at[0].consumed_train_samples)
+    now = batch_size_at(vars(args), at[1].consumed_train_samples)
+    return None if before is None or now is None else (before, now)
 
 
 _OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")

@@ -89,10 +89,9 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = getattr(checkpoint_args, "global_batch_size", None)
-        now = getattr(global_args(), "global_batch_size", None)
         if (load := current.load) is not None:
-            load.batch_sizes = (int(saved), int(now)) if saved and now else None
+            if load.counters is not None:
+                load.batch_sizes = counters.batch_sizes(checkpoint_args, load.counters)
             _refuse_resized_legacy(checkpoint_args, global_args())
         return original(checkpoint_args, *args, **kwargs)
 

@@ -35,7 +35,7 @@ from ..policy.policy import ResumePolicy
 from .command_line import CommandLine, Place, locate, parse
 from .current_groups import current_groups
 from .findings import Findings, quietly
-from .forecast_counters import begun, counters_of
+from .forecast_counters import batch_sizes, begun, counters_of
 from .forecast_curves import curves_of
 from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
 from .moments_forecast import forecast_moments, rules_of
@@ -205,13 +205,15 @@ class _Forecaster:
         self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]], mapped: Mapped
     ) -> tuple[OptimizerForecast, ...]:
         stored, now = self.stored, self.now
-        sizes = self.before.global_batch_size, now.global_batch_size
+        counters = counters_of(stored, now, phase, None)
+        assert counters is not None  # there is a phase
+        sizes = batch_sizes(stored, (self.before, now), counters)
         plans = []
         for saved, current in zip(stored.optimizers, groups, strict=True):
             circumstances = Circumstances(
                 clip_grad=getattr(now, "clip_grad", None) or 0.0,
                 decoupled_weight_decay=getattr(now, "decoupled_weight_decay", None) is not False,
-                global_batch_size=sizes if all(sizes) else None,
+                global_batch_size=sizes,
                 adam=any("betas" in g for g in current),
             )
             plans.append(

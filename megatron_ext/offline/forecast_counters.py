@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint.stored import StoredCheckpoint
+from ..policy.batch_size import batch_size_at
 from ..policy.counters import Counters, begin, overridden
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
@@ -62,3 +63,23 @@ def counters_of(
         position,
     )
     return saved, overridden(after, 0, args)[0]
+
+
+def batch_sizes(
+    stored: StoredCheckpoint, arguments: tuple[Any, Any], at: tuple[Counters, Counters]
+) -> tuple[int, int] | None:
+    """Return the global batch sizes of the checkpoint's run and of the resumed one, in samples.
+
+    Args:
+        stored: The checkpoint.
+        arguments: The arguments of the checkpoint's run and of the resumed run.
+        at: The counters of the checkpoint and of the resumed run.
+
+    Returns:
+        The size of each run at its position; None if one is not known.
+    """
+    earlier, now = ({k: v for k, v in vars(args).items() if v is not None} for args in arguments)
+    model = {"seq_length": stored.args.get("seq_length")}
+    before = batch_size_at({**model, **earlier, **stored.args}, at[0].consumed_train_samples)
+    after = batch_size_at({**model, **now}, at[1].consumed_train_samples)
+    return None if before is None or after is None else (before, after)

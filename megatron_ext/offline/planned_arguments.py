@@ -173,6 +173,8 @@ def _wanted(
     taken = {name for group in _ALTERNATIVES if given & set(group) for name in group}
     if saved.get("train_samples"):
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
+    if "global_batch_size" in given:
+        taken |= {"step_batch_size_schedule"}  # Megatron refuses both
     if given & _PADDING:
         taken |= {"padded_vocab_size"}
     if whole:

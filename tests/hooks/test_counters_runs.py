@@ -14,6 +14,7 @@ import pytest
 from packaging.version import Version
 
 from megatron_ext.demo import corpus
+from megatron_ext.offline.forecast import forecast
 from tests.support.runs import TOKENS, Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Training, Zygote
 
@@ -44,6 +45,9 @@ OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}
 #: The iteration at which `REWIND` goes on.
 REWOUND = 4
 REWIND = f"--override-ckpt-iteration {REWOUND}"
+
+#: Thresholds are tokens, of which a sample has 16. Commas, because words are split at spaces.
+STEPS = "--step-batch-size-schedule 0:4,0.64K:8"
 
 BLEND = (
     "--vocab-size 300 --data-path 0.5 {directory}/text 0.5 {directory}/text --split 100,0,0 "
@@ -120,6 +124,13 @@ SCENARIOS = {
         f"{PHASE_2} --train-iters 8 --lr-decay-iters {DECAY} {OURS} {REWIND}",
         "phase 1 iters",
         script=TOKENS,
+    ),
+    # 4 samples an iteration up to sample 40, then 8: iteration 10 ends at sample 40.
+    "steps phase 1": Scenario(f"{PHASE_1} {LENGTHS['iters'][0]} {STEPS}", saves=True),
+    "steps": Scenario(
+        f"{PHASE_2} --train-iters 12 --lr-decay-iters {DECAY} {STEPS} {OURS}",
+        "steps phase 1",
+        world=2,
     ),
     "issue 963 phase 1": Scenario(
         f"--lr 3e-4 --min-lr 3e-5 --bf16 --use-distributed-optimizer --train-iters {FIRST} "
@@ -229,6 +240,17 @@ def test_a_changed_batch_size_goes_on_at_the_same_sample(
     assert [lr for _, _, lr, _ in found] == pytest.approx(wanted)
     warnings = runs[f"batch {batch} {unit} {flags}"].report["optimizers"][0]["warnings"]
     assert any(f"goes from {BATCH} to {batch}" in w and "data position" in w for w in warnings)
+
+
+@pytest.mark.reads("steps")
+def test_a_batch_size_schedule_is_not_a_changed_batch_size(runs: Runs) -> None:
+    """Megatron's global_batch_size is then micro batch size times DP: 2, and 4 with 2 ranks."""
+    found = ok(runs["steps"])
+    assert [samples for samples, _, _ in found.iterations.values()] == [48, 56]
+    assert found.report["optimizers"][0]["warnings"] == []
+    assert found.report["scheduler"]["global_batch_size"] == {"checkpoint": 8, "value": None}
+    checkpoint, words = runs.checkpoint("steps phase 1"), runs.words("steps")
+    assert not any("batch size" in w for w in forecast(checkpoint, words).all_warnings)
 
 
 @pytest.mark.reads("blend")
