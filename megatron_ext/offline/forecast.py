@@ -22,6 +22,7 @@ from ..host.schedule import (
 )
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
+from ..plan.jumps import jumps
 from ..plan.mapped import Mapped
 from ..plan.parameters import ParameterPlan
 from ..plan.preflight import examine
@@ -36,7 +37,7 @@ from .command_line import CommandLine, Place, locate, parse
 from .current_groups import current_groups
 from .findings import Findings, quietly
 from .forecast_counters import batch_sizes, begun, counters_of
-from .forecast_curves import curves_of
+from .forecast_curves import curves_of, first_step
 from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
 from .moments_forecast import forecast_moments, rules_of
 from .parameter_forecast import forecast_parameters
@@ -123,6 +124,8 @@ class _Forecaster:
         curves = curves_of(
             self.found, self.stored, (self.before, now), after, optimizers, groups, counters
         )
+        for number, one in enumerate(optimizers):
+            self.found.warnings += jumps(one.plan, first_step(curves, number))
         return Forecast(
             stored=stored,
             arguments=self.arguments,

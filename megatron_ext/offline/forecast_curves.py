@@ -56,6 +56,17 @@ def curves_of(
     return (*out, *(future_curves or ()))
 
 
+def first_step(curves: Sequence[Curve], optimizer: int) -> dict[int, tuple[float, float]]:
+    """Return learning rate and weight decay of the first resumed step, by param_group.
+
+    Args:
+        curves: The curves of both runs.
+        optimizer: Position of the optimizer in the chain.
+    """
+    resumed = (c for c in curves if c.phase == 2 and c.optimizer == optimizer)
+    return {c.group: (c.lr[0], c.weight_decay[0]) for c in resumed}
+
+
 def _offset(optimizers: Sequence[OptimizerForecast]) -> int:
     """Return data position minus the samples of the counted iterations, in samples."""
     phase = optimizers[0].plan.phase if optimizers else None

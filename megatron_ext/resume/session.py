@@ -249,7 +249,7 @@ class Resume:
     def scheduler_loaded(self, section: SchedulerDocument) -> None:
         """Add the scheduler's values from the first resumed step on, and write the report again."""
         if self.report is not None:
-            self.report.scheduler = section
+            self.report.scheduler_loaded(section)
             say(self.report.scheduler_lines())
             self._write()
 

@@ -132,6 +132,13 @@ SCENARIOS = {
         "steps phase 1",
         world=2,
     ),
+    # Twice the learning rate at the same position of the schedule, and more weight decay.
+    "raised": Scenario(
+        f"--lr 6e-4 --min-lr 3e-5 --weight-decay 0.04 {FORMAT} {OURS} --train-iters {FIRST + 1} "
+        f"--lr-decay-iters {DECAY}",
+        "phase 1 iters",
+        script=TOKENS,
+    ),
     "issue 963 phase 1": Scenario(
         f"--lr 3e-4 --min-lr 3e-5 --bf16 --use-distributed-optimizer --train-iters {FIRST} "
         f"--lr-decay-iters {DECAY} --ckpt-format torch_dist",
@@ -251,6 +258,21 @@ def test_a_batch_size_schedule_is_not_a_changed_batch_size(runs: Runs) -> None:
     assert found.report["scheduler"]["global_batch_size"] == {"checkpoint": 8, "value": None}
     checkpoint, words = runs.checkpoint("steps phase 1"), runs.words("steps")
     assert not any("batch size" in w for w in forecast(checkpoint, words).all_warnings)
+
+
+@pytest.mark.reads("raised")
+def test_a_rate_that_jumps_is_told_with_both_numbers(runs: Runs) -> None:
+    found = ok(runs["raised"])
+    before, after = (3e-5 + (lr - 3e-5) * (1 - FIRST / DECAY) for lr in (3e-4, 6e-4))
+    rate, decay = found.report["optimizers"][0]["warnings"]
+    assert f"learning rate is {after:.6g}, {after / before:.2f}x the last used one, " in rate
+    assert f"{before:.6g}" in rate
+    # Biases and norms have no weight decay.
+    assert "weight decay is 0.04, 4.00x the last used one, 0.01 (param_group 0)" in decay
+    for warning in (rate, decay):
+        assert f"WARNING: {warning}" in found.log
+    checkpoint, words = runs.checkpoint("phase 1 iters"), runs.words("raised")
+    assert forecast(checkpoint, words).all_warnings == (rate, decay)
 
 
 @pytest.mark.reads("blend")
