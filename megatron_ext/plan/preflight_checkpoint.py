@@ -10,12 +10,13 @@ from typing import Any
 from ..checkpoint.directories import NON_PERSISTENT, Directories, is_remote, newest
 from ..checkpoint.state import unreadable_sharding
 from ..checkpoint.stored import StoredCheckpoint
-from ..errors import CheckpointError, MegatronExtError
+from ..errors import CheckpointError, HostError, MegatronExtError
 from ..host import arguments
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
 from .preflight_parameters import check_parameters, is_by_position
 from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
+from .preflight_schedule import schedule_problems
 
 #: Saved argument -> its flag, for the parallel sizes that only a fully reshardable checkpoint may
 #: change.
@@ -81,6 +82,7 @@ def examine_checkpoint(
     found = Found(stored.directory)
     if not known:
         return tuple(wrong), found
+    wrong += map(HostError, schedule_problems(context))
     try:
         phase = phase_of(context)
         if phase is not None:

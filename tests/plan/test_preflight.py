@@ -105,6 +105,9 @@ def unchanged(place: Place) -> Iterator[Callable[[], None]]:
 
 # --- what is right
 
+#: Megatron's flag of that name.
+FROM_CHECKPOINT = {"use_checkpoint_opt_param_scheduler": True}
+
 #: Flags and Megatron's arguments of runs that stock Megatron starts, and this package with it.
 LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "no directory": ("", {}),
@@ -188,6 +191,34 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--load {one} --save {new} --selective-preset reset",
         {"override_ckpt_iteration": 4, "train_iters": 10},
     ),
+    "WSD from the checkpoint, with what it does not have": (
+        "--load {wsd}",
+        {**FROM_CHECKPOINT, "lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "linear"},
+    ),
+    "WSD from the checkpoint with the length in iterations of another batch": (
+        "--load {wsd}",
+        {
+            **FROM_CHECKPOINT,
+            "lr_wsd_decay_iters": 10,
+            "lr_wsd_decay_style": "linear",
+            "global_batch_size": 16,
+        },
+    ),
+    "WSD from a checkpoint without arguments": (
+        "--load {wsd_only}",
+        {**FROM_CHECKPOINT, "lr_wsd_decay_iters": 7, "lr_wsd_decay_style": "cosine"},
+    ),
+    "WSD from the arguments": ("--load {wsd}", {"lr_wsd_decay_iters": 7}),
+    "another schedule from the checkpoint": ("--load {one}", FROM_CHECKPOINT),
+    "the rate before a warm-up that is over": (
+        "--load {wsd}",
+        {
+            **FROM_CHECKPOINT,
+            "lr_wsd_decay_iters": 20,
+            "lr_wsd_decay_style": "linear",
+            "lr_warmup_init": 0.0,
+        },
+    ),
     "both counters and a ramp": (
         "--load {one} --save {new} --reset-iteration --reset-dataloader",
         {"rampup_batch_size": ["4", "2", "40"]},
@@ -213,6 +244,13 @@ def many(place: Place) -> Place:
     (place.dcp / "iter_0000010").mkdir(parents=True)
     (place.dcp / "iter_0000010" / ".metadata").write_bytes(b"")
     (place.dcp / "latest_checkpointed_iteration.txt").write_text("10")
+    checkpoint(
+        place.wsd,
+        scheduler={"lr_decay_style": "WSD", "lr_warmup_steps": 16},
+        changes={"lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "linear", "lr_warmup_init": 1e-6},
+    )
+    checkpoint(place.wsd_only, scheduler={"lr_decay_style": "WSD"}, args=False)
+    (place.root / "from-checkpoint.yaml").write_text("schedule: checkpoint\n")
     place.begun(RESET, place.one, place.two)
     checkpoint(place.old, 40)
     return place
@@ -458,6 +496,46 @@ FAULTS = {
         "--load {one} --save {new} --selective-preset reset",
         *("--train-iters 20", "begins at iteration 30", "nothing left"),
         override_ckpt_iteration=30,
+    ),
+    "the length of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--use-checkpoint-opt_param-scheduler", "is WSD", "no checkpoint's scheduler has"),
+        *("Give --lr-wsd-decay-iters", "20 iters of 8 samples", "give the whole schedule"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_style="linear",
+    ),
+    "the length of WSD's decay, by a policy file": fault(
+        HostError,
+        "--load {wsd_only} --selective-policy {from-checkpoint}.yaml",
+        *("schedule: checkpoint: the checkpoint's schedule is WSD", "Give --lr-wsd-decay-iters"),
+        "expected that of the checkpoint's run. Or",
+    ),
+    "another length of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--use-checkpoint-opt_param-scheduler with --lr-wsd-decay-iters 5", "no checkpoint's"),
+        *("20 iters of 8 samples", "would jump", "Correct it"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=5,
+        lr_wsd_decay_style="linear",
+    ),
+    "another form of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--lr-wsd-decay-style exponential", "expected --lr-wsd-decay-style linear", "Give it"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=20,
+        lr_wsd_decay_style="exponential",
+    ),
+    "another rate before the warm-up": fault(
+        HostError,
+        "--load {wsd} --selective-schedule restart",
+        *("--lr-warmup-init 0.0", "at which the warm-up starts", "expected --lr-warmup-init 1e-06"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=20,
+        lr_wsd_decay_style="linear",
+        lr_warmup_init=0.0,
     ),
     "phase transitions": fault(
         HostError,
