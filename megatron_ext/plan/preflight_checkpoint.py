@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directories import NON_PERSISTENT, Directories, is_remote, newest
+from ..checkpoint.directories import (
+    NON_PERSISTENT,
+    Directories,
+    is_remote,
+    newest,
+    require_tracked,
+)
 from ..checkpoint.state import unreadable_sharding
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError, HostError, MegatronExtError
@@ -66,12 +72,19 @@ def examine_checkpoint(
         stored: The checkpoint, if it has been read already.
         known: Whether the policy could be read. If not, checks that depend on it are skipped.
     """
-    if arguments.dropping_flag(args) or is_remote(args.load):
-        return (), None  # nothing is taken from it, or only Megatron can open it
+    if is_remote(args.load):
+        return (), None  # only Megatron can open it
+    # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
+    step = getattr(args, "ckpt_step", None) or None
+    if stored is None and chosen.load is not None and chosen.where != "own" and step is None:
+        try:
+            require_tracked(chosen.load, "--selective-from" if chosen.start else "--load")
+        except CheckpointError as e:
+            return (e,), None
+    if arguments.dropping_flag(args):
+        return (), None  # nothing of the optimizer is taken from it
     if stored is None and chosen.load is not None:
         try:
-            # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
-            step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
         except CheckpointError as e:
             return (e,), None

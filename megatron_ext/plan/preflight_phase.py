@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directories import NON_PERSISTENT, Directories, name_of, newest
+from ..checkpoint.directories import NON_PERSISTENT, Directories, name_of, newest, require_tracked
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError, HostError
 from ..policy.counters import first_iteration
@@ -108,6 +108,7 @@ def check_save_directory(context: ResumeContext, phase: Phase) -> None:
         return
     there = newest(save, non_persistent=save / NON_PERSISTENT)
     if there is None:
+        require_tracked(save, "--save")
         return
     if context.policy.operations and _same_phase(there, phase):
         if save.resolve() == (load or save).resolve():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.checkpoint.directories import name_of
+from megatron_ext.checkpoint.store import TRACKER
 from megatron_ext.checkpoint.stored import open_checkpoint
 from megatron_ext.errors import CheckpointError, HostError, MegatronExtError, PlanError, PolicyError
 from megatron_ext.hooks import directories
@@ -187,6 +188,16 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--selective-from {two} --load {new} --save {new} --selective-preset reset",
         {},
     ),
+    "the way out of a directory of one iteration": (
+        "--load {one} --save {new} --selective-preset reset",
+        {"ckpt_step": 10},
+    ),
+    "a first save that was not finished": ("--load {torn} --save {torn}", {}),
+    "a first save of a phase that was not finished": (
+        "--selective-from {one} --load {torn} --save {torn} --selective-preset reset",
+        {},
+    ),
+    "an iteration by name, without a tracker": ("--load {untracked}", {"ckpt_step": 10}),
     "an overridden iteration": (
         "--load {one} --save {new} --selective-preset reset",
         {"override_ckpt_iteration": 4, "train_iters": 10},
@@ -251,6 +262,11 @@ def many(place: Place) -> Place:
     )
     checkpoint(place.wsd_only, scheduler={"lr_decay_style": "WSD"}, args=False)
     (place.root / "from-checkpoint.yaml").write_text("schedule: checkpoint\n")
+    for root in (place.torn, place.untracked):
+        (checkpoint(root) / TRACKER).unlink()
+    file = place.torn / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
+    file.write_bytes(file.read_bytes()[:200])
+    (place.torn / "iter_0000020").mkdir()
     place.begun(RESET, place.one, place.two)
     checkpoint(place.old, 40)
     return place
@@ -537,6 +553,51 @@ FAULTS = {
         lr_wsd_decay_style="linear",
         lr_warmup_init=0.0,
     ),
+    **{
+        f"a lost tracker, {name}": fault(
+            CheckpointError,
+            flags,
+            *("{lost}/iter_0000010 is there", "no latest_checkpointed_iteration.txt"),
+            *("Write 10 into {lost}/latest_checkpointed_iteration.txt", "not finished, remove"),
+            **of_megatron,
+        )
+        for name, flags, of_megatron in (
+            ("a resume", "--load {lost}", {}),
+            ("a resume in one directory", "--load {lost} --save {lost}", {}),
+            ("a transition", "--load {lost} --save {new} --selective-preset reset", {}),
+            ("finetune", "--load {lost}", {"finetune": True}),
+            ("no-load-optim", "--load {lost}", {"no_load_optim": True}),
+            ("a start", "--selective-from {lost} --load {new} --save {new}", {}),
+        )
+    },
+    "a lost tracker, torch_dist": fault(
+        CheckpointError, "--load {lost_dist}", "{lost_dist}/iter_0000010 is there", "Write 10"
+    ),
+    "a lost tracker in the phase's own directory": fault(
+        CheckpointError,
+        "--selective-from {one} --load {lost_own} --save {lost_own} --selective-preset reset",
+        *("{lost_own}/iter_0000012 is there", "Write 12 into {lost_own}/latest"),
+    ),
+    "a lost tracker in --save": fault(
+        CheckpointError,
+        "--load {one} --save {lost_own} --selective-preset reset",
+        *("{lost_own}/iter_0000012 is there", "Write 12 into {lost_own}/latest"),
+    ),
+    "the directory of one iteration": fault(
+        CheckpointError,
+        "--load {one}/iter_0000010",
+        *("--load {one}/iter_0000010 is one iteration", "Give --load {one} --ckpt-step 10"),
+    ),
+    "the directory of one iteration, to start from": fault(
+        CheckpointError,
+        "--selective-from {one}/iter_0000010 --load {new} --save {new}",
+        *("--selective-from {one}/iter_0000010", "Give --selective-from {one} --ckpt-step 10"),
+    ),
+    "the directory of one iteration without a tracker": fault(
+        CheckpointError,
+        "--load {lost}/iter_0000010",
+        *("Write 10 into {lost}/latest_checkpointed_iteration.txt", "give --load {lost}"),
+    ),
     "phase transitions": fault(
         HostError,
         "--load {one} --save {new} --reset-iteration --reset-dataloader",
@@ -652,6 +713,7 @@ FAULTS = {
 @pytest.fixture
 def faulty(many: Place) -> Place:
     """What is damaged, beside the rest."""
+    shutil.rmtree(many.torn)
     checkpoint(many.torn)
     file = many.torn / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:200])
@@ -660,6 +722,10 @@ def faulty(many: Place) -> Place:
     many.flat.mkdir()
     (many.flat / "iter_0000010").write_text("")
     (many.flat / "latest_checkpointed_iteration.txt").write_text("10")
+    for name, form in (("lost", "torch"), ("lost_dist", "torch_dist")):
+        (checkpoint(many.root / name, format=form) / TRACKER).unlink()
+    many.begun(RESET, many.one, many.lost_own)
+    (many.lost_own / TRACKER).unlink()
     checkpoint(many.marked, mark="second")
     many.begun(RESET, many.one, many.fleeting / "non_persistent")
     checkpoint(many.both, 10)
@@ -716,6 +782,26 @@ def test_a_wrong_policy_does_not_hide_what_else_is_wrong(faulty: Place) -> None:
 # --- a phase from its first start to its end
 
 
+@pytest.mark.parametrize(
+    ("flags", "root", "number"),
+    [
+        ("--load {lost} --save {lost} --selective-preset reset", "lost", 10),
+        ("--load {lost_dist}", "lost_dist", 10),
+        (
+            "--selective-from {one} --load {lost_own} --save {lost_own} --selective-preset reset",
+            "lost_own",
+            12,
+        ),
+    ],
+)
+def test_a_tracker_that_is_written_again_is_the_way_out(
+    flags: str, root: str, number: int, faulty: Place
+) -> None:
+    assert f"Write {number} into" in str(faulty.refusal(flags))
+    (faulty.root / root / TRACKER).write_text(str(number))
+    faulty.assert_legal(flags)
+
+
 def test_the_same_command_line_at_every_restart(place: Place) -> None:
     flags = "--selective-from {one} --load {two} --save {two} --selective-preset reset"
     place.check(flags)
@@ -759,7 +845,7 @@ def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(
 
     file = place.one / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     loaded = torch.load(file, weights_only=False)
-    decided = counters._decide(Resume(RESET), str(place.one), loaded)
+    decided = counters._decide(Resume(RESET), str(place.one), None, loaded)
     assert decided is not None
     phase, mark, before, after = decided
     assert mark is None
