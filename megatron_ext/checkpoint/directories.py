@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError, PolicyError
 from .state import DirectoryRole
 from .stored import StoredCheckpoint, holds_checkpoint, open_checkpoint
+from .untracked import untracked
 
 #: Below the directory of --load (training/checkpointing.py, _NON_PERSISTENT_CKPT_SUBDIR).
 NON_PERSISTENT = "non_persistent"
@@ -43,7 +44,7 @@ def choose(
 
     Raises:
         PolicyError: The directories contradict each other.
-        CheckpointError: One of them cannot be looked into.
+        CheckpointError: One of them cannot be looked into, or has lost its tracker file.
     """
     paths = [None if d is None else Path(d) for d in (load, save, start)]
     load_dir, save_dir, start_dir = paths
@@ -74,6 +75,8 @@ def choose(
         )
     if own is not None and any(map(holds, (own, own / NON_PERSISTENT))):
         return Directories(own, save_dir, "own", start_dir)
+    if own is not None:
+        require_tracked(own, "--save" if load_dir is None else "--load")
     return Directories(start_dir, save_dir, "start", start_dir)
 
 
@@ -119,6 +122,25 @@ def holds(directory: Path) -> bool:
         return holds_checkpoint(directory)
     except OSError as e:
         raise _not_accessible(directory, e) from e
+
+
+def require_tracked(directory: Path, flag: str) -> None:
+    """Refuse a directory with a checkpoint that Megatron would not find.
+
+    Args:
+        directory: The directory.
+        flag: The flag that names it.
+
+    Raises:
+        CheckpointError: There is a checkpoint without a tracker file, or the directory cannot be
+            looked into.
+    """
+    try:
+        error = untracked(directory, flag)
+    except OSError as e:
+        raise _not_accessible(directory, e) from e
+    if error is not None:
+        raise error
 
 
 def is_remote(directory: str | None) -> bool:

@@ -15,14 +15,16 @@ from ..base.log import say
 from ..checkpoint.directories import name_of
 from ..checkpoint.state import read_optimizer
 from ..errors import CheckpointError, MegatronExtError
-from ..policy.counters import Counters, begin, last_iteration, ramp_of
+from ..host.arguments import global_args
+from ..policy.batch_size import batch_size_at
+from ..policy.counters import Counters, begin, last_iteration, overridden, ramp_of
 from ..policy.phase import Mark, Phase, decide, identity
 from ..policy.policy import ResumePolicy
 from ..report.schema import LengthDocument
 from ..resume.session import Resume, current
 
 
-def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
+def before_the_load(resume: Resume, load_dir: Any, args: Any, state_dict: Any) -> None:
     """Decide the phase and set the counters in a state dict, before Megatron reads them.
 
     The state dict is the result of ``_load_base_checkpoint`` (training/checkpointing.py:1633,
@@ -32,6 +34,7 @@ def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
     Args:
         resume: The resume of the optimizers that will be loaded.
         load_dir: The checkpoint's directory.
+        args: Megatron's arguments, as the load got them.
         state_dict: The state dict. Its consumed samples are modified in place. None if there is no
             checkpoint.
 
@@ -40,7 +43,7 @@ def before_the_load(resume: Resume, load_dir: Any, state_dict: Any) -> None:
     """
     decided, error = None, None
     try:
-        decided = _decide(resume, load_dir, state_dict)
+        decided = _decide(resume, load_dir, args, state_dict)
     except MegatronExtError as e:
         error = e
     phase = None if decided is None else decided[0]
@@ -61,7 +64,8 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
 
     Args:
         resume: The resume of the loaded optimizers.
-        args: Megatron's arguments, with the counters of the checkpoint.
+        args: Megatron's arguments, with the counters of the checkpoint; None where they are not
+            set.
 
     Returns:
         The iteration at which the run continues; None if no checkpoint was loaded.
@@ -69,10 +73,11 @@ def after_the_load(resume: Resume, args: Any) -> int | None:
     if resume.counters is None or resume.phase is None:
         return None
     last = _last_iteration(resume, args)
-    if last != args.train_iters:
+    before = getattr(args, "train_iters", None)
+    if last is not None and last != before:
         say(
             f"megatron_ext: {args.train_samples} training samples are reached at iteration {last}, "
-            f"not {args.train_iters}: the global batch size has changed since"
+            f"not {before}: the global batch size has changed since"
         )
         args.train_iters = last
     return resume.counters[1].iteration
@@ -98,19 +103,37 @@ def length_of_run(resume: Resume, args: Any) -> LengthDocument:
 
 def _last_iteration(resume: Resume, args: Any) -> int | None:
     """Compute the iteration at which stock would end the run with correct counters."""
-    samples = getattr(args, "train_samples", None)
-    if not samples or resume.counters is None or ramp_of(args) is not None:
+    samples, size = (getattr(args, n, None) for n in ("train_samples", "global_batch_size"))
+    if not samples or not size or resume.counters is None or ramp_of(args) is not None:
         return getattr(args, "train_iters", None)
     mark = None if resume.phase is None else resume.phase.mark
     offset = 0 if mark is None else mark.offset
-    return last_iteration(resume.counters[1], offset, samples, args.global_batch_size)
+    return last_iteration(resume.counters[1], offset, samples, size)
+
+
+def batch_sizes(saved: Any, at: tuple[Counters, Counters]) -> tuple[int, int] | None:
+    """Return the global batch sizes of the checkpoint's run and of this one, each at its position.
+
+    Args:
+        saved: The checkpoint's arguments.
+        at: The counters of the checkpoint and after the load.
+
+    Returns:
+        Sizes in samples; None if one is not known.
+    """
+    args = global_args()
+    if args is None:
+        return None
+    before = batch_size_at(vars(saved), at[0].consumed_train_samples)
+    now = batch_size_at(vars(args), at[1].consumed_train_samples)
+    return None if before is None or now is None else (before, now)
 
 
 _OF_ARGUMENTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 
 
 def _decide(
-    resume: Resume, load_dir: Any, state_dict: Any
+    resume: Resume, load_dir: Any, args: Any, state_dict: Any
 ) -> tuple[Phase, str | None, Counters, Counters] | None:
     policy = resume.policy
     if state_dict is None:
@@ -141,6 +164,8 @@ def _decide(
     before = _counters(iteration, arguments, state_dict)
     offset = 0 if mark is None else mark.offset
     after, offset = begin(phase.policy, before, offset)
+    # Stock applies its flag after this function, and would not tell the report.
+    after, offset = overridden(after, offset, args)
     return phase.at(offset), saved.mark, before, after
 
 

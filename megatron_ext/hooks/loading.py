@@ -37,7 +37,8 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             if optimizer is not None:
                 require_built()
             return original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
-        megatron_args = global_args()
+        megatron_args = global_args()  # None in a library's use
+        where = getattr(megatron_args, kwargs.get("load_arg", "load"), None) or "its directory"
         dropped = _dropped(megatron_args, kwargs.get("load_arg", "load"))
         resume = members[0].resume
         if dropped and resume.policy.needs_optimizer:
@@ -51,7 +52,6 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             except KeyError as e:
                 if e.args != ("optimizer",):
                     raise
-                where = getattr(megatron_args, kwargs.get("load_arg", "load"))
                 _raise_no_optimizer_state(where, e)
         if dropped and resume.complete:
             # A GPT that goes on as a HybridModel (training/checkpointing.py:2206, 0.19.2).
@@ -62,7 +62,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             say(f"megatron_ext: {dropped}: the checkpoint's Adam moments are dropped")
         elif _loaded_iteration() > 0 and not resume.complete:
             raise CheckpointError(
-                f"a checkpoint was loaded from {megatron_args.load}, but no optimizer state came "
+                f"a checkpoint was loaded from {where}, but no optimizer state came "
                 "with it and the policy keeps the moments. A release checkpoint or one written "
                 "with --no-save-optim has none: pass --no-load-optim to start with a new "
                 "optimizer"
@@ -82,7 +82,7 @@ def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, rank0, *rest, **kwargs)
         if current.load is not None and current.resumed is not None and not rank0:
-            counters.before_the_load(current.resumed, load_dir, result[0])
+            counters.before_the_load(current.resumed, load_dir, args, result[0])
         return result
 
     return load
@@ -93,10 +93,9 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        saved = getattr(checkpoint_args, "global_batch_size", None)
-        now = getattr(global_args(), "global_batch_size", None)
         if (load := current.load) is not None:
-            load.batch_sizes = (int(saved), int(now)) if saved and now else None
+            if load.counters is not None:
+                load.batch_sizes = counters.batch_sizes(checkpoint_args, load.counters)
             _refuse_resized_legacy(checkpoint_args, global_args())
         return original(checkpoint_args, *args, **kwargs)
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import HostError
 from ..host.arguments import global_args
 from ..host.schedule import NOT_SAVED, SCHEDULER_VALUES, saved_values
 from ..report.schema import LengthDocument, SchedulerDocument
@@ -29,6 +30,8 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
         self.override_opt_param_scheduler = not from_checkpoint
         self.use_checkpoint_opt_param_scheduler = from_checkpoint
         arguments = _scheduler_values(self)
+        if from_checkpoint and state_dict.get("lr_decay_style") == "WSD":
+            _require_decay_length(arguments)
         try:
             original(self, state_dict)
         finally:
@@ -47,6 +50,20 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
         members[0].resume.scheduler_loaded(section)
 
     return load_state_dict
+
+
+def _require_decay_length(arguments: Mapping[str, Any]) -> None:
+    """Raise if the length of WSD's final decay is unknown; for callers without a preflight.
+
+    Raises:
+        HostError: The scheduler was built without it.
+    """
+    if arguments["wsd_decay_steps"] is None:
+        raise HostError(
+            "the schedule is taken from the checkpoint and is WSD, and no checkpoint has the "
+            "length of its final decay. Give --lr-wsd-decay-iters (or --lr-wsd-decay-samples), as "
+            "wsd_decay_steps of OptimizerParamScheduler"
+        )
 
 
 def _scheduler_values(scheduler: Any) -> dict[str, Any]:

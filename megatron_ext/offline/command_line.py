@@ -57,6 +57,7 @@ FLAGS: dict[str, type | None] = {
     "load": str,
     "save": str,
     "ckpt_step": int,
+    "override_ckpt_iteration": int,
 }
 #: Flags whose spelling differs from their destination.
 _SPELLED = {

@@ -22,20 +22,22 @@ from ..host.schedule import (
 )
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
+from ..plan.jumps import jumps
 from ..plan.mapped import Mapped
 from ..plan.parameters import ParameterPlan
 from ..plan.preflight import examine
 from ..plan.preflight_checkpoint import padded_rows
 from ..plan.preflight_phase import identity_of
 from ..plan.resized import resized_by, warnings_of
-from ..policy.counters import Counters, begin
+from ..policy.counters import first_iteration
 from ..policy.from_flags import request_from_args
 from ..policy.phase import Mark, Phase, decide
 from ..policy.policy import ResumePolicy
 from .command_line import CommandLine, Place, locate, parse
 from .current_groups import current_groups
 from .findings import Findings, quietly
-from .forecast_curves import curves_of, saved_counters
+from .forecast_counters import batch_sizes, begun, counters_of
+from .forecast_curves import curves_of, first_step
 from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
 from .moments_forecast import forecast_moments, rules_of
 from .parameter_forecast import forecast_parameters
@@ -111,7 +113,7 @@ class _Forecaster:
             self.found.warnings.append(f"{dropped}: the checkpoint's Adam moments are dropped")
         self._check_directories()
         phase = None if policy is None or dropped else self._phase(policy)
-        counters = self._counters(phase, dropped)
+        counters = counters_of(stored, now, phase, dropped)
         values = self.found.tried(lambda: values_of(now), self.found.notes)
         groups = self._current_groups(values)
         mapped, optimizers = Mapped(), tuple[OptimizerForecast, ...]()
@@ -122,6 +124,8 @@ class _Forecaster:
         curves = curves_of(
             self.found, self.stored, (self.before, now), after, optimizers, groups, counters
         )
+        for number, one in enumerate(optimizers):
+            self.found.warnings += jumps(one.plan, first_step(curves, number))
         return Forecast(
             stored=stored,
             arguments=self.arguments,
@@ -152,10 +156,11 @@ class _Forecaster:
 
     def _check_length(self) -> None:
         last = getattr(self.now, "train_iters", None)
-        begins = 0 if getattr(self.now, "reset_iteration", False) else self.stored.iteration
+        reset = bool(getattr(self.now, "reset_iteration", False))
+        begins = first_iteration(self.now, reset, self.stored.iteration)
         if self._assumed("--train-iters") and last and last <= begins:
             self.found.notes.append(
-                f"--train-iters {last} comes from the checkpoint, whose iteration is {begins}: "
+                f"--train-iters {last} comes from the checkpoint, and the run begins at {begins}: "
                 "give the last iteration of the resumed run"
             )
 
@@ -184,30 +189,10 @@ class _Forecaster:
             parsed = None if mark is None else Mark.parse(mark)
             where = self.arguments.directories.where
             phase = decide(policy, parsed, identity_of(stored), where)
-            _, offset = begin(
-                phase.policy, saved_counters(self.stored), parsed.offset if parsed else 0
-            )
-            return phase.at(offset)
+            offset = parsed.offset if parsed else 0
+            return phase.at(begun(stored, self.now, phase.policy, offset)[1])
 
         return self.found.tried(decided)
-
-    def _counters(
-        self, phase: Phase | None, dropped: str | None
-    ) -> tuple[Counters, Counters] | None:
-        saved = saved_counters(self.stored)
-        if phase is not None:
-            return saved, begin(phase.policy, saved, 0)[0]
-        if not dropped:
-            return None
-        kept = dropped != "--finetune"
-        position = None if saved.num_steps is None else 0
-        return saved, Counters(
-            saved.iteration if kept else 0,
-            saved.consumed_train_samples if kept else 0,
-            saved.skipped_train_samples if kept else 0,
-            saved.consumed_valid_samples if kept else 0,
-            position,
-        )
 
     def _current_groups(
         self, values: ScheduleValues | None
@@ -223,13 +208,15 @@ class _Forecaster:
         self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]], mapped: Mapped
     ) -> tuple[OptimizerForecast, ...]:
         stored, now = self.stored, self.now
-        sizes = self.before.global_batch_size, now.global_batch_size
+        counters = counters_of(stored, now, phase, None)
+        assert counters is not None  # there is a phase
+        sizes = batch_sizes(stored, (self.before, now), counters)
         plans = []
         for saved, current in zip(stored.optimizers, groups, strict=True):
             circumstances = Circumstances(
                 clip_grad=getattr(now, "clip_grad", None) or 0.0,
                 decoupled_weight_decay=getattr(now, "decoupled_weight_decay", None) is not False,
-                global_batch_size=sizes if all(sizes) else None,
+                global_batch_size=sizes,
                 adam=any("betas" in g for g in current),
             )
             plans.append(

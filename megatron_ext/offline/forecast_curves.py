@@ -10,6 +10,7 @@ from ..host.schedule import ScheduleValues, values_of, with_saved
 from ..policy.counters import Counters, last_iteration, ramp_of
 from ..report.curves import Curve, Span, phase_curves
 from .findings import Findings
+from .forecast_counters import saved_counters
 from .forecast_model import LABELS, OptimizerForecast
 from .planned_arguments import state_of
 
@@ -55,15 +56,15 @@ def curves_of(
     return (*out, *(future_curves or ()))
 
 
-def saved_counters(stored: StoredCheckpoint) -> Counters:
-    """Read the counters of a checkpoint."""
-    args, position = stored.args, state_of(stored).get("num_steps")
-    names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-    return Counters(
-        stored.iteration,
-        **{name: int(args.get(name) or 0) for name in names},
-        num_steps=None if position is None else int(position),
-    )
+def first_step(curves: Sequence[Curve], optimizer: int) -> dict[int, tuple[float, float]]:
+    """Return learning rate and weight decay of the first resumed step, by param_group.
+
+    Args:
+        curves: The curves of both runs.
+        optimizer: Position of the optimizer in the chain.
+    """
+    resumed = (c for c in curves if c.phase == 2 and c.optimizer == optimizer)
+    return {c.group: (c.lr[0], c.weight_decay[0]) for c in resumed}
 
 
 def _offset(optimizers: Sequence[OptimizerForecast]) -> int:

@@ -22,6 +22,7 @@ _OF_A_RUN = (
     "load",
     "save",
     "ckpt_step",
+    "override_ckpt_iteration",
 )
 #: Further arguments that are filled in if the command line is not that of a whole run.
 _OF_THE_MODEL = (
@@ -172,6 +173,8 @@ def _wanted(
     taken = {name for group in _ALTERNATIVES if given & set(group) for name in group}
     if saved.get("train_samples"):
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
+    if "global_batch_size" in given:
+        taken |= {"step_batch_size_schedule"}  # Megatron refuses both
     if given & _PADDING:
         taken |= {"padded_vocab_size"}
     if whole:

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directories import NON_PERSISTENT, Directories, is_remote, newest
+from ..checkpoint.directories import (
+    NON_PERSISTENT,
+    Directories,
+    is_remote,
+    newest,
+    require_tracked,
+)
 from ..checkpoint.state import unreadable_sharding
 from ..checkpoint.stored import StoredCheckpoint
-from ..errors import CheckpointError, MegatronExtError
+from ..errors import CheckpointError, HostError, MegatronExtError
 from ..host import arguments
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
 from .preflight_parameters import check_parameters, is_by_position
 from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
+from .preflight_schedule import schedule_problems
 
 #: Saved argument -> its flag, for the parallel sizes that only a fully reshardable checkpoint may
 #: change.
@@ -65,12 +72,19 @@ def examine_checkpoint(
         stored: The checkpoint, if it has been read already.
         known: Whether the policy could be read. If not, checks that depend on it are skipped.
     """
-    if arguments.dropping_flag(args) or is_remote(args.load):
-        return (), None  # nothing is taken from it, or only Megatron can open it
+    if is_remote(args.load):
+        return (), None  # only Megatron can open it
+    # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
+    step = getattr(args, "ckpt_step", None) or None
+    if stored is None and chosen.load is not None and chosen.where != "own" and step is None:
+        try:
+            require_tracked(chosen.load, "--selective-from" if chosen.start else "--load")
+        except CheckpointError as e:
+            return (e,), None
+    if arguments.dropping_flag(args):
+        return (), None  # nothing of the optimizer is taken from it
     if stored is None and chosen.load is not None:
         try:
-            # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
-            step = getattr(args, "ckpt_step", None) or None
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
             if stored is not None and stored.store is not None:
                 stored.store.require_files()
@@ -83,6 +97,7 @@ def examine_checkpoint(
     found = Found(stored.directory)
     if not known:
         return tuple(wrong), found
+    wrong += map(HostError, schedule_problems(context))
     try:
         phase = phase_of(context)
         if phase is not None:
@@ -125,7 +140,20 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
             f"have different forms in a {stored.sharding_type or stored.format} checkpoint. Give "
             f"the flag as it was, or {_WAY_OUT}, and then change it"
         )
+    yield from _override_problems(stored, args)
     yield from _layout_problems(stored, args)
+
+
+def _override_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:
+    """Check what stock raises after the load (training/checkpointing.py:2445, 0.19.2)."""
+    target = getattr(args, "override_ckpt_iteration", None)
+    saved, now = stored.args.get("global_batch_size"), getattr(args, "global_batch_size", None)
+    if target is not None and saved and now and saved != now:
+        yield (
+            f"--override-ckpt-iteration {target} with --global-batch-size {now}: the checkpoint's "
+            f"is {saved}, and Megatron computes the data position from the iteration and the "
+            "current batch size, so that it would be wrong. Leave one of the two out"
+        )
 
 
 def _layout_problems(stored: StoredCheckpoint, args: Any) -> Iterator[str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.directories import NON_PERSISTENT, Directories, name_of, newest
+from ..checkpoint.directories import NON_PERSISTENT, Directories, name_of, newest, require_tracked
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError, HostError
+from ..policy.counters import first_iteration
 from ..policy.phase import Mark, Phase, decide, identity, same_checkpoint
 from ..policy.policy import ResumePolicy
 
@@ -91,7 +92,7 @@ def _check_start_step(context: ResumeContext, mark: Mark, own: StoredCheckpoint)
 def check_length(context: ResumeContext, phase: Phase) -> None:
     """Raise if a phase that begins here has no iteration to train; a finished one may restart."""
     last = getattr(context.args, "train_iters", None)
-    first = 0 if context.policy.reset_iteration else context.stored.iteration
+    first = _first_iteration(context)
     if phase.state == "applied" and last and last <= first:
         raise HostError(
             f"--train-iters {last}: the phase begins at iteration {first}, so there is nothing "
@@ -107,6 +108,7 @@ def check_save_directory(context: ResumeContext, phase: Phase) -> None:
         return
     there = newest(save, non_persistent=save / NON_PERSISTENT)
     if there is None:
+        require_tracked(save, "--save")
         return
     if context.policy.operations and _same_phase(there, phase):
         if save.resolve() == (load or save).resolve():
@@ -125,12 +127,12 @@ def check_save_directory(context: ResumeContext, phase: Phase) -> None:
     if (
         elsewhere
         and not context.policy.reset_iteration
-        and there.iteration > context.stored.iteration
+        and there.iteration > _first_iteration(context)
     ):
         raise HostError(
             f"--load {load} with --save {save}: that directory holds checkpoints up to iteration "
             f"{there.iteration} of another phase, and a phase that begins at iteration "
-            f"{context.stored.iteration} would overwrite them. Name an empty --save directory"
+            f"{_first_iteration(context)} would overwrite them. Name an empty --save directory"
         )
     if context.policy.reset_iteration:
         raise HostError(
@@ -139,6 +141,11 @@ def check_save_directory(context: ResumeContext, phase: Phase) -> None:
             "overwrite them. Give the phase a --save (and --load) directory of its own and name "
             f"{load} in --selective-from"
         )
+
+
+def _first_iteration(context: ResumeContext) -> int:
+    reset = context.policy.reset_iteration
+    return first_iteration(context.args, reset, context.stored.iteration)
 
 
 def _same_phase(there: StoredCheckpoint, phase: Phase) -> bool:

@@ -60,6 +60,42 @@ def begin(policy: ResumePolicy, saved: Counters, offset: int) -> tuple[Counters,
     return after, after.consumed_train_samples - counted
 
 
+def overridden(counters: Counters, offset: int, args: Any) -> tuple[Counters, int]:
+    """Apply ``--override-ckpt-iteration``, which stock applies to what it has read.
+
+    Stock sets the iteration and computes the data position from it, and leaves the schedule where
+    the checkpoint has it (training/checkpointing.py:2440, 0.19.2).
+
+    Args:
+        counters: The counters with which the phase would begin.
+        offset: Its offset, in samples.
+        args: Megatron's arguments. Versions before 0.19 do not have the flag.
+    """
+    target = getattr(args, "override_ckpt_iteration", None)
+    if target is None:
+        return counters, offset
+    size = getattr(args, "global_batch_size", None)
+    consumed = target * size if size else counters.consumed_train_samples
+    after = replace(
+        counters, iteration=target, consumed_train_samples=consumed, skipped_train_samples=0
+    )
+    return after, 0
+
+
+def first_iteration(args: Any, reset_iteration: bool, saved: int) -> int:
+    """Return the iteration at which a run goes on.
+
+    Args:
+        args: Megatron's arguments.
+        reset_iteration: Whether the iteration is reset.
+        saved: The checkpoint's iteration.
+    """
+    target = getattr(args, "override_ckpt_iteration", None)
+    if target is not None:
+        return int(target)
+    return 0 if reset_iteration else saved
+
+
 def last_iteration(
     counters: Counters, offset: int, train_samples: int, global_batch_size: int
 ) -> int:

@@ -111,6 +111,9 @@ _COUNTER_NAMES = {
     "num_steps": ("schedule position (num_steps, in samples)", "--selective-schedule restart"),
 }
 
+#: Counter that ``--override-ckpt-iteration`` sets -> the policy's attribute that would reset it.
+_OVERRIDDEN = {"iteration": "reset_iteration", "consumed_train_samples": "reset_dataloader"}
+
 
 def counter_lines(counters: tuple[Counters, Counters] | None, phase: Phase | None) -> list[str]:
     """Format the values at which the counters continue, and why."""
@@ -122,6 +125,8 @@ def counter_lines(counters: tuple[Counters, Counters] | None, phase: Phase | Non
     for key, (name, flag) in _COUNTER_NAMES.items():
         if key == "num_steps" and asked is not None and asked.schedule_position is None:
             flag = "--reset-iteration"
+        if asked is not None and key in _OVERRIDDEN and not getattr(asked, _OVERRIDDEN[key]):
+            flag = "--override-ckpt-iteration"
         why = "checkpoint" if before[key] == after[key] else f"checkpoint {before[key]}; {flag}"
         if after[key] is not None:
             lines.append(f" > {name}: {after[key]} ({why})")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ..plan.jumps import jumps
 from ..plan.mapped import Mapped
 from ..policy.counters import Counters
 from ..policy.phase import Phase
@@ -62,16 +63,40 @@ class ResumeReport:
             out += optimizer_lines(number, len(self.optimizers), report, rank)
         return out
 
+    def scheduler_loaded(self, section: SchedulerDocument) -> None:
+        """Add the scheduler's values, and warnings about values that rise.
+
+        Args:
+            section: The scheduler's values from the first resumed step on.
+        """
+        self.scheduler = section
+        for number, report in enumerate(self.optimizers):
+            found = jumps(report.plan, self._first_step(number))
+            notes = dict.fromkeys((*report.notes, *found))
+            self.optimizers[number] = replace(report, notes=tuple(notes))
+
+    def _first_step(self, optimizer: int) -> dict[int, tuple[float, float]]:
+        first = [] if self.scheduler is None else self.scheduler["first_step"]
+        return {
+            f["group"]: (f["lr"], f["weight_decay"]) for f in first if f["optimizer"] == optimizer
+        }
+
     def scheduler_lines(self) -> list[str]:
         """Format the first resumed step as log lines."""
         if self.scheduler is None:
             return []
         first = self.scheduler["first_step"]
-        return [
+        lines = [
             f" > first resumed step, optimizer {f['optimizer']} group {f['group']}: learning rate "
             f"{f['lr']:.6E}, weight decay {f['weight_decay']:g}"
             for f in first
         ]
+        found = (
+            text
+            for number, report in enumerate(self.optimizers)
+            for text in jumps(report.plan, self._first_step(number))
+        )
+        return [*lines, *(f" > WARNING: {text}" for text in dict.fromkeys(found))]
 
     def to_json(self) -> ReportDocument:
         """Build the JSON document of the report."""

@@ -40,7 +40,7 @@ class Load:
     Args:
         resume: The resume whose optimizers are loaded.
         scoped: Whether `Resume.loading` ends the load. Otherwise it ends with the last optimizer.
-        batch_sizes: Global batch sizes of the checkpoint's run and of this one, in samples; None
+        batch_sizes: Global batch sizes of the two runs at their positions, in samples; None
             if one is unknown.
         phase: The phase that begins or continues; None until it is decided.
         saved_mark: The saved mark from which `phase` was decided.
@@ -249,7 +249,7 @@ class Resume:
     def scheduler_loaded(self, section: SchedulerDocument) -> None:
         """Add the scheduler's values from the first resumed step on, and write the report again."""
         if self.report is not None:
-            self.report.scheduler = section
+            self.report.scheduler_loaded(section)
             say(self.report.scheduler_lines())
             self._write()
 

@@ -14,6 +14,7 @@ import pytest
 from packaging.version import Version
 
 from megatron_ext.demo import corpus
+from megatron_ext.offline.forecast import forecast
 from tests.support.runs import TOKENS, Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Training, Zygote
 
@@ -40,6 +41,13 @@ LENGTHS = {
 PHASE_1 = f"--lr 3e-4 --min-lr 3e-5 {FORMAT}"
 PHASE_2 = f"--lr {LR} --min-lr {MIN_LR} {FORMAT} --override-opt_param-scheduler"
 OURS = "--optimizer-class megatron_ext.SelectiveAdam --selective-report {report}"
+
+#: The iteration at which `REWIND` goes on.
+REWOUND = 4
+REWIND = f"--override-ckpt-iteration {REWOUND}"
+
+#: Thresholds are tokens, of which a sample has 16. Commas, because words are split at spaces.
+STEPS = "--step-batch-size-schedule 0:4,0.64K:8"
 
 BLEND = (
     "--vocab-size 300 --data-path 0.5 {directory}/text 0.5 {directory}/text --split 100,0,0 "
@@ -103,6 +111,32 @@ SCENARIOS = {
         "--tensorboard-log-interval 1",
         "issue 963 phase 1",
         saves=True,
+        script=TOKENS,
+    ),
+    # Megatron 0.19's own flag, which it applies after it has read the checkpoint's counters.
+    "rewound": Scenario(
+        f"--lr {LR} --min-lr {MIN_LR} --bf16 --use-distributed-optimizer --train-iters 8 "
+        f"--lr-decay-iters {DECAY} --ckpt-format torch_dist {OURS} {REWIND}",
+        "issue 963 phase 1",
+        script=TOKENS,
+    ),
+    "rewound legacy": Scenario(
+        f"{PHASE_2} --train-iters 8 --lr-decay-iters {DECAY} {OURS} {REWIND}",
+        "phase 1 iters",
+        script=TOKENS,
+    ),
+    # 4 samples an iteration up to sample 40, then 8: iteration 10 ends at sample 40.
+    "steps phase 1": Scenario(f"{PHASE_1} {LENGTHS['iters'][0]} {STEPS}", saves=True),
+    "steps": Scenario(
+        f"{PHASE_2} --train-iters 12 --lr-decay-iters {DECAY} {STEPS} {OURS}",
+        "steps phase 1",
+        world=2,
+    ),
+    # Twice the learning rate at the same position of the schedule, and more weight decay.
+    "raised": Scenario(
+        f"--lr 6e-4 --min-lr 3e-5 --weight-decay 0.04 {FORMAT} {OURS} --train-iters {FIRST + 1} "
+        f"--lr-decay-iters {DECAY}",
+        "phase 1 iters",
         script=TOKENS,
     ),
     "issue 963 phase 1": Scenario(
@@ -215,12 +249,67 @@ def test_a_changed_batch_size_goes_on_at_the_same_sample(
     assert any(f"goes from {BATCH} to {batch}" in w and "data position" in w for w in warnings)
 
 
+@pytest.mark.reads("steps")
+def test_a_batch_size_schedule_is_not_a_changed_batch_size(runs: Runs) -> None:
+    """Megatron's global_batch_size is then micro batch size times DP: 2, and 4 with 2 ranks."""
+    found = ok(runs["steps"])
+    assert [samples for samples, _, _ in found.iterations.values()] == [48, 56]
+    assert found.report["optimizers"][0]["warnings"] == []
+    assert found.report["scheduler"]["global_batch_size"] == {"checkpoint": 8, "value": None}
+    checkpoint, words = runs.checkpoint("steps phase 1"), runs.words("steps")
+    assert not any("batch size" in w for w in forecast(checkpoint, words).all_warnings)
+
+
+@pytest.mark.reads("raised")
+def test_a_rate_that_jumps_is_told_with_both_numbers(runs: Runs) -> None:
+    found = ok(runs["raised"])
+    before, after = (3e-5 + (lr - 3e-5) * (1 - FIRST / DECAY) for lr in (3e-4, 6e-4))
+    rate, decay = found.report["optimizers"][0]["warnings"]
+    assert f"learning rate is {after:.6g}, {after / before:.2f}x the last used one, " in rate
+    assert f"{before:.6g}" in rate
+    # Biases and norms have no weight decay.
+    assert "weight decay is 0.04, 4.00x the last used one, 0.01 (param_group 0)" in decay
+    for warning in (rate, decay):
+        assert f"WARNING: {warning}" in found.log
+    checkpoint, words = runs.checkpoint("phase 1 iters"), runs.words("raised")
+    assert forecast(checkpoint, words).all_warnings == (rate, decay)
+
+
 @pytest.mark.reads("blend")
 def test_there_is_data_up_to_the_last_iteration(runs: Runs) -> None:
     """Stock asks for 24 x 8 samples; the run begins at the 80th and needs 24 x 8 more."""
     found = ok(runs["blend"])
     assert list(found.iterations) == list(range(1, LAST + 1))
     assert "train:      272" in found.log
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.reads("uninterrupted", name))
+        for name in ("rewound", "rewound legacy")
+    ],
+)
+def test_an_overridden_iteration_is_that_of_the_run_and_of_the_report(
+    name: str, runs: Runs, megatron: Version
+) -> None:
+    if megatron < Version("0.19"):
+        pytest.skip("--override-ckpt-iteration came with megatron-core 0.19")
+    stream = batches(ok(runs["uninterrupted"]))
+    found = table(ok(runs[name]))
+    # The schedule stays where the checkpoint has it, as in stock.
+    assert found == [
+        (i, i * BATCH, pytest.approx(logged(FIRST + i - REWOUND)), stream[i - 1])
+        for i in range(REWOUND + 1, 9)
+    ]
+    counters = runs[name].report["counters"]
+    assert counters["iteration"] == {"checkpoint": FIRST, "value": REWOUND}
+    assert counters["consumed_train_samples"] == {
+        "checkpoint": FIRST * BATCH,
+        "value": REWOUND * BATCH,
+    }
+    assert counters["num_steps"] == {"checkpoint": FIRST * BATCH, "value": FIRST * BATCH}
+    assert f"iteration: {REWOUND} (checkpoint {FIRST}; --override-ckpt-iteration)" in runs[name].log
 
 
 @pytest.mark.matrix

@@ -441,6 +441,50 @@ def test_counters_and_the_curve_begin_again(
     assert (old["iterations"][0], old["iterations"][-1], old["samples"][-1]) == (0, 10, 80)
 
 
+def test_a_schedule_from_the_checkpoint_needs_what_it_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"lr": 3e-3, "train_iters": 100, "lr_wsd_decay_iters": 20, "lr_decay_iters": 60}
+    root = checkpoint(tmp_path / "one", scheduler={"lr_decay_style": "WSD"}, changes=saved)
+    from_checkpoint = "--use-checkpoint-opt_param-scheduler"
+    status, found = plan(capsys, root, from_checkpoint, "--lr-wsd-decay-iters", 5)
+    assert (status, found["outcome"]) == (2, "refused")
+    assert "--lr-wsd-decay-iters 5" in found["errors"][0]
+    assert "20 iters of 8 samples" in found["errors"][0]
+    # What is not given is that of the checkpoint's run.
+    _, found = plan(capsys, root, from_checkpoint)
+    assert found["errors"] == []
+
+
+def test_a_rate_after_the_end_of_the_schedule_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"lr": 3e-3, "min_lr": 3e-4, "train_iters": 10, "lr_decay_iters": 10}
+    root = checkpoint(tmp_path / "one", changes={**saved, "weight_decay": 0.1}, lr=3e-4)
+    longer = ("--train-iters", 20, "--lr-decay-iters", 20)
+    status, found = plan(capsys, root, *longer)
+    assert status == 1
+    (warning,) = found["warnings"]
+    # A linear decay, half over.
+    assert "the first resumed learning rate is 0.00165, 5.50x the last used one, 0.0003" in warning
+    _, found = plan(capsys, root, *longer, "--selective-schedule", "restart")
+    assert not any("learning rate" in w for w in found["warnings"])
+
+
+@pytest.mark.parametrize("more", [[], ["--no-load-optim"]])
+def test_an_overridden_iteration_is_where_the_run_goes_on(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+    _, found = plan(capsys, root, "--override-ckpt-iteration", "4", *more)
+    told = {k: (v["checkpoint"], v["value"]) for k, v in found["counters"].items()}
+    assert told["iteration"] == (10, 4)
+    assert told["consumed_train_samples"] == (80, 32)
+    assert told["num_steps"] == (80, 0 if more else 80)
+    curve = next(c for c in found["curves"] if c["phase"] == 2)
+    assert curve["iterations"][0] == 4
+
+
 def test_everything_that_is_wrong_is_said_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.checkpoint.directories import name_of
+from megatron_ext.checkpoint.store import TRACKER
 from megatron_ext.checkpoint.stored import open_checkpoint
 from megatron_ext.errors import CheckpointError, HostError, MegatronExtError, PlanError, PolicyError
 from megatron_ext.hooks import directories
@@ -106,6 +107,9 @@ def unchanged(place: Place) -> Iterator[Callable[[], None]]:
 
 # --- what is right
 
+#: Megatron's flag of that name.
+FROM_CHECKPOINT = {"use_checkpoint_opt_param_scheduler": True}
+
 #: Flags and Megatron's arguments of runs that stock Megatron starts, and this package with it.
 LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "no directory": ("", {}),
@@ -186,6 +190,48 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--selective-from {two} --load {new} --save {new} --selective-preset reset",
         {},
     ),
+    "the way out of a directory of one iteration": (
+        "--load {one} --save {new} --selective-preset reset",
+        {"ckpt_step": 10},
+    ),
+    "a first save that was not finished": ("--load {torn} --save {torn}", {}),
+    "a first save of a phase that was not finished": (
+        "--selective-from {one} --load {torn} --save {torn} --selective-preset reset",
+        {},
+    ),
+    "an iteration by name, without a tracker": ("--load {untracked}", {"ckpt_step": 10}),
+    "an overridden iteration": (
+        "--load {one} --save {new} --selective-preset reset",
+        {"override_ckpt_iteration": 4, "train_iters": 10},
+    ),
+    "WSD from the checkpoint, with what it does not have": (
+        "--load {wsd}",
+        {**FROM_CHECKPOINT, "lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "linear"},
+    ),
+    "WSD from the checkpoint with the length in iterations of another batch": (
+        "--load {wsd}",
+        {
+            **FROM_CHECKPOINT,
+            "lr_wsd_decay_iters": 10,
+            "lr_wsd_decay_style": "linear",
+            "global_batch_size": 16,
+        },
+    ),
+    "WSD from a checkpoint without arguments": (
+        "--load {wsd_only}",
+        {**FROM_CHECKPOINT, "lr_wsd_decay_iters": 7, "lr_wsd_decay_style": "cosine"},
+    ),
+    "WSD from the arguments": ("--load {wsd}", {"lr_wsd_decay_iters": 7}),
+    "another schedule from the checkpoint": ("--load {one}", FROM_CHECKPOINT),
+    "the rate before a warm-up that is over": (
+        "--load {wsd}",
+        {
+            **FROM_CHECKPOINT,
+            "lr_wsd_decay_iters": 20,
+            "lr_wsd_decay_style": "linear",
+            "lr_warmup_init": 0.0,
+        },
+    ),
     "both counters and a ramp": (
         "--load {one} --save {new} --reset-iteration --reset-dataloader",
         {"rampup_batch_size": ["4", "2", "40"]},
@@ -211,6 +257,18 @@ def many(place: Place) -> Place:
     (place.dcp / "iter_0000010").mkdir(parents=True)
     (place.dcp / "iter_0000010" / ".metadata").write_bytes(b"")
     (place.dcp / "latest_checkpointed_iteration.txt").write_text("10")
+    checkpoint(
+        place.wsd,
+        scheduler={"lr_decay_style": "WSD", "lr_warmup_steps": 16},
+        changes={"lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "linear", "lr_warmup_init": 1e-6},
+    )
+    checkpoint(place.wsd_only, scheduler={"lr_decay_style": "WSD"}, args=False)
+    (place.root / "from-checkpoint.yaml").write_text("schedule: checkpoint\n")
+    for root in (place.torn, place.untracked):
+        (checkpoint(root) / TRACKER).unlink()
+    file = place.torn / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
+    file.write_bytes(file.read_bytes()[:200])
+    (place.torn / "iter_0000020").mkdir()
     place.begun(RESET, place.one, place.two)
     checkpoint(place.old, 40)
     return place
@@ -224,7 +282,7 @@ def test_what_is_right_is_not_refused(
     unchanged()
     flags, of_megatron = LEGAL[case]
     newer = {} if missing else {"override_ckpt_iteration": None}
-    many.assert_legal(flags, **{**of_megatron, **newer})
+    many.assert_legal(flags, **{**newer, **of_megatron})
 
 
 def test_a_namespace_without_optional_arguments_is_enough(place: Place) -> None:
@@ -446,6 +504,105 @@ FAULTS = {
         *("--reset-dataloader with --override-ckpt-iteration 2", "Leave one"),
         override_ckpt_iteration=2,
     ),
+    "override-ckpt-iteration and another batch size": fault(
+        CheckpointError,
+        "--load {one}",
+        *("--override-ckpt-iteration 2 with --global-batch-size 16", "checkpoint's is 8"),
+        "Leave one of the two out",
+        override_ckpt_iteration=2,
+        global_batch_size=16,
+    ),
+    "nothing left to train after an overridden iteration": fault(
+        HostError,
+        "--load {one} --save {new} --selective-preset reset",
+        *("--train-iters 20", "begins at iteration 30", "nothing left"),
+        override_ckpt_iteration=30,
+    ),
+    "the length of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--use-checkpoint-opt_param-scheduler", "is WSD", "no checkpoint's scheduler has"),
+        *("Give --lr-wsd-decay-iters", "20 iters of 8 samples", "give the whole schedule"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_style="linear",
+    ),
+    "the length of WSD's decay, by a policy file": fault(
+        HostError,
+        "--load {wsd_only} --selective-policy {from-checkpoint}.yaml",
+        *("schedule: checkpoint: the checkpoint's schedule is WSD", "Give --lr-wsd-decay-iters"),
+        "expected that of the checkpoint's run. Or",
+    ),
+    "another length of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--use-checkpoint-opt_param-scheduler with --lr-wsd-decay-iters 5", "no checkpoint's"),
+        *("20 iters of 8 samples", "would jump", "Correct it"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=5,
+        lr_wsd_decay_style="linear",
+    ),
+    "another form of WSD's decay": fault(
+        HostError,
+        "--load {wsd}",
+        *("--lr-wsd-decay-style exponential", "expected --lr-wsd-decay-style linear", "Give it"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=20,
+        lr_wsd_decay_style="exponential",
+    ),
+    "another rate before the warm-up": fault(
+        HostError,
+        "--load {wsd} --selective-schedule restart",
+        *("--lr-warmup-init 0.0", "at which the warm-up starts", "expected --lr-warmup-init 1e-06"),
+        **FROM_CHECKPOINT,
+        lr_wsd_decay_iters=20,
+        lr_wsd_decay_style="linear",
+        lr_warmup_init=0.0,
+    ),
+    **{
+        f"a lost tracker, {name}": fault(
+            CheckpointError,
+            flags,
+            *("{lost}/iter_0000010 is there", "no latest_checkpointed_iteration.txt"),
+            *("Write 10 into {lost}/latest_checkpointed_iteration.txt", "not finished, remove"),
+            **of_megatron,
+        )
+        for name, flags, of_megatron in (
+            ("a resume", "--load {lost}", {}),
+            ("a resume in one directory", "--load {lost} --save {lost}", {}),
+            ("a transition", "--load {lost} --save {new} --selective-preset reset", {}),
+            ("finetune", "--load {lost}", {"finetune": True}),
+            ("no-load-optim", "--load {lost}", {"no_load_optim": True}),
+            ("a start", "--selective-from {lost} --load {new} --save {new}", {}),
+        )
+    },
+    "a lost tracker, torch_dist": fault(
+        CheckpointError, "--load {lost_dist}", "{lost_dist}/iter_0000010 is there", "Write 10"
+    ),
+    "a lost tracker in the phase's own directory": fault(
+        CheckpointError,
+        "--selective-from {one} --load {lost_own} --save {lost_own} --selective-preset reset",
+        *("{lost_own}/iter_0000012 is there", "Write 12 into {lost_own}/latest"),
+    ),
+    "a lost tracker in --save": fault(
+        CheckpointError,
+        "--load {one} --save {lost_own} --selective-preset reset",
+        *("{lost_own}/iter_0000012 is there", "Write 12 into {lost_own}/latest"),
+    ),
+    "the directory of one iteration": fault(
+        CheckpointError,
+        "--load {one}/iter_0000010",
+        *("--load {one}/iter_0000010 is one iteration", "Give --load {one} --ckpt-step 10"),
+    ),
+    "the directory of one iteration, to start from": fault(
+        CheckpointError,
+        "--selective-from {one}/iter_0000010 --load {new} --save {new}",
+        *("--selective-from {one}/iter_0000010", "Give --selective-from {one} --ckpt-step 10"),
+    ),
+    "the directory of one iteration without a tracker": fault(
+        CheckpointError,
+        "--load {lost}/iter_0000010",
+        *("Write 10 into {lost}/latest_checkpointed_iteration.txt", "give --load {lost}"),
+    ),
     "phase transitions": fault(
         HostError,
         "--load {one} --save {new} --reset-iteration --reset-dataloader",
@@ -563,6 +720,7 @@ def faulty(many: Place) -> Place:
     """What is damaged, beside the rest."""
     short = specimens.specimen("common.pt", many.short) / "__0_0.distcp"
     short.write_bytes(short.read_bytes()[:-1])
+    shutil.rmtree(many.torn)
     checkpoint(many.torn)
     file = many.torn / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:200])
@@ -571,6 +729,10 @@ def faulty(many: Place) -> Place:
     many.flat.mkdir()
     (many.flat / "iter_0000010").write_text("")
     (many.flat / "latest_checkpointed_iteration.txt").write_text("10")
+    for name, form in (("lost", "torch"), ("lost_dist", "torch_dist")):
+        (checkpoint(many.root / name, format=form) / TRACKER).unlink()
+    many.begun(RESET, many.one, many.lost_own)
+    (many.lost_own / TRACKER).unlink()
     checkpoint(many.marked, mark="second")
     many.begun(RESET, many.one, many.fleeting / "non_persistent")
     checkpoint(many.both, 10)
@@ -627,6 +789,26 @@ def test_a_wrong_policy_does_not_hide_what_else_is_wrong(faulty: Place) -> None:
 # --- a phase from its first start to its end
 
 
+@pytest.mark.parametrize(
+    ("flags", "root", "number"),
+    [
+        ("--load {lost} --save {lost} --selective-preset reset", "lost", 10),
+        ("--load {lost_dist}", "lost_dist", 10),
+        (
+            "--selective-from {one} --load {lost_own} --save {lost_own} --selective-preset reset",
+            "lost_own",
+            12,
+        ),
+    ],
+)
+def test_a_tracker_that_is_written_again_is_the_way_out(
+    flags: str, root: str, number: int, faulty: Place
+) -> None:
+    assert f"Write {number} into" in str(faulty.refusal(flags))
+    (faulty.root / root / TRACKER).write_text(str(number))
+    faulty.assert_legal(flags)
+
+
 def test_the_same_command_line_at_every_restart(place: Place) -> None:
     flags = "--selective-from {one} --load {two} --save {two} --selective-preset reset"
     place.check(flags)
@@ -670,7 +852,7 @@ def test_the_training_loop_and_the_preflight_know_a_checkpoint_by_one_identity(
 
     file = place.one / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
     loaded = torch.load(file, weights_only=False)
-    decided = counters._decide(Resume(RESET), str(place.one), loaded)
+    decided = counters._decide(Resume(RESET), str(place.one), None, loaded)
     assert decided is not None
     phase, mark, before, after = decided
     assert mark is None

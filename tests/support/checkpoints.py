@@ -80,6 +80,8 @@ def checkpoint(
     args: bool = True,
     release: bool = False,
     changes: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+    lr: float = 2e-3,
 ) -> Path:
     """Write one iteration and the tracker's file.
 
@@ -94,14 +96,22 @@ def checkpoint(
         args: Whether there are arguments.
         release: As a converter writes it.
         changes: Of the arguments.
+        scheduler: More of the scheduler's state.
+        lr: Of the param_groups.
     """
     marks = {} if mark is None else {MARK_KEY: str(mark)}
     groups = [
-        group(step=iteration if step is None else step, params=[n], wd_mult=float(n), **marks)
+        group(
+            step=iteration if step is None else step, params=[n], wd_mult=float(n), lr=lr, **marks
+        )
         for n in (0, 1)
     ]
     state: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
-    state["opt_param_scheduler"] = {"num_steps": 8 * iteration, "max_lr": 3e-4}
+    state["opt_param_scheduler"] = {
+        "num_steps": 8 * iteration,
+        "max_lr": 3e-4,
+        **(scheduler or {}),
+    }
     if args:
         state["args"] = saved_arguments(root, iteration, **(changes or {}))
     if optimizer:

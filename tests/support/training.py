@@ -232,7 +232,11 @@ def words(arguments: str, report: Path) -> list[str]:
     """Megatron's arguments, with a corpus and its cache unless they name data of their own."""
     words = arguments.format(report=report).split()
     data = ["--data-path", corpus(), "--data-cache-path", str(report.parent / "cache")]
-    return [*ARGUMENTS, *([] if "--data-path" in words else data), *words]
+    common = list(ARGUMENTS)
+    if "--step-batch-size-schedule" in words:  # Megatron refuses both
+        at = common.index("--global-batch-size")
+        del common[at : at + 2]
+    return [*common, *([] if "--data-path" in words else data), *words]
 
 
 def _report(directory: Path) -> dict[str, Any] | None:
