@@ -196,7 +196,7 @@ def test_a_gpt_goes_on_as_a_hybrid_model_with_new_layers(
     }
     assert any("new parameters" in one for one in report["optimizers"][0]["warnings"])
     assert "moments are dropped" not in runs[run].log
-    assert ("Megatron loads the optimizer state" in runs[run].log) == ("finetuned" in run)
+    assert ("Megatron loads a GPT's optimizer state" in runs[run].log) == ("finetuned" in run)
     after = dump(runs, run, "after")
     for name, weight in after["weights"].items():
         change = (weight - loaded["weights"][name]).abs().max()
