@@ -488,7 +488,9 @@ def test_what_is_planned_is_what_is_done(name: str, runs: Runs) -> None:
         assert said[key] == report[key], key
     scheduler = dict(report["scheduler"])
     length = scheduler.pop("train_iters")
-    assert scheduler.pop("global_batch_size")["checkpoint"] == 8
+    # Whether a ramp has an effect depends on Megatron's version.
+    expected = None if name == "rampup" else 8
+    assert scheduler.pop("global_batch_size")["checkpoint"] == expected
     assert said["scheduler"] == scheduler
     assert {c["iterations"][-1] for c in said["curves"] if c["phase"] == 2} <= {length}
     for ours, theirs in zip(said["optimizers"], report["optimizers"], strict=True):
