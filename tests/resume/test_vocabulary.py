@@ -446,8 +446,8 @@ def test_only_a_resized_vocabulary_costs_a_gather(ext: RankPool, phase_1: PhaseO
         assert all(f == found[0] for f in found)
         return list(found[0])
 
-    assert seen(source) == ["all_reduce 16", "all_reduce 40", "all_reduce 96"]
-    requests = ["all_reduce 16", "gather"]  # there are other elements than are stored
+    assert seen(source) == ["all_reduce 24", "all_reduce 40", "all_reduce 96"]
+    requests = ["all_reduce 24", "gather"]  # there are other elements than are stored
     assert seen(target) == [*requests, "all_reduce 40", "gather", "all_reduce 96"]
 
 
