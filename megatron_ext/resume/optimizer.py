@@ -221,7 +221,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             weight = model_param.data.view(-1)[shard.start : shard.end]
             tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
             self._proof.done.add(id(model_param))
-        elif model_param.dtype == torch.float32:
+        elif model_param.dtype == self.config.main_params_dtype == torch.float32:
             # It is its own master weight, and is overwritten.
             self._proof.compare(model_param, tensors["param"], shard.start, shard.end)
         if is_torch_adam(self.optimizer):

@@ -120,8 +120,10 @@ class Proof:
             pair = _comparable(held.model_param, master, held.begin, held.end)
             if pair is None or id(held.model_param) in self.done:
                 continue
-            if pair[0].data_ptr() != pair[1].data_ptr():
-                found = (id(held.model_param), *pair)
+            found = (id(held.model_param), *pair)
+            if pair[0].device != pair[1].device:
+                self._compare([found])  # a copy of one weight at a time (--optimizer-cpu-offload)
+            elif pair[0].data_ptr() != pair[1].data_ptr():
                 by_device.setdefault(pair[0].device, []).append(found)
         for pairs in by_device.values():
             self._compare(pairs)
