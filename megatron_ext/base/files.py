@@ -77,9 +77,5 @@ def check_writable(directory: Path) -> None:
         OSError: That is not possible.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=directory, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as stream:
-            stream.write("a line\n")
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp") as stream:
+        stream.write("a line\n")

@@ -67,26 +67,19 @@ def run(options: argparse.Namespace) -> int:
 
 def _edit(options: argparse.Namespace) -> int:
     from ..base.values import as_json
-    from ..checkpoint.stored import open_checkpoint
-    from ..offline.copying import files_of
     from ..offline.edit import edit
     from ..offline.edit_settings import parse_settings
 
-    stored = open_checkpoint(options.source, options.iteration)
-    total = sum(
-        (stored.directory / f).stat().st_size for f in files_of(stored.directory, stored.root)
+    done = edit(
+        options.source,
+        options.out,
+        parse_settings(options.set),
+        parse_settings(options.group, "--group"),  # type: ignore[arg-type]
+        options.iteration,
+        options.allow_pickle,
+        hard_links=options.hard_links,
+        progress_bar=output.progress_bar,
     )
-    with output.progress_bar(total, "copying") as progress:
-        done = edit(
-            options.source,
-            options.out,
-            parse_settings(options.set),
-            parse_settings(options.group, "--group"),  # type: ignore[arg-type]
-            options.iteration,
-            options.allow_pickle,
-            hard_links=options.hard_links,
-            progress=progress,
-        )
     if options.json:
         output.print_json(as_json(_document(done)))
     else:

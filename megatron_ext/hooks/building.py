@@ -41,7 +41,7 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
             optimizer = original(*args, **kwargs)
         _check_built(request, cls, optimizer, call["model_chunks"])
         current.built += 1
-        current.chunks, current.member = call["model_chunks"], optimizer
+        current.member = optimizer
         return optimizer
 
     return build
@@ -146,7 +146,7 @@ def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
             inner = type(member.optimizer).__name__
             say(f"megatron_ext: {inner} is not Adam: its state is kept, moment rules do not apply")
     current.built += 1
-    current.chunks, current.member = model_chunks, members[-1]
+    current.member = members[-1]
 
 
 def _not_adam(request: Request, optimizer: str) -> HostError:

@@ -49,9 +49,9 @@ def save_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
     def build(*args: Any, **kwargs: Any) -> Any:
         metadata = original(*args, **kwargs)
         by_bucket = metadata.get(_SHARDING) == "dp_reshardable"
-        if current.chunks and not by_bucket:
+        if current.member is not None and not by_bucket:
             members = current.member.resume.members
-            mine, step = _layers(current.chunks), saving.step_of_rank(members)
+            mine, step = _layers(current.member.resume_chunks), saving.step_of_rank(members)
             frozen, step = ranks.largest([sum(not trained for _, trained in mine), step])
             saving.set_step(members, step)
             if frozen and _some_are_frozen(mine):

@@ -40,32 +40,17 @@ _TARGET = "fully_reshardable"
 _SHAPE = "nd_reformulated_orig_global_shape"
 
 
-@dataclass(frozen=True)
-class Converted:
+@dataclass(frozen=True, kw_only=True)
+class Converted(Written):
     """The result of a conversion.
 
     Args:
         directory: The iteration's directory that was written.
         iteration: Its number.
-        reshaped: Number of tensors reassembled from ranges or buckets.
-        copied: Number of tensors and objects copied unchanged.
-        size: Bytes written to the store.
-        differing: Parameters of which two ranks of the run that wrote the checkpoint held copies
-            that are not equal. The copy of the first rank was taken, as Megatron's own save does.
-        lost: Parameters and the number of their elements that a shifted save had overwritten. Their
-            moments are 0, their master weights the model's weights.
-        reset: Parameters of which a shifted save does not tell for certain where they are stored.
-            All their moments are 0, their master weights the model's weights.
     """
 
     directory: Path
     iteration: int
-    reshaped: int
-    copied: int
-    size: int
-    differing: tuple[str, ...] = ()
-    lost: tuple[tuple[str, int], ...] = ()
-    reset: tuple[str, ...] = ()
 
 
 def convert(
@@ -107,7 +92,7 @@ def convert(
             (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
         _check(stored, open_checkpoint(partial))
     written = target if bare else target / stored.directory.name
-    return Converted(written, stored.iteration, *done)
+    return Converted(directory=written, iteration=stored.iteration, **vars(done))
 
 
 def _require_convertible(stored: StoredCheckpoint, to: str | None) -> None:

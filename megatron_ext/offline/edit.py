@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import pickle
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ from ..policy.match import Scalar
 from . import allowed, copying
 from .edit_settings import EditedValue, Value, plan_edit, value_at
 from .new_checkpoint import require_new
+
+ProgressBar = Callable[[int, str], AbstractContextManager[copying.Progress | None]]
+
+
+def _no_bar(total: int, what: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def edit(
     allow_pickle: bool = False,
     *,
     hard_links: bool = False,
-    progress: copying.Progress | None = None,
+    progress_bar: ProgressBar = _no_bar,
 ) -> Edited:
     """Write a copy of a checkpoint with other hyperparameters.
 
@@ -83,7 +90,7 @@ def edit(
         hard_links: Whether the files that do not change are hard links to the source's. Megatron
             writes into files that exist: a save of the same iteration into either directory then
             destroys the other's.
-        progress: Called with the number of bytes just copied.
+        progress_bar: Makes a progress bar for a number of bytes and a label.
 
     Raises:
         PolicyError: A setting does not fit the saved values. The error names it.
@@ -103,9 +110,11 @@ def edit(
         made = partial / name
         made.mkdir()
         written, values = _write(stored, made, changes, allow_pickle)
+        others = [file for file in files if str(file) not in written]
+        size = sum((stored.directory / file).stat().st_size for file in others)
         ways = Counter[copying.Way]()
-        for file in files:
-            if str(file) not in written:
+        with progress_bar(size, "copying") as progress:
+            for file in others:
                 (made / file).parent.mkdir(exist_ok=True, parents=True)
                 way = copying.copy(
                     stored.directory / file, made / file, progress, hard_link=hard_links

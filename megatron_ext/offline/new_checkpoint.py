@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,16 +16,20 @@ from ..errors import CheckpointError
 from . import copying
 
 
-class Written(NamedTuple):
+@dataclass(frozen=True)
+class Written:
     """What a conversion has written.
 
     Args:
-        reshaped: Number of tensors that were put together anew.
+        reshaped: Number of tensors reassembled from ranges or buckets.
         copied: Number of tensors and objects copied unchanged.
         size: Bytes written to the store.
-        differing: Parameters of which two ranks had different copies.
-        lost: Parameters and the number of their elements that were stored nowhere.
-        reset: Parameters of which it is not certain where they are stored.
+        differing: Parameters of which two ranks of the run that wrote the checkpoint held copies
+            that are not equal. The copy of the first rank was taken, as Megatron's own save does.
+        lost: Parameters and the number of their elements that a shifted save had overwritten. Their
+            moments are 0, their master weights the model's weights.
+        reset: Parameters of which a shifted save does not tell for certain where they are stored.
+            All their moments are 0, their master weights the model's weights.
     """
 
     reshaped: int

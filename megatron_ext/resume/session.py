@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -99,7 +99,6 @@ class Session:
         preflight: The result of the preflight before the script or before the model was built.
         agreed: Whether all ranks have agreed on the preflight's result.
         built: Number of optimizers that were built by request.
-        chunks: The model that the last of them was built for.
         member: The last of them, which the others of a chain share a resume with.
         load: The current load, until it ends.
         resumed: The resume of the running training; None if its optimizer was not loaded.
@@ -112,7 +111,6 @@ class Session:
     preflight: Preflight | None = None
     agreed: bool = False
     built: int = 0
-    chunks: Sequence[Any] = ()
     member: Any = None
     load: Load | None = None
     resumed: Resume | None = None
