@@ -141,6 +141,12 @@ class Store:
 
     def require_files(self) -> None:
         """Check that every file of the index exists and is long enough."""
+        for path, found, end in self.short_files():
+            size = "no file" if found is None else f"{found} bytes"
+            raise unexpected(path, size, f"at least {end} bytes, as {INDEX} says")
+
+    def short_files(self) -> Iterator[tuple[Path, int | None, int]]:
+        """Yield each file that is missing or too short, its bytes, and those the index needs."""
         ends: dict[str, int] = {}
         for info in self.index.storage_data.values():
             end = info.offset + info.length
@@ -150,8 +156,7 @@ class Store:
             path = self._directory / name
             found = path.stat().st_size if path.is_file() else None
             if found is None or found < end:
-                size = "no file" if found is None else f"{found} bytes"
-                raise unexpected(path, size, f"at least {end} bytes, as {INDEX} says")
+                yield path, found, end
 
     @contextlib.contextmanager
     def open(self, info: Any, key: str) -> Iterator[BinaryIO]:

@@ -153,3 +153,35 @@ class _TensorFinder(Unpickler):
         self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None
     ) -> Any:
         return _Found(key, offset, dtype, tuple(size), tuple(stride))
+
+
+def tensors_of(file: BinaryIO) -> dict[str, tuple[str, torch.dtype]]:
+    """Locate the storages of all tensors in a ``torch.save`` file, without reading them.
+
+    Args:
+        file: In the zip format; seekable.
+
+    Returns:
+        Record of the storage, such as ``data/0`` -> path of its first tensor in the object, such as
+        ``optimizer.state.0.exp_avg``, and the dtype.
+
+    Raises:
+        Exception: A damaged file may raise any exception.
+    """
+    with _archive(file) as archive:
+        names = [n for n in archive.namelist() if n.partition("/")[2] == "data.pkl"]
+        if not names:
+            raise pickle.UnpicklingError("no data.pkl in the zip file")
+        found = _TensorFinder(io.BytesIO(archive.read(names[0]))).load()
+    out: dict[str, tuple[str, torch.dtype]] = {}
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", found)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, _Found):
+            out.setdefault(f"data/{value.storage}", (path, value.dtype))
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{path}.{key}" if path else str(key), v) for key, v in inside][::-1]
+    return out

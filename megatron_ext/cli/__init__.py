@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Build the parser of all commands; the parsed options hold the function ``run``."""
-    from . import convert, diff, edit, env, inspect, plan, report
+    from . import convert, diff, edit, env, inspect, plan, report, verify
 
     parser = argparse.ArgumentParser(prog="python -m megatron_ext", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
@@ -32,6 +32,7 @@ def command_line() -> argparse.ArgumentParser:
     env.add_to(commands)
     convert.add_to(commands)
     inspect.add_to(commands)
+    verify.add_to(commands)
     diff.add_to(commands)
     edit.add_to(commands)
     plan.add_to(commands)

@@ -12,9 +12,11 @@ from .comparison import Difference
 from .inspection import Inspection
 from .master_proof import MasterProof
 from .moment_scan import TensorDistance, TensorStatistics
+from .verified import Verification
 
 INSPECT = "megatron_ext/inspect/1"
 DIFF = "megatron_ext/diff/1"
+VERIFY = "megatron_ext/verify/1"
 
 
 class StatisticsDocument(TypedDict, total=False):
@@ -106,3 +108,13 @@ def diff_document(
     if proofs is not None:
         out["master_weights"] = [fields_as_json(p) for p in proofs]
     return out
+
+
+def verify_document(found: Verification) -> dict[str, Any]:
+    """What ``verify --json`` prints: the fields of `Verification`.
+
+    Args:
+        found: What reading the checkpoint has found.
+    """
+    fields: Any = fields_as_json(found)
+    return {"schema": VERIFY, **fields}

@@ -20,7 +20,7 @@ from ..checkpoint.stored import StoredCheckpoint
 from .slabs import Progress, pieces_of, slab_pairs, total_bytes
 
 #: The dtypes in which Megatron stores a model's weights.
-_ROUNDED = (torch.bfloat16, torch.float16, torch.float32)
+ROUNDED = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,41 @@ def prove(stored: StoredCheckpoint, progress: Progress | None = None) -> MasterP
     compared, differences = 0, []
     for master, weight in keys.items():
         dtype = state_dtype(entries[weight])
-        if dtype not in _ROUNDED:
+        if dtype not in ROUNDED:
             continue
         alike = [dataclasses.replace(piece, key=master) for piece in pieces[weight]]
-        of, elements, largest = 0, 0, 0.0
+        found = MasterDifference(weight, 0, 0, 0.0)
         for x, y in slab_pairs(stored.store, pieces[master], stored.store, alike, progress):
-            rounded = x.float().to(dtype).double()
-            differs = (rounded != y) & ~(rounded.isnan() & y.isnan())
-            of += x.numel()
-            elements += int(differs.sum())
-            if differs.any():
-                distance = (rounded - y)[differs].abs().nan_to_num(0.0)
-                largest = max(largest, float(distance.max()))
-        compared += of
-        if elements:
-            differences.append(MasterDifference(weight, elements, of, largest))
+            found = compared_with(found, x, y.to(dtype))
+        compared += found.of
+        if found.elements:
+            differences.append(found)
     return MasterProof(compared, tuple(differences))
+
+
+def compared_with(
+    before: MasterDifference, master: torch.Tensor, weight: torch.Tensor
+) -> MasterDifference:
+    """Compare a part of the master weights with the weights.
+
+    Args:
+        before: The comparison of the parts before it.
+        master: Elements of the master weights.
+        weight: The same elements of the model's weights, in the model's dtype.
+
+    Returns:
+        The comparison of all parts.
+    """
+    rounded = master.float().to(weight.dtype)
+    of = before.of + master.numel()
+    if torch.equal(rounded, weight):
+        return dataclasses.replace(before, of=of)
+    x, y = rounded.double(), weight.double()
+    differs = (x != y) & ~(x.isnan() & y.isnan())
+    if not (count := int(differs.sum())):
+        return dataclasses.replace(before, of=of)
+    distance = float((x - y)[differs].abs().nan_to_num(0.0).max())
+    return MasterDifference(before.name, before.elements + count, of, max(before.largest, distance))
 
 
 def explain(stored: StoredCheckpoint, proof: MasterProof) -> Sequence[str]:

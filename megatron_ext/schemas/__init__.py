@@ -13,6 +13,7 @@ from ..offline import documents, plan_document
 from ..offline.documents import DiffDocument, StatisticsDocument
 from ..offline.inspection import Inspection
 from ..offline.plan_schema import PlanDocument
+from ..offline.verified import Verification
 from ..policy.schema import PolicyDocument
 from ..report import resume_report
 from ..report.schema import ReportDocument
@@ -36,5 +37,12 @@ def generated() -> dict[str, str]:
         "resume-plan": document(plan_document.SCHEMA, PlanDocument),
         "env": document(env_document.SCHEMA, EnvDocument),
         "diff": document(documents.DIFF, DiffDocument),
+        "verify": document(
+            documents.VERIFY,
+            Versioned,
+            Verification,
+            description="What `python -m megatron_ext verify CKPT --json` prints: what reading a "
+            "whole checkpoint has found. NaN and infinity are the strings nan, inf and -inf.",
+        ),
     }
     return {f"{name}.schema.json": text for name, text in found.items()}
