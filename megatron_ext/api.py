@@ -39,6 +39,7 @@ def get_megatron_optimizer(
     policy: ResumePolicy | None = None,
     optimizer_class: str = DEFAULT_CLASS,
     report_dir: str | Path | None = None,
+    verify: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Drop-in for `megatron.core.optimizer.get_megatron_optimizer`.
@@ -50,6 +51,7 @@ def get_megatron_optimizer(
         policy: What to take from where at a load; the default keeps no hyperparameter.
         optimizer_class: Dotted path of the `DistributedOptimizer` subclass to build.
         report_dir: Where rank 0 writes the resume report, or None.
+        verify: Whether a load compares the CRC32 of everything that it reads.
         **kwargs: As Megatron's function.
 
     Returns:
@@ -62,9 +64,8 @@ def get_megatron_optimizer(
     from megatron.core.optimizer import get_megatron_optimizer as stock
 
     installing.install()
-    request = Request(
-        optimizer_class, policy or ResumePolicy(), Path(report_dir) if report_dir else None
-    )
+    directory = Path(report_dir) if report_dir else None
+    request = Request(optimizer_class, policy or ResumePolicy(), directory, verify=verify)
     classes.resolve_class(optimizer_class)
     with session.requested(request):
         optimizer = stock(config, model_chunks, *args, **kwargs)

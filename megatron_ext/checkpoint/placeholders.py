@@ -83,6 +83,7 @@ class TensorPlace(NamedTuple):
         stride: Its strides, in elements.
         start: Offset in the file, in bytes, at which the first element begins.
         end: Offset in bytes at which the storage ends.
+        crc32: The stored CRC32 of the storage's bytes.
     """
 
     dtype: torch.dtype
@@ -90,6 +91,7 @@ class TensorPlace(NamedTuple):
     stride: tuple[int, ...]
     start: int
     end: int
+    crc32: int = 0
 
 
 class StoragePlace(NamedTuple):

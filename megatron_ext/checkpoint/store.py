@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
-from . import pickles, torch_file
+from . import index_check, pickles, torch_file
+from .index_check import INDEX as INDEX
 
 #: training/checkpointing.py:340; holds the iteration's number or ``release``.
 TRACKER = "latest_checkpointed_iteration.txt"
 #: core/dist_checkpointing/core.py:14; names the backend of a distributed checkpoint.
 CONFIG = "metadata.json"
-#: torch's index of a distributed checkpoint (torch/distributed/checkpoint/filesystem.py).
-INDEX = ".metadata"
 #: core/dist_checkpointing/strategies/common.py; since 0.19 in the store instead.
 COMMON = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
@@ -140,23 +139,14 @@ class Store:
         return found
 
     def require_files(self) -> None:
-        """Check that every file of the index exists and is long enough."""
-        for path, found, end in self.short_files():
-            size = "no file" if found is None else f"{found} bytes"
-            raise unexpected(path, size, f"at least {end} bytes, as {INDEX} says")
-
-    def short_files(self) -> Iterator[tuple[Path, int | None, int]]:
-        """Yield each file that is missing or too short, its bytes, and those the index needs."""
-        ends: dict[str, int] = {}
-        for info in self.index.storage_data.values():
-            end = info.offset + info.length
-            if end > ends.get(info.relative_path, 0):
-                ends[info.relative_path] = end
-        for name, end in sorted(ends.items()):
-            path = self._directory / name
-            found = path.stat().st_size if path.is_file() else None
-            if found is None or found < end:
-                yield path, found, end
+        """Check the files against the index, and that its pieces fill every tensor."""
+        try:
+            with pickles.gc_disabled():
+                problem = next(index_check.problems(self._directory, self.index), None)
+        except (TypeError, ValueError, AttributeError) as e:  # a place or a shape is something else
+            raise unreadable(self._directory / INDEX, e) from e
+        if problem is not None:
+            raise unexpected(self._directory / problem.file, problem.found, problem.expected)
 
     @contextlib.contextmanager
     def open(self, info: Any, key: str) -> Iterator[BinaryIO]:
@@ -173,7 +163,7 @@ class Store:
         except CheckpointError:
             raise
         except Exception as e:
-            raise _unreadable(path, e) from e
+            raise unreadable(path, e) from e
 
     def read(self, info: Any, key: str) -> bytes:
         """Read one item of the store; `info` is an entry of the index's ``storage_data``."""
@@ -221,10 +211,11 @@ def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
     except CheckpointError:
         raise
     except Exception as e:  # a damaged pickle fails in any way
-        raise _unreadable(path, e) from e
+        raise unreadable(path, e) from e
 
 
-def _unreadable(path: Path, e: Exception) -> CheckpointError:
+def unreadable(path: Path, e: BaseException) -> CheckpointError:
+    """Make the error for a file of a checkpoint that raises another one when it is read."""
     return CheckpointError(
         f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
         "damaged: restore it, or load another iteration with --ckpt-step"

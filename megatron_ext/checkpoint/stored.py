@@ -85,7 +85,13 @@ class StoredCheckpoint:
         """
         if self._store is not None:
             self._store.require_files()
-            return
+        for path in self.legacy_files():
+            read_file(path, torch_file.require_torch_file)
+
+    def legacy_files(self) -> list[Path]:
+        """List the files of all ranks that a legacy checkpoint should have; else nothing."""
+        if self._store is not None:
+            return []
         ranks = sorted(self.directory.glob("mp_rank_*"))
         names = [LEGACY_FILE]
         distributed = self.args.get("use_distributed_optimizer")
@@ -93,9 +99,7 @@ class StoredCheckpoint:
             distributed = any((rank / LEGACY_OPTIMIZER).exists() for rank in ranks)
         if distributed and self.optimizers:
             names.append(LEGACY_OPTIMIZER)
-        for rank in ranks:
-            for name in names:
-                read_file(rank / name, torch_file.require_torch_file)
+        return [rank / name for rank in ranks for name in names]
 
 
 def holds_checkpoint(root: str | Path) -> bool:

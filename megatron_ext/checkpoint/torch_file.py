@@ -81,7 +81,8 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
     file.seek(record.header_offset + 26)
     begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     start = begin + found.offset * found.dtype.itemsize
-    return TensorPlace(found.dtype, found.shape, found.stride, start, begin + record.file_size)
+    end = begin + record.file_size
+    return TensorPlace(found.dtype, found.shape, found.stride, start, end, record.CRC)
 
 
 def _archive(file: BinaryIO) -> zipfile.ZipFile:

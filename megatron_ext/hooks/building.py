@@ -90,7 +90,9 @@ def chain(original: Callable[..., None]) -> Callable[..., None]:
 def resume_of(request: Request) -> Resume:
     """Make a resume that the optimizers of a chain share."""
     write = None if request.report_dir is None else files.writer(request.report_dir)
-    return Resume(request.policy, write, megatron_version(), where=request.where)
+    return Resume(
+        request.policy, write, megatron_version(), where=request.where, verify=request.verify
+    )
 
 
 def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> None:

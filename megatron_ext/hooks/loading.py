@@ -11,6 +11,8 @@ from typing import Any
 
 from ..base import ranks
 from ..base.log import say
+from ..checkpoint import checksums
+from ..checkpoint.store import read_file
 from ..errors import CheckpointError, MegatronExtError
 from ..host.arguments import dropping_flag, global_args, needs_optimizer
 from ..host.contract import TRAINING
@@ -18,7 +20,7 @@ from ..plan import resized
 from ..resume import vocabulary
 from ..resume.members import members_of
 from ..resume.session import current
-from . import counters
+from . import counters, reading
 from .session import require_built
 from .sharded import no_optimizer_state
 
@@ -80,7 +82,12 @@ def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any) -> Any:
-        result = original(load_dir, args, rank0, *rest, **kwargs)
+        call = functools.partial(original, load_dir, args, rank0, *rest, **kwargs)
+        file = _own_file(args, load_dir, rank0=rank0) if current.built else None
+        if file is not None or (current.built and rank0):
+            result = reading.together(call, file or Path(load_dir))
+        else:
+            result = call()
         if current.load is not None and current.resumed is not None and not rank0:
             counters.before_the_load(current.resumed, load_dir, args, result[0])
         return result
@@ -141,26 +148,33 @@ def _require_legacy_files(args: Any, load_arg: str) -> None:
     load_dir = getattr(args, load_arg, None)
     error = None
     try:
-        missing = _missing_legacy_files(checkpointing, args, load_dir)
+        files = _legacy_files(checkpointing, args, load_dir)
+        missing = [f for f in files if not os.path.isfile(f)]
         if missing:
             error = CheckpointError(
                 f"the checkpoint in {load_dir} is not complete: {missing[0]} does not exist. "
                 "Restore it; if only the optimizer's file is lost, --no-load-optim starts with a "
                 "new optimizer (the Adam moments are then lost)"
             )
+        elif reading.verifies():
+            for file in files:
+                read_file(Path(file), checksums.require_sums)
+    except CheckpointError as e:
+        error = e
     except OSError as e:
         error = CheckpointError(f"the checkpoint in {load_dir} cannot be read: {e}")
     ranks.stop_together("checking that the checkpoint's files are there", error)
 
 
-def _missing_legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:
+def _legacy_files(checkpointing: Any, args: Any, load_dir: Any) -> list[str]:
+    """List the files that this rank loads of a legacy torch checkpoint."""
     if (iteration := _legacy_iteration(checkpointing, args, load_dir)) is None:
         return []
     model = checkpointing.get_checkpoint_name(load_dir, iteration, False)
     files = [model]
     if args.use_distributed_optimizer and _writes_optimizer_file():
         files.append(checkpointing.get_distributed_optimizer_checkpoint_name(model))
-    return [f for f in files if not os.path.isfile(f)]
+    return files
 
 
 def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | None:
@@ -178,6 +192,16 @@ def _legacy_iteration(checkpointing: Any, args: Any, load_dir: Any) -> int | Non
     base = checkpointing.get_checkpoint_name(load_dir, iteration, False, return_base_dir=True)
     is_legacy = os.path.isdir(base) and any(n.startswith("mp_rank_") for n in os.listdir(base))
     return iteration if is_legacy else None
+
+
+def _own_file(args: Any, load_dir: Any, *, rank0: bool) -> Path | None:
+    """Return the file that this rank loads of a legacy torch checkpoint; None if it is none."""
+    checkpointing = importlib.import_module(f"{TRAINING}.checkpointing")
+    if (iteration := _legacy_iteration(checkpointing, args, load_dir)) is None:
+        return None
+    own = Path(checkpointing.get_checkpoint_name(load_dir, iteration, False))
+    # Any rank reads the arguments of the first rank, whose directory has as many digits as ranks.
+    return min(own.parent.parent.glob(f"mp_rank_*/{own.name}"), default=own) if rank0 else own
 
 
 def _refuse_resized_legacy(saved: Any, args: Any) -> None:

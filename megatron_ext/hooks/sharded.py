@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..base import ranks
 from ..base.log import say
@@ -18,11 +18,12 @@ from ..checkpoint.state import does_not_fit, misfits, other_precision
 from ..checkpoint.stored import open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.phase import Mark, decide
-from ..resume import direct_read, selective_read, vocabulary
+from ..resume import selective_read, vocabulary
 from ..resume.other_optimizer import fit_chain
 from ..resume.parameter_map import Rewritten, separate
 from ..resume.session import Resume, current
 from ..resume.vocabulary import RowChanges
+from . import reading
 from .mapped import rewrite_request
 
 #: Every checkpoint key of an optimizer's entries contains it (`chained_<i>.` may precede it).
@@ -37,8 +38,9 @@ def load_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         if not current.built:
             return original(*args, **kwargs)
-        with _metadata_read_once(), direct_read.active():
-            return _load(original, signature.bind(*args, **kwargs))
+        bound = signature.bind(*args, **kwargs)
+        with reading.files_of(bound.arguments):
+            return _load(original, bound)
 
     return load
 
@@ -47,8 +49,6 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     call = bound.arguments
     # The load removes the sharded entries from the dict, so that they are listed before it.
     requested = _optimizer_entries(call["sharded_state_dict"])
-    # torch's CheckpointException is no Exception (torch/distributed/checkpoint/api.py).
-    dcp = importlib.import_module("torch.distributed.checkpoint.api")
     rows = RowChanges() if current.load is None else current.load.rows
     rewritten = _mapped(call, requested)
     resized = _resized(call["sharded_state_dict"], call["checkpoint_dir"], requested, rows)
@@ -70,12 +70,12 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         if rewritten is not None:
             rewritten.finish(loaded, functools.partial(_more, original, call["checkpoint_dir"]))
         return result
-    except (Exception, dcp.CheckpointException) as e:
+    except (Exception, CheckpointException) as e:
         rows.clear()
         stored = _stored_entries(call["checkpoint_dir"])
         lines = misfits(requested, stored)
         if not lines or rewritten is not None:
-            raise
+            raise reading.cause(e) from e
         if not any(_OPTIMIZER_PREFIX in key for key in stored):
             raise no_optimizer_state(call["checkpoint_dir"]) from e
         if (other := other_precision(requested, stored)) is not None:
@@ -105,34 +105,6 @@ def _more(
     """Load further entries without a collective."""
     result: Mapping[str, Any] = original(entries, directory, validate_access_integrity=False)
     return result
-
-
-@contextlib.contextmanager
-def _metadata_read_once() -> Iterator[None]:
-    """Make torch's reader unpickle each ``.metadata`` file once.
-
-    Stock unpickles it twice per load on every rank (strategies/torch.py:976 and :1028, 0.19.2), and
-    its size grows with the tensors and ranks of the whole job. Megatron's own
-    CachedMetadataFileSystemReader shares the metadata in the same way.
-    """
-    reader = importlib.import_module("torch.distributed.checkpoint.filesystem").FileSystemReader
-    original, known = reader.read_metadata, {}
-
-    @functools.wraps(original)
-    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            return original(self, *args, **kwargs)
-        path = str(self.path)
-        if path not in known:
-            known[path] = original(self)
-        known[path].storage_meta.load_id = self.load_id
-        return known[path]
-
-    reader.read_metadata = read_metadata
-    try:
-        yield
-    finally:
-        reader.read_metadata = original
 
 
 def _remove_overwritten(call: dict[str, Any]) -> selective_read.RemovedEntries:

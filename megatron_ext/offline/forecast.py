@@ -71,8 +71,7 @@ def forecast(
 
 def _forecast(line: CommandLine, place: Place, checkpoint: Path) -> Forecast:
     stored = open_checkpoint(place.directories.load or checkpoint, place.iteration)
-    if stored.store is not None:
-        stored.store.require_files()
+    stored.require_files()
     try:
         return _Forecaster(stored, line, place).run()
     except (TypeError, ValueError, AttributeError) as e:

@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..checkpoint import index_check
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON, Store, read_file
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
-from . import index_check, master_proof, slabs
+from . import master_proof, slabs
 from .master_proof import MasterDifference
 from .slabs import Piece, Progress
 from .stored_items import storage_parts, tensor_parts
@@ -44,9 +45,13 @@ def verify(stored: StoredCheckpoint, progress: Progress | None = None) -> Verifi
         if progress is not None:
             progress(_size(path))
     if stored.store is not None:
-        found.damages += [
-            Damage(file, "", said) for file, said in index_check.problems(stored.store)
-        ]
+        index = stored.store.index
+        for problem in (
+            *index_check.problems(stored.directory, index),
+            *index_check.more_problems(index),
+        ):
+            said = f"expected {problem.expected}, found {problem.found}"
+            found.damages.append(Damage(problem.file, "", said))
         _Reader(stored, stored.store, found).read(progress)
     return found.result(str(stored.directory), tuple(_notes(stored)))
 
@@ -60,12 +65,12 @@ def _notes(stored: StoredCheckpoint) -> Iterator[str]:
 def _whole_files(stored: StoredCheckpoint) -> list[Path]:
     """List the files of torch.save that are no store: common.pt, or those of legacy torch."""
     if stored.store is None:
-        return sorted(stored.directory.glob("mp_rank_*/*.pt"))
+        return stored.legacy_files()
     return [path] if (path := stored.directory / COMMON).is_file() else []
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _read_whole(path: Path, name: str, found: Findings) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.directories import Directories, choose, is_remote
 from ..checkpoint.stored import StoredCheckpoint
-from ..errors import HostError, MegatronExtError
+from ..errors import CheckpointError, HostError, MegatronExtError
 from ..host import arguments, classes
 from ..host.arguments import refused_flags
 from ..policy.counters import ramp_of
@@ -96,8 +96,21 @@ def examine(
     if not open_checkpoint:
         return Preflight(tuple(found))
     known = request is not None
-    wrong, checkpoint = examine_checkpoint(args, policy, chosen, stored, known=known)
+    try:
+        wrong, checkpoint = examine_checkpoint(args, policy, chosen, stored, known=known)
+    except Exception as e:  # rank 0 is alone here: the others would wait for it
+        wrong, checkpoint = (_unforeseen(chosen, e),), None
     return Preflight(tuple(found), wrong, checkpoint)
+
+
+def _unforeseen(chosen: Directories, e: Exception) -> CheckpointError:
+    error = CheckpointError(
+        f"the checkpoint in {chosen.load} cannot be examined: {type(e).__name__}: {e}. A file is "
+        "damaged, or this is a fault of megatron_ext: run python -X dev -m megatron_ext verify on "
+        "it, and report what that prints if nothing is damaged"
+    )
+    error.__cause__ = e
+    return error
 
 
 def _directory_conflicts(args: Any, chosen: Directories, policy: ResumePolicy) -> Iterator[str]:

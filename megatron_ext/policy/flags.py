@@ -33,8 +33,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         default=None,
         help="YAML file with the whole policy. It can be combined only with --selective-report, "
-        "--selective-from, --selective-phase, --selective-dry-run, --no-selective-guard, "
-        "--reset-iteration and --reset-dataloader.",
+        "--selective-from, --selective-phase, --selective-dry-run, --selective-verify, "
+        "--no-selective-guard, --reset-iteration and --reset-dataloader.",
     )
     group.add_argument(
         "--selective-keep-hyperparameters",
@@ -199,6 +199,13 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="Build and load everything, log the plan and the changes, and exit with status 0 "
         "before the first step, without saving a checkpoint.",
+    )
+    group.add_argument(
+        "--selective-verify",
+        action="store_true",
+        help="Compare the CRC32 that torch.save has stored with everything that a rank reads. "
+        "Without it that is done for objects only, such as param_groups, and a flipped bit in a "
+        "tensor is loaded as it is, as in stock.",
     )
     group.add_argument(
         "--no-selective-guard",

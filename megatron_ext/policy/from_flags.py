@@ -21,6 +21,7 @@ _BESIDE_A_FILE = (
     "selective_phase",
     "selective_dry_run",
     "selective_guard",
+    "selective_verify",
     "reset_iteration",
     "reset_dataloader",
 )
@@ -43,6 +44,7 @@ def request_from_args(args: argparse.Namespace | Any) -> Request:
         where=getattr(args, "selective_where", "load"),
         guard=getattr(args, "selective_guard", True),
         dry_run=getattr(args, "selective_dry_run", False),
+        verify=getattr(args, "selective_verify", False),
     )
 
 

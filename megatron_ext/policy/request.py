@@ -22,6 +22,7 @@ class Request:
         where: Role of the directory of ``--load`` in the phase.
         guard: Whether the first resumed steps are checked against the plan.
         dry_run: Whether the run ends before its first step.
+        verify: Whether the CRC32 of everything that is read is compared.
     """
 
     optimizer_class: str = DEFAULT_CLASS
@@ -30,3 +31,4 @@ class Request:
     where: DirectoryRole = "load"
     guard: bool = True
     dry_run: bool = False
+    verify: bool = False

@@ -14,51 +14,70 @@ into host memory on GPU machines too (core/optimizer/distrib_optimizer.py:1690, 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import math
 import os
+import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ..checkpoint import placeholders, torch_file
+from ..checkpoint import checksums, placeholders, torch_file
+from ..checkpoint.store import unreadable
+from ..errors import MegatronExtError
 
 #: Bytes that are requested before they are needed.
 _AHEAD = 32 << 20
 
 
 @contextlib.contextmanager
-def active() -> Iterator[None]:
-    """Make torch's reader of distributed checkpoints read plain tensors in one copy."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    original = FileSystemReader.read_data
-
-    @functools.wraps(original)
-    def read_data(self: Any, plan: Any, planner: Any) -> Any:
-        return original(self, replace(plan, items=_read(self, plan.items, planner)), planner)
-
-    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+def named(path: Path) -> Iterator[None]:
+    """Turn the error of a read into one that names the file."""
     try:
         yield
-    finally:
-        FileSystemReader.read_data = original  # type: ignore[method-assign]
+    except MegatronExtError:
+        raise
+    except Exception as e:  # a damaged file may raise any exception
+        raise unreadable(path, e) from e
 
 
-def _read(reader: Any, items: Sequence[Any], planner: Any) -> list[Any]:
-    """Read the items that can be read in place, and return the others in their order."""
-    places = _Places()
-    done: set[int] = set()
-    by_file: dict[str, list[Any]] = defaultdict(list)
+def by_file(reader: Any, items: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return the items of each file of the store, by its path."""
+    found: dict[str, list[Any]] = defaultdict(list)
     for item in items:
-        by_file[reader.storage_data[item.storage_index].relative_path].append(item)
-    for path, found in by_file.items():
+        found[reader.storage_data[item.storage_index].relative_path].append(item)
+    return found
+
+
+def read_in_place(
+    reader: Any, items: Sequence[Any], planner: Any, *, verify: bool = False
+) -> list[Any]:
+    """Read the items that can be read in place.
+
+    Args:
+        reader: torch's FileSystemReader.
+        items: Items of a load plan.
+        planner: Resolves their targets.
+        verify: Whether the CRC32 of the tensors is compared.
+
+    Returns:
+        The other items, in their order.
+
+    Raises:
+        CheckpointError: A file is missing, or a CRC32 differs.
+    """
+    places = _Places(verify=verify)
+    done: set[int] = set()
+    for path, found in by_file(reader, items).items():
         found.sort(key=lambda item: reader.storage_data[item.storage_index].offset)
-        with reader.fs.create_stream(reader.fs.concat_path(reader.path, path), "rb") as stream:
+        with (
+            named(Path(reader.path) / path),
+            reader.fs.create_stream(reader.fs.concat_path(reader.path, path), "rb") as stream,
+        ):
             size = stream.seek(0, io.SEEK_END)
             ahead = _Ahead(stream)
             for item in found:
@@ -102,9 +121,13 @@ class _Places:
 
     A checkpoint has many tensors of few shapes. Archives of one shape are identical up to their
     elements (the checksum follows the elements), so that one archive of each shape is parsed.
+
+    Args:
+        verify: Whether to parse every archive, for its CRC32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, verify: bool = False) -> None:
+        self.verify = verify
         self._known: dict[int, list[tuple[bytes, placeholders.TensorPlace]]] = defaultdict(list)
 
     def find(self, stream: BinaryIO, offset: int, length: int) -> placeholders.TensorPlace:
@@ -116,7 +139,7 @@ class _Places:
             length: Length of the archive in bytes.
         """
         known = self._known[length]
-        if known:
+        if known and not self.verify:
             stream.seek(offset)
             begin = stream.read(max(len(b) for b, _ in known))
             for before, place in known:
@@ -150,8 +173,36 @@ def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _P
         raise _NotPlain
     if target.numel():
         stream.seek(stored.offset + place.start + first * place.dtype.itemsize)
-        _fill(stream, memoryview(target.view(-1).view(torch.uint8).numpy()))
+        into = memoryview(target.view(-1).view(torch.uint8).numpy())
+        _fill(stream, into)
+        if places.verify:
+            _require_sum(stream, stored, place, into)
     planner.commit_tensor(item, target)
+
+
+def sums_of(place: Any) -> Callable[[BinaryIO], None]:
+    """Return a function that compares the CRC32 of an item in an open file of the store.
+
+    Args:
+        place: An entry of the index's ``storage_data``.
+    """
+    return lambda file: checksums.require_sums(torch_file.window(file, place.offset, place.length))
+
+
+def _require_sum(
+    stream: BinaryIO, stored: Any, place: placeholders.TensorPlace, read: memoryview
+) -> None:
+    """Compare the CRC32 of a tensor; all of its storage is read if the target takes a part.
+
+    Raises:
+        BadZipFile: It differs.
+    """
+    if len(read) != place.end - place.start:
+        sums_of(stored)(stream)
+    elif (found := zlib.crc32(read)) != place.crc32:
+        raise zipfile.BadZipFile(
+            f"Bad CRC-32 for a tensor: expected {place.crc32:08x}, found {found:08x}"
+        )
 
 
 def first_element(

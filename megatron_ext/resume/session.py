@@ -131,6 +131,7 @@ class Resume:
             (`megatron_ext.report.files.writer`); None to write none.
         megatron: Version of megatron-core, for the report.
         where: The role of the checkpoint's directory.
+        verify: Whether the CRC32 of everything that is read is compared.
         members: The optimizers of the chain, in its order.
         report: The report of the last load, once it is complete.
         load: The current load.
@@ -140,6 +141,7 @@ class Resume:
     write_report: Callable[[ResumeReport], str] | None = None
     megatron: str = ""
     where: DirectoryRole = "load"
+    verify: bool = False
     members: list[Any] = field(default_factory=list)
     report: ResumeReport | None = None
     load: Load | None = None

@@ -202,11 +202,11 @@ def _other_dtype(index: Any) -> None:
 
 
 INDEX_FAULTS: dict[Callable[[Any], None], str] = {
-    _without_a_place: f"no place for the piece of {MOMENT}",
-    _without_a_tensor: f"a place for {MOMENT}, which is no tensor",
-    _shorter_piece: f"the pieces of {MOMENT} do not fill its shape (8, 6)",
-    _outside: f"a piece of {MOMENT} lies outside of its shape (4, 6)",
-    _shared_bytes: f"{MASTER} and {MOMENT} share bytes of __0_0.distcp",
+    _without_a_place: f"expected a place for the piece of {MOMENT} at (0, 0), found none",
+    _without_a_tensor: f"expected places of tensors and objects, found one for {MOMENT}, which",
+    _shorter_piece: f"expected pieces of {MOMENT} that fill (8, 6), found 42 of 48 elements",
+    _outside: f"expected pieces of {MOMENT} inside of (4, 6), found one of (8, 6) at (0, 0)",
+    _shared_bytes: f"expected items with bytes of their own, found {MASTER} and {MOMENT}, which",
     _other_dtype: "elements of torch.float32; the index says torch.float16",
 }
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import _create_read_item_for_tensor
 
 from megatron_ext.checkpoint import placeholders, torch_file
-from megatron_ext.resume import direct_read
+from megatron_ext.resume import direct_read, store_reader
 
 
 @st.composite
@@ -150,7 +150,7 @@ def _load(directory: Path) -> tuple[dict[str, torch.Tensor], set[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileSystemReader, "read_data", read_data)
-        with direct_read.active():
+        with store_reader.active():
             reader.read_data(LoadPlan(items), planner).wait()
         assert FileSystemReader.read_data is read_data
     return targets, set(left)
@@ -169,7 +169,7 @@ def test_the_elements_are_those_that_were_stored(store: Path) -> None:
 def test_torchs_own_load_gives_the_same(store: Path) -> None:
     """Through all of torch's load, with an object among the tensors."""
     found = []
-    for way in (direct_read.active, torch.no_grad):
+    for way in (store_reader.active, torch.no_grad):
         state = {n: s.into() for n, s in STORED.items() if s.part is None}
         with way():
             dcp.load(state, checkpoint_id=str(store), no_dist=True)
@@ -186,7 +186,7 @@ def test_a_truncated_file_is_torchs_error(left: float, store: Path, tmp_path: Pa
             content = content[: int(len(content) * left)]
         (tmp_path / file.name).write_bytes(content)
     errors = []
-    for way in (direct_read.active, torch.no_grad):
+    for way in (store_reader.active, torch.no_grad):
         state = {n: s.into() for n, s in STORED.items() if s.part is None}
         with way(), pytest.raises(BaseException) as error:  # noqa: PT011 - whatever torch raises
             dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
@@ -225,10 +225,10 @@ def test_a_transform_is_left_to_torch(store: Path) -> None:
     planner = DefaultLoadPlanner()
     planner.set_up_planner(targets, metadata, is_coordinator=True)
     (item,) = planner.create_local_plan().items
-    assert direct_read._read(reader, [item], planner) == []
+    assert direct_read.read_in_place(reader, [item], planner) == []
     stored = reader.storage_data[item.storage_index]
     reader.storage_data[item.storage_index] = replace(stored, transform_descriptors=["zstd"])
-    assert direct_read._read(reader, [item], planner) == [item]
+    assert direct_read.read_in_place(reader, [item], planner) == [item]
 
 
 def test_what_comes_next_is_asked_for_once_and_without_gaps(

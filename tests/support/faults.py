@@ -40,6 +40,24 @@ def on_one_rank(
     return {"type": "", "message": "", "unchanged": False, "collectives_work": True}
 
 
+def in_files(
+    layout: Layout, hyper: Hyper, directories: list[str], verify: bool = False
+) -> dict[str, Any]:
+    """Load what this rank finds in its own directory; what it raised, and about its groups."""
+    run = subject.build(layout, hyper, verify=verify)
+    before = harness.snapshot_groups(run)
+    try:
+        harness.load(run, directories[dist.get_rank()])
+    except Exception as e:
+        return {
+            "type": type(e).__name__,
+            "message": str(e),
+            "unchanged": harness.snapshot_groups(run) == before,
+            "collectives_work": _collectives_work(),
+        }
+    return {"type": "", "message": "", "unchanged": False, "collectives_work": True}
+
+
 def _collectives_work() -> bool:
     """Whether the ranks are still in step with each other after the error."""
     total = torch.ones(1)

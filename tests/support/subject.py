@@ -55,12 +55,14 @@ def build(
     override: bool = False,
     use_checkpoint: bool = False,
     report_dir: str | None = None,
+    verify: bool = False,
 ) -> harness.Run:
     """A run whose optimizer this package builds."""
     get_optimizer = functools.partial(
         megatron_ext.get_megatron_optimizer,
         policy=megatron_ext.ResumePolicy(**(policy or {})),
         report_dir=report_dir,
+        verify=verify,
     )
     return harness.build(
         layout, hyper, get_optimizer, override=override, use_checkpoint=use_checkpoint
