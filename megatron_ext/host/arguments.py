@@ -73,6 +73,15 @@ def only_evaluates(args: Any) -> bool:
     return bool(getattr(args, "skip_train", False)) and not getattr(args, "perform_rl_step", False)
 
 
+def is_validated(args: Any) -> bool:
+    """Whether Megatron has validated arguments, and filled in some (training/arguments.py:1219).
+
+    Args:
+        args: Megatron's arguments.
+    """
+    return hasattr(args, "consumed_train_samples")
+
+
 def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
     """Make the error for a policy that needs the optimizer state that a flag drops."""
     goes_on = policy.schedule_position == "continue"

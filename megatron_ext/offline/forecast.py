@@ -198,7 +198,7 @@ class _Forecaster:
         self, values: ScheduleValues | None
     ) -> tuple[tuple[Mapping[str, Any], ...], ...]:
         saved = [o.groups for o in self.stored.optimizers]
-        found = self.found.accepted(lambda: current_groups(saved, self.before, self.now, values))
+        found = self.found.scheduled(lambda: current_groups(saved, self.before, self.now, values))
         if found is None:
             found = current_groups(saved, self.before, self.now, None)
         self.found.notes += found.notes

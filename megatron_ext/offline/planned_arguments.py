@@ -139,6 +139,11 @@ def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> Plann
         else:
             if getattr(values, name, None) is None:
                 setattr(values, name, _DEFAULTS.get(name))
+    if values.weight_decay_incr_style == "constant":
+        # The saved ones are what Megatron's validation has made of --weight-decay.
+        for name in {"start_weight_decay", "end_weight_decay"} - given:
+            setattr(values, name, None)
+            assumed = [a for a in assumed if a.flag != flag_of(name)]
     if getattr(values, "optimizer_class", None) is None:
         values.optimizer_class = request.DEFAULT_CLASS
         assumed.append(Assumption("--optimizer-class", request.DEFAULT_CLASS, "no other was given"))

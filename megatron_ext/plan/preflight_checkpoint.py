@@ -128,6 +128,12 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
             "--no-load-optim to start with a new optimizer"
         )
         return
+    if getattr(args, "no_save_optim", False) and stored.format != "torch":
+        yield (
+            f"--no-save-optim with a {stored.format} checkpoint to load: Megatron then does not "
+            "request the optimizer's state from it either (training/checkpointing.py:1338, "
+            "0.19.2), and the load fails. Leave the flag out"
+        )
     if reason := unreadable_sharding(stored.sharding_type):
         yield f"{stored.directory}: {reason}"
     saved_kind = bool(stored.args.get("use_distributed_optimizer", False))

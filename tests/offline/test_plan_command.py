@@ -456,6 +456,28 @@ def test_a_schedule_from_the_checkpoint_needs_what_it_does_not_have(
     assert found["errors"] == []
 
 
+def test_arguments_that_the_scheduler_does_not_accept_are_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"lr": 3e-3, "min_lr": 3e-4, "train_iters": 100, "weight_decay": 0.1}
+    # A checkpoint has the arguments as Megatron's validation leaves them.
+    saved |= {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    root = checkpoint(tmp_path / "one", changes=saved)
+    status, found = plan(capsys, root, "--lr", "1e-5")
+    assert (status, found["outcome"]) == (2, "refused")
+    (error,) = found["errors"]
+    assert "--lr 1e-05 is below --min-lr 0.0003" in error
+    assert not [n for n in found["notes"] if "does not accept" in n]
+    _, found = plan(capsys, root, "--weight-decay", 0.05)
+    assert found["errors"] == []
+    assert not [a for a in found["arguments"]["assumed"] if "t-weight-decay" in a["flag"]]
+    _, found = plan(capsys, root, "--start-weight-decay", 0.05)
+    assert "--start-weight-decay 0.05 with --weight-decay-incr-style constant" in found["errors"][0]
+    # A load does not check that the bounds of two runs fit.
+    _, found = plan(capsys, root, "--min-lr", "1e-3", "--selective-keep-hyperparameters", "max_lr")
+    assert found["errors"] == []
+
+
 def test_a_rate_after_the_end_of_the_schedule_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
