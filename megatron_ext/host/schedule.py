@@ -87,10 +87,11 @@ def scheduled(
     Raises:
         PlanError: Megatron's scheduler does not accept the values.
     """
+    cls = _scheduler_class()
     live = [dict(group) for group in groups]
     out = []
     try:
-        scheduler = _construct(live, values)
+        scheduler = _construct(cls, live, values)
         for position in positions:
             scheduler.step(position - scheduler.num_steps)
             out.append([(float(g["lr"]), float(g["weight_decay"])) for g in live])
@@ -109,16 +110,21 @@ def refusal(values: ScheduleValues) -> str | None:
     Args:
         values: The values of the arguments.
     """
+    cls = _scheduler_class()
     try:
-        _construct([{}], values)
+        _construct(cls, [{}], values)
     except Exception as e:  # as in `scheduled`
         return _quoted(e)
     return None
 
 
-def _construct(groups: Sequence[dict[str, Any]], values: ScheduleValues) -> Any:
+def _scheduler_class() -> Any:
     module = importlib.import_module("megatron.core.optimizer_param_scheduler")
-    return module.OptimizerParamScheduler(
+    return module.OptimizerParamScheduler
+
+
+def _construct(cls: Any, groups: Sequence[dict[str, Any]], values: ScheduleValues) -> Any:
+    return cls(
         SimpleNamespace(param_groups=groups),
         **asdict(values),
         use_checkpoint_opt_param_scheduler=False,

@@ -34,8 +34,11 @@ _OF_THE_MODEL = (
     "padded_vocab_size",
     "rampup_batch_size",
     "step_batch_size_schedule",
+    "apply_wd_to_qk_layernorm",
     "use_mup",
-    "mup_width_mult",
+    "hidden_size",
+    "mup_base_hidden_size",
+    "expert_tensor_parallel_size",
 )
 #: Arguments that determine the number of rows of the embedding.
 _PADDING = frozenset(
@@ -180,6 +183,8 @@ def _wanted(
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
     if "global_batch_size" in given:
         taken |= {"step_batch_size_schedule"}  # Megatron refuses both
+    if "tensor_model_parallel_size" in given:
+        taken |= {"expert_tensor_parallel_size"}  # by default the same
     if given & _PADDING:
         taken |= {"padded_vocab_size"}
     if whole:
