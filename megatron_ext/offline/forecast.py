@@ -153,8 +153,10 @@ class _Forecaster:
         return any(a.flag == flag for a in self.arguments.assumed)
 
     def _as_given(self) -> argparse.Namespace:
-        """Copy the arguments without an assumed length of the run."""
+        """Copy the arguments without an assumed length of the run and an unknown rate."""
         given = copy.copy(self.now)
+        if given.lr is None:
+            del given.lr
         if self.arguments.elsewhere is not None:
             given.save = None  # the run would continue from there and not overwrite it
         if self._assumed("--train-iters"):

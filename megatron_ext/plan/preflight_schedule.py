@@ -24,7 +24,7 @@ def argument_problems(args: Any) -> Iterator[str]:
     """
     found = [*_rate_problems(args), *_weight_decay_problems(args)]
     if not only_evaluates(args):
-        found += _length_problems(args)
+        found += _schedule_problems(args)
         if not found and (values := _values(args)) is not None and (said := refusal(values)):
             found.append(
                 f"Megatron's scheduler does not accept the arguments: {said} (it gets {values}). "
@@ -97,7 +97,15 @@ def _weight_decay_problems(args: Any) -> Iterator[str]:
         )
 
 
-def _length_problems(args: Any) -> Iterator[str]:
+def _schedule_problems(args: Any) -> Iterator[str]:
+    if hasattr(args, "lr") and args.lr is None:
+        yield "there is no --lr, and Megatron's schedule needs one. Give it"
+    both = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+    if all(getattr(args, name, False) for name in both):
+        yield (
+            "--override-opt_param-scheduler takes the schedule from the arguments and "
+            "--use-checkpoint-opt_param-scheduler from the checkpoint. Leave one of the two out"
+        )
     for unit in ("iters", "samples"):
         warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
         decay = getattr(args, f"lr_decay_{unit}", None)

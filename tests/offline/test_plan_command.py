@@ -361,6 +361,10 @@ def test_what_cannot_be_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["curves"] == []
     assert any("Give --lr, --train-iters" in n for n in found["notes"])
     assert found["warnings"][0].startswith(UNKNOWN)
+    # A rate that nobody knows is no missing flag.
+    root = checkpoint(tmp_path / "two", args=False, scheduler={"max_lr": None})
+    _, found = plan(capsys, root)
+    assert found["errors"] == []
 
 
 @pytest.mark.parametrize(

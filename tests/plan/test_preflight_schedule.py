@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,24 @@ def test_what_megatron_asserts_is_one_error_with_a_way_out(case: str, tmp_path: 
     fixed = arguments(root, **{**changes, **way_out})
     assert refusal(values_of(fixed)) is None
     assert problems(fixed) == []
+
+
+def test_a_rate_and_one_source_of_the_schedule_are_needed(tmp_path: Path) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    root = checkpoint(tmp_path / "one")
+    (error,) = problems(arguments(root, lr=None))
+    assert "no --lr" in error
+    flags = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+    both = dict.fromkeys(flags, True)
+    values = asdict(values_of(arguments(root)))
+    with pytest.raises(AssertionError):
+        OptimizerParamScheduler(argparse.Namespace(param_groups=[]), **values, **both)
+    (error,) = problems(arguments(root, **both))
+    assert "--override-opt_param-scheduler takes the schedule from the arguments" in error
+    assert "Leave one of the two out" in error
+    for flag in flags:
+        assert problems(arguments(root, **{flag: True})) == []
 
 
 @pytest.mark.parametrize(
