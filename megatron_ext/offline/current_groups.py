@@ -95,6 +95,8 @@ def _made(
     """
     if not found.parameters:
         raise PlanError("the checkpoint does not name its parameters")
+    if now.lr is None:
+        raise PlanError("neither the arguments nor the checkpoint have a learning rate")
     parameters = [(p.name, p.shape, p.expert) for p in found.parameters]
     made = made_groups(parameters, before)
     own = [[group.values for group in groups] for groups in made]

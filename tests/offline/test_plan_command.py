@@ -253,12 +253,13 @@ def test_groups_that_megatron_does_not_make_are_not_known(tmp_path: Path) -> Non
         ([group(), group(max_lr=1e-2, default_config=False)], {}, "are not those that Megatron"),
         ([group()], {"optimizer": "muon"}, "--optimizer muon makes a chain"),
         ([group()], {"use_mup": True}, "--use-mup needs the hidden size"),
+        ([group()], {"lr": None}, "have a learning rate"),
     ):
         state = {"optimizer": {"param_groups": groups}}
         common = {"args": Namespace(**changes), "optimizer": state}
-        common["opt_param_scheduler"] = {"num_steps": 0}
+        common["opt_param_scheduler"] = {"num_steps": 0, "max_lr": changes.get("lr", 1e-3)}
         where = tmp_path / str(len(list(tmp_path.iterdir())))
-        found = forecast(inspected.store(where, tensors, common=common), ["--lr", "1e-3"])
+        found = forecast(inspected.store(where, tensors, common=common))
         unknown = [w for w in found.all_warnings if "param_groups are not known" in w]
         assert len(unknown) == bool(why)
         assert all(why in w and "--selective-dry-run" in w for w in unknown)
