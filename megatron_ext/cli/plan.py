@@ -132,11 +132,6 @@ def _print(found: Forecast) -> None:
         # A flag that is off is off in Megatron's defaults too.
         values = [f"{a.flag} {a.value}" for a in of_one if a.value is not False]
         to.print(output.cell(f"assumed, from {source}: {' '.join(values)}"))
-    if found.optimizers:
-        to.print(
-            "assumed: the current param_groups are the checkpoint's with the arguments' values; a "
-            "run with --selective-dry-run shows the real ones"
-        )
     for note in found.notes:
         to.print(output.cell(f"note: {note}"))
 

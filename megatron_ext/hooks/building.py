@@ -13,7 +13,7 @@ from typing import Any
 from ..base import ranks
 from ..base.log import say
 from ..errors import HostError, MegatronExtError
-from ..host.arguments import global_args
+from ..host.arguments import LAYER_WISE, global_args, is_layer_wise
 from ..host.classes import resolve_class
 from ..host.contract import CORE, megatron_version
 from ..policy.request import Request
@@ -56,12 +56,10 @@ def build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         config, chosen = call["config"], request.optimizer_class
-        by_layer = getattr(config, "use_layer_wise_distributed_optimizer", False)
-        if by_layer or config.optimizer.startswith("dist_"):
+        if is_layer_wise(config):
             raise HostError(
-                f"--optimizer-class {chosen} with --optimizer {config.optimizer} and a layer-wise "
-                "distributed optimizer: it keeps its state in a layout of its own. Leave "
-                "--use-layer-wise-distributed-optimizer out"
+                f"--optimizer-class {chosen} with --optimizer {config.optimizer} and "
+                f"--use-distributed-optimizer: {LAYER_WISE}"
             )
         cls = resolve_class(chosen)
         with _substituted(cls):

@@ -73,6 +73,15 @@ def only_evaluates(args: Any) -> bool:
     return bool(getattr(args, "skip_train", False)) and not getattr(args, "perform_rl_step", False)
 
 
+def is_validated(args: Any) -> bool:
+    """Whether Megatron has validated arguments, and filled in some (training/arguments.py:1219).
+
+    Args:
+        args: Megatron's arguments.
+    """
+    return hasattr(args, "consumed_train_samples")
+
+
 def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
     """Make the error for a policy that needs the optimizer state that a flag drops."""
     goes_on = policy.schedule_position == "continue"
@@ -92,12 +101,40 @@ def needs_optimizer(flag: str, policy: ResumePolicy) -> HostError:
     )
 
 
+def is_layer_wise(args: Any) -> bool:
+    """Whether Megatron builds its layer-wise distributed optimizer.
+
+    It does so for Muon and similar optimizers with --use-distributed-optimizer. Its validation
+    replaces that by an argument without a flag (training/arguments.py:1670, 0.19.2).
+
+    Args:
+        args: Megatron's arguments, before or after its own validation, or an OptimizerConfig.
+    """
+    optimizer = str(getattr(args, "optimizer", "adam"))
+    if getattr(args, "use_layer_wise_distributed_optimizer", False):
+        return True
+    distributed = optimizer not in ("adam", "sgd") and getattr(
+        args, "use_distributed_optimizer", False
+    )
+    return bool(distributed) or optimizer.startswith("dist_")
+
+
+#: Why `is_layer_wise` is refused, and the way out.
+LAYER_WISE = (
+    "Megatron then builds its layer-wise distributed optimizer, which keeps whole parameters in a "
+    "layout of its own and which this package does not resume. Leave --optimizer-class out to "
+    "resume as Megatron does, with the arguments of the checkpoint's run"
+)
+
+
 def refused_flags(args: Any) -> list[str]:
     """List Megatron's own flags that cannot go with ``--optimizer-class``, with the reasons."""
     optimizer = getattr(args, "optimizer", "adam")
     reasons = {
         f"--optimizer {optimizer}": optimizer in ("sgd", "lion")
         and "only Adam is supported (its state is exp_avg and exp_avg_sq), and chains with it",
+        f"--optimizer {optimizer} and --use-distributed-optimizer": is_layer_wise(args)
+        and LAYER_WISE,
         "--use-megatron-fsdp": getattr(args, "use_megatron_fsdp", False)
         and "Megatron-FSDP does not load through DistributedOptimizer",
         "--use-torch-fsdp2": getattr(args, "use_torch_fsdp2", False)

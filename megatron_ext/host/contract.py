@@ -59,6 +59,26 @@ CONTRACT = (
     HostName(CORE, "DistributedOptimizer", reference="core/optimizer/__init__.py:54"),
     HostName(CORE, "Float16OptimizerWithFloat16Params", reference="core/optimizer/__init__.py:64"),
     HostName(CORE, "FP32Optimizer", reference="core/optimizer/__init__.py:65"),
+    HostName(
+        CORE,
+        "_get_param_groups",
+        ("model_chunks", "config", "config_overrides"),
+        reference="core/optimizer/__init__.py:299; the param_groups that plan shows",
+    ),
+    HostName(
+        CORE,
+        "get_standard_config_overrides",
+        ("config",),
+        reference="core/optimizer/__init__.py:92; what plan makes param_groups with",
+    ),
+    HostName(
+        CORE,
+        "get_mup_config_overrides",
+        ("config", "mup_width_mult", "optimizer_type"),
+        since="0.18.0",
+        reference="core/optimizer/__init__.py:130; the same with --use-mup",
+    ),
+    HostName(CORE, "OptimizerConfig", ("lr",), reference="core/optimizer/__init__.py:75; the same"),
     HostName(CORE, "get_megatron_optimizer", ("config", "model_chunks"), reference=":992"),
     HostName(
         CORE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -86,28 +87,55 @@ def scheduled(
     Raises:
         PlanError: Megatron's scheduler does not accept the values.
     """
-    module = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    cls = _scheduler_class()
     live = [dict(group) for group in groups]
-    optimizer = SimpleNamespace(param_groups=live)
     out = []
     try:
-        scheduler = module.OptimizerParamScheduler(
-            optimizer,
-            **asdict(values),
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=False,
-        )
+        scheduler = _construct(cls, live, values)
         for position in positions:
             scheduler.step(position - scheduler.num_steps)
             out.append([(float(g["lr"]), float(g["weight_decay"])) for g in live])
     except Exception as e:  # it asserts or raises a plain Exception for values it does not accept
         raise PlanError(
-            f"Megatron's scheduler does not accept these values: {type(e).__name__}: "
-            f"{e or 'an assertion without a message'} ({values}). Expected min_lr <= max_lr, a "
-            "warm-up shorter than the decay, start_wd <= end_wd, equal if weight decay is "
-            "constant, and known styles"
+            f"Megatron's scheduler does not accept these values: {_quoted(e)} ({values}). Expected "
+            "min_lr <= max_lr, a warm-up shorter than the decay, start_wd <= end_wd, equal if "
+            "weight decay is constant, and known styles"
         ) from e
     return out
+
+
+def refusal(values: ScheduleValues) -> str | None:
+    """Quote what Megatron's scheduler raises where a run constructs it; None if it accepts.
+
+    Args:
+        values: The values of the arguments.
+    """
+    cls = _scheduler_class()
+    try:
+        _construct(cls, [{}], values)
+    except Exception as e:  # as in `scheduled`
+        return _quoted(e)
+    return None
+
+
+def _scheduler_class() -> Any:
+    module = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    return module.OptimizerParamScheduler
+
+
+def _construct(cls: Any, groups: Sequence[dict[str, Any]], values: ScheduleValues) -> Any:
+    return cls(
+        SimpleNamespace(param_groups=groups),
+        **asdict(values),
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+def _quoted(error: Exception) -> str:
+    """Quote an error, with the line of Megatron if it is an assertion without a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {str(error) or (frames[-1].line if frames else '')}"
 
 
 def values_of(args: Any) -> ScheduleValues:
@@ -136,7 +164,8 @@ def values_of(args: Any) -> ScheduleValues:
         found = getattr(args, f"{name}_{unit}", None)
         return None if found is None else found * size
 
-    decay = steps("lr_decay") or length * size
+    named = steps("lr_decay")
+    decay = length * size if named is None else named
     fraction = getattr(args, "lr_warmup_fraction", None)
     constant = args.weight_decay_incr_style == "constant"
     start, end = args.start_weight_decay, args.end_weight_decay

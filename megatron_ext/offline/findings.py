@@ -41,9 +41,13 @@ class Findings:
                 notes.append(str(e))
             return None
 
-    def accepted(self, call: Callable[[], T]) -> T | None:
-        """Call Megatron's scheduler; its error becomes a note if there are errors already."""
-        return self.tried(call, self.notes if self.errors else None)
+    def scheduled(self, call: Callable[[], T]) -> T | None:
+        """Call Megatron's scheduler; its error becomes a note if nothing is refused already.
+
+        A load sets values without the checks with which the scheduler is constructed, so that what
+        the scheduler does not accept is no reason to refuse; the preflight checks the arguments.
+        """
+        return self.tried(call, [] if self.errors else self.notes)
 
 
 def quietly(call: Callable[[], T]) -> T | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.pickles import gc_disabled
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
@@ -34,7 +33,7 @@ from ..policy.from_flags import request_from_args
 from ..policy.phase import Mark, Phase, decide
 from ..policy.policy import ResumePolicy
 from .command_line import CommandLine, Place, locate, parse
-from .current_groups import current_groups
+from .current_groups import CurrentGroups, current_groups
 from .findings import Findings, quietly
 from .forecast_counters import batch_sizes, begun, counters_of
 from .forecast_curves import curves_of, first_step
@@ -42,6 +41,7 @@ from .forecast_model import Forecast, OptimizerForecast, ScheduledValue
 from .moments_forecast import forecast_moments, rules_of
 from .parameter_forecast import forecast_parameters
 from .planned_arguments import complete, state_of
+from .stored_parameters import parameters_of
 
 
 def forecast(
@@ -97,6 +97,7 @@ class _Forecaster:
         self.now = self.arguments.values
         nothing = CommandLine(argparse.Namespace(), frozenset(), (), "megatron_ext")
         self.before = complete(nothing, place, stored).values
+        self.parameters = parameters_of(stored)
         self.found = Findings()
 
     def run(self) -> Forecast:
@@ -114,14 +115,20 @@ class _Forecaster:
         phase = None if policy is None or dropped else self._phase(policy)
         counters = counters_of(stored, now, phase, dropped)
         values = self.found.tried(lambda: values_of(now), self.found.notes)
-        groups = self._current_groups(values)
+        current = self._current_groups(values, used=phase is not None)
         mapped, optimizers = Mapped(), tuple[OptimizerForecast, ...]()
         if phase is not None:
             mapped = forecast_parameters(stored, self.before, now, phase.policy, self.found)
-            optimizers = self._optimizers(phase, groups, mapped)
+            optimizers = self._optimizers(phase, current, mapped)
         scheduler, after = self._scheduler(policy, values, dropped)
         curves = curves_of(
-            self.found, self.stored, (self.before, now), after, optimizers, groups, counters
+            self.found,
+            self.stored,
+            (self.before, now),
+            after,
+            optimizers,
+            current.optimizers,
+            counters,
         )
         for number, one in enumerate(optimizers):
             self.found.warnings += jumps(one.plan, first_step(curves, number))
@@ -145,8 +152,10 @@ class _Forecaster:
         return any(a.flag == flag for a in self.arguments.assumed)
 
     def _as_given(self) -> argparse.Namespace:
-        """Copy the arguments without an assumed length of the run."""
+        """Copy the arguments without an assumed length of the run and an unknown rate."""
         given = copy.copy(self.now)
+        if given.lr is None:
+            del given.lr
         if self.arguments.elsewhere is not None:
             given.save = None  # the run would continue from there and not overwrite it
         if self._assumed("--train-iters"):
@@ -193,25 +202,29 @@ class _Forecaster:
 
         return self.found.tried(decided)
 
-    def _current_groups(
-        self, values: ScheduleValues | None
-    ) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+    def _current_groups(self, values: ScheduleValues | None, *, used: bool) -> CurrentGroups:
         saved = [o.groups for o in self.stored.optimizers]
-        found = self.found.accepted(lambda: current_groups(saved, self.before, self.now, values))
-        if found is None:
-            found = current_groups(saved, self.before, self.now, None)
-        self.found.notes += found.notes
-        return found.optimizers
+        current = current_groups(saved, self.parameters, self.before, self.now)
+        if values is not None:
+            current = self.found.scheduled(lambda: current.at_first(values)) or current
+        if current.unknown and used:
+            self.found.warnings.append(
+                f"the current param_groups are not known: {current.unknown}. Those below are "
+                "assumed: the checkpoint's with the arguments' values. A run with "
+                "--selective-dry-run shows the real ones"
+            )
+        self.found.notes += current.notes
+        return current
 
     def _optimizers(
-        self, phase: Phase, groups: Sequence[Sequence[Mapping[str, Any]]], mapped: Mapped
+        self, phase: Phase, found: CurrentGroups, mapped: Mapped
     ) -> tuple[OptimizerForecast, ...]:
         stored, now = self.stored, self.now
         counters = counters_of(stored, now, phase, None)
         assert counters is not None  # there is a phase
         sizes = batch_sizes(stored, (self.before, now), counters)
         plans = []
-        for saved, current in zip(stored.optimizers, groups, strict=True):
+        for saved, current in zip(stored.optimizers, found.optimizers, strict=True):
             circumstances = Circumstances(
                 clip_grad=getattr(now, "clip_grad", None) or 0.0,
                 decoupled_weight_decay=getattr(now, "decoupled_weight_decay", None) is not False,
@@ -225,7 +238,7 @@ class _Forecaster:
                     )
                 )
             )
-        moments = self._moments(phase.policy, plans, groups, mapped)
+        moments = self._moments(phase.policy, plans, found, mapped)
         out = []
         for plan, decided in zip(plans, moments, strict=True):
             if plan is None:
@@ -242,7 +255,7 @@ class _Forecaster:
         self,
         policy: ResumePolicy,
         plans: Sequence[ResumePlan | None],
-        groups: Sequence[Sequence[Mapping[str, Any]]],
+        current: CurrentGroups,
         mapped: Mapped,
     ) -> tuple[tuple[ParameterPlan, ...] | None, ...]:
         """Return the plans of each optimizer's parameters; None if they are not known."""
@@ -251,7 +264,8 @@ class _Forecaster:
             self.stored,
             policy,
             plans,
-            groups,
+            current,
+            self.parameters,
             None if rows is not None and rows[0] == rows[1] else rows,
             decoupled=getattr(self.before, "decoupled_lr", None) is not None,
             new=mapped.new_to_optimizer,

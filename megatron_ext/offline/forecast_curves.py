@@ -52,7 +52,7 @@ def curves_of(
     after = counters[1]
     span = _future(after, now, values, _offset(optimizers))
     future = [[g.values for g in o.plan.groups] for o in optimizers] or groups
-    future_curves = found.accepted(lambda: phase_curves(LABELS[1], 2, values, future, span))
+    future_curves = found.scheduled(lambda: phase_curves(LABELS[1], 2, values, future, span))
     return (*out, *(future_curves or ()))
 
 

@@ -16,7 +16,8 @@ from ..plan.moments import plan_moments
 from ..plan.parameters import Parameter, ParameterPlan
 from ..policy.policy import ResumePolicy
 from ..rules.registry import write
-from .stored_parameters import Stored, in_groups, parameters_of
+from .current_groups import CurrentGroups
+from .stored_parameters import Stored, in_groups
 
 #: Number of parameter names that are shown for a rule.
 _EXAMPLES = 5
@@ -67,7 +68,8 @@ def forecast_moments(
     stored: StoredCheckpoint,
     policy: ResumePolicy,
     plans: Sequence[ResumePlan | None],
-    groups: Sequence[Groups],
+    current: CurrentGroups,
+    found: Stored,
     rows: tuple[int, int] | None = None,
     *,
     decoupled: bool = False,
@@ -79,7 +81,8 @@ def forecast_moments(
         stored: The checkpoint.
         policy: The policy, without operations that have been done already.
         plans: The plan of each optimizer of the chain, or None.
-        groups: The current param_groups of each optimizer.
+        current: The current param_groups of each optimizer.
+        found: The checkpoint's parameters.
         rows: Rows of the embedding in the checkpoint and now, if these differ.
         decoupled: Whether embedding and output layer have a separate learning rate.
         new: The names of parameters that are known to be new to the optimizers.
@@ -87,7 +90,6 @@ def forecast_moments(
     changes = policy.decides_moments
     if not (changes or policy.groups or rows):
         return MomentsForecast(((),) * len(plans))
-    found = parameters_of(stored)
     if found.by is None:
         note = (
             "a checkpoint of the format torch does not name its parameters, so the rules cannot be "
@@ -95,7 +97,8 @@ def forecast_moments(
             "its first step"
         )
         return MomentsForecast((None,) * len(plans), notes=(note,))
-    parameters = in_groups(found.parameters, groups, rows, decoupled)
+    groups = current.optimizers
+    parameters = in_groups(found.parameters, groups, rows, decoupled, current.places)
     errors: list[MegatronExtError] = []
     idle = _idle(policy, parameters, groups)
     # A rule may match a new parameter that only the script adds.
@@ -103,14 +106,14 @@ def forecast_moments(
     if idle and refused:
         errors.append(PlanError(f"{idle}. Correct the rule, or pass --no-selective-strict"))
     decided: list[tuple[ParameterPlan, ...] | None] = []
-    for plan, of_one, current, saved in zip(
+    for plan, of_one, groups_now, saved in zip(
         plans, parameters, groups, stored.optimizers, strict=True
     ):
         wanted = of_one if changes else [p for p in of_one if p.saved_rows is not None]
         decided.append(())
-        if plan is not None and any("betas" in g for g in current):
+        if plan is not None and any("betas" in g for g in groups_now):
             try:
-                decided[-1] = plan_moments(plan, wanted, saved.groups, current)
+                decided[-1] = plan_moments(plan, wanted, saved.groups, groups_now)
             except MegatronExtError as e:
                 errors.append(e)
                 decided[-1] = None

@@ -34,8 +34,11 @@ _OF_THE_MODEL = (
     "padded_vocab_size",
     "rampup_batch_size",
     "step_batch_size_schedule",
+    "apply_wd_to_qk_layernorm",
     "use_mup",
-    "mup_width_mult",
+    "hidden_size",
+    "mup_base_hidden_size",
+    "expert_tensor_parallel_size",
 )
 #: Arguments that determine the number of rows of the embedding.
 _PADDING = frozenset(
@@ -139,6 +142,11 @@ def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> Plann
         else:
             if getattr(values, name, None) is None:
                 setattr(values, name, _DEFAULTS.get(name))
+    if values.weight_decay_incr_style == "constant":
+        # The saved ones are what Megatron's validation has made of --weight-decay.
+        for name in {"start_weight_decay", "end_weight_decay"} - given:
+            setattr(values, name, None)
+            assumed = [a for a in assumed if a.flag != flag_of(name)]
     if getattr(values, "optimizer_class", None) is None:
         values.optimizer_class = request.DEFAULT_CLASS
         assumed.append(Assumption("--optimizer-class", request.DEFAULT_CLASS, "no other was given"))
@@ -175,6 +183,8 @@ def _wanted(
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
     if "global_batch_size" in given:
         taken |= {"step_batch_size_schedule"}  # Megatron refuses both
+    if "tensor_model_parallel_size" in given:
+        taken |= {"expert_tensor_parallel_size"}  # by default the same
     if given & _PADDING:
         taken |= {"padded_vocab_size"}
     if whole:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..checkpoint import names
 from ..checkpoint.state_keys import parse_state_key
 from ..checkpoint.stored import StoredCheckpoint
+from ..host.param_groups import VOCABULARY
 from ..plan.parameters import Parameter
 
 #: The two halves of a gated fc1, which are stored separately (core/transformer/mlp.py:465).
@@ -88,18 +89,20 @@ def in_groups(
     optimizers: Sequence[Sequence[Mapping[str, Any]]],
     rows: tuple[int, int] | None = None,
     decoupled: bool = False,
+    known: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[list[Parameter]]:
-    """Assign each parameter to a param_group, as Megatron builds the groups.
+    """Assign each parameter to a param_group.
 
-    With expert parallelism experts have separate groups, and parameters of one dimension have no
-    weight decay (core/optimizer/__init__.py:122 and :320, 0.19.2). If several groups fit, the first
-    one is used.
+    If the groups are assumed, so are the places, as Megatron builds groups by default: with expert
+    parallelism experts have separate groups, and parameters of one dimension have no weight decay
+    (core/optimizer/__init__.py:122 and :320, 0.19.2). If several groups fit, the first one is used.
 
     Args:
         parameters: All parameters.
         optimizers: For each optimizer of the chain its param_groups.
         rows: Rows of the embedding in the checkpoint and now, if these differ.
         decoupled: Whether embedding and output layer have a separate learning rate.
+        known: Name -> positions of its optimizer and its group; None if they are assumed.
 
     Returns:
         For each optimizer its parameters.
@@ -110,19 +113,16 @@ def in_groups(
     out: list[list[Parameter]] = [[] for _ in optimizers]
     for one in parameters:
         plain = len(one.shape) == 1 or one.name.endswith(".bias")
-        vocabulary = one.name in _VOCABULARY
+        vocabulary = one.name in VOCABULARY
         kind = one.expert and parallel, plain, vocabulary and decoupled
         if kind not in places:
             places[kind] = _place(groups, *kind)
-        number, index = places[kind]
+        number, index = places[kind] if known is None else known[one.name]
         shape, saved_rows = one.shape, None
         if vocabulary and rows is not None and shape and shape[0] == rows[0]:
             shape, saved_rows = (rows[1], *shape[1:]), rows[0]
         out[number].append(Parameter(one.name, shape, index, saved_rows))
     return out
-
-
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def _place(

@@ -21,6 +21,7 @@ from ..policy.from_flags import request_from_args
 from ..policy.policy import ResumePolicy
 from ..policy.request import DEFAULT_CLASS, Request
 from .preflight_checkpoint import Found, examine_checkpoint
+from .preflight_schedule import argument_problems
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def examine(
     found += map(HostError, refused_flags(args))
     chosen = attempt(lambda: _directories(args))
     found += map(HostError, _counter_conflicts(args, policy))
+    found += map(HostError, argument_problems(args))
     if chosen is None:
         return Preflight(tuple(found))
     found += map(HostError, _directory_conflicts(args, chosen, policy))
@@ -154,7 +156,6 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
     if dropped and policy.needs_optimizer:
         yield str(arguments.needs_optimizer(dropped, policy))
     if not resets:
-        yield from _schedule_conflicts(args)
         return
     if getattr(args, "override_ckpt_iteration", None) is not None:
         yield (
@@ -177,25 +178,4 @@ def _counter_conflicts(args: Any, policy: ResumePolicy) -> Iterator[str]:
         yield (
             "--reset-dataloader with --dataloader-type external: the script places its own data "
             "loader. Reset it there"
-        )
-    yield from _schedule_conflicts(args)
-
-
-def _schedule_conflicts(args: Any) -> Iterator[str]:
-    """Check what stock asserts without a message (core/optimizer_param_scheduler.py:135)."""
-    for unit in ("iters", "samples"):
-        warmup = getattr(args, f"lr_warmup_{unit}", 0) or 0
-        decay = getattr(args, f"lr_decay_{unit}", None) or getattr(args, f"train_{unit}", None)
-        if decay is not None and warmup and warmup >= decay:
-            yield (
-                f"--lr-warmup-{unit} {warmup} is not shorter than the decay of {decay} {unit} "
-                f"(--lr-decay-{unit}, or --train-{unit}): the schedule would end before its "
-                "warm-up does. Make the decay longer or the warm-up shorter"
-            )
-
-    fraction = getattr(args, "lr_warmup_fraction", None)
-    if fraction is not None and fraction >= 1.0:
-        yield (
-            f"--lr-warmup-fraction {fraction:g}: the warm-up is not shorter than the decay; "
-            "expected a number below 1"
         )

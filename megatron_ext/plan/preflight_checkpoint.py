@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,25 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
             "--no-load-optim to start with a new optimizer"
         )
         return
+    if getattr(args, "no_save_optim", False) and stored.format != "torch":
+        yield (
+            f"--no-save-optim with a {stored.format} checkpoint to load: Megatron then does not "
+            "request the optimizer's state from it either (training/checkpointing.py:1338, "
+            "0.19.2), and the load fails. Leave the flag out"
+        )
     if reason := unreadable_sharding(stored.sharding_type):
         yield f"{stored.directory}: {reason}"
     saved_kind = bool(stored.args.get("use_distributed_optimizer", False))
     changed = stored.args and saved_kind != bool(args.use_distributed_optimizer)
-    if changed and is_by_position(stored):
+    if arguments.is_layer_wise(argparse.Namespace(**stored.args)):
+        # With the same flags now, `refused_flags` says so.
+        if not arguments.is_layer_wise(args):
+            yield (
+                f"the checkpoint in {stored.directory} was written with --optimizer "
+                f"{stored.args.get('optimizer')} and --use-distributed-optimizer: "
+                f"{arguments.LAYER_WISE}"
+            )
+    elif changed and is_by_position(stored):
         names = {True: "with", False: "without"}
         yield (
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "

@@ -30,7 +30,7 @@ from megatron_ext.offline.current_groups import current_groups
 from megatron_ext.offline.forecast import forecast
 from megatron_ext.offline.plan_document import document
 from megatron_ext.offline.planned_arguments import complete
-from megatron_ext.offline.stored_parameters import Named, in_groups, parameters_of
+from megatron_ext.offline.stored_parameters import Named, Stored, in_groups, parameters_of
 from megatron_ext.policy.phase import Mark, digest_of
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
@@ -42,6 +42,7 @@ from tests.support.groups import group
 from tests.support.harness import Hyper, Layout
 from tests.support.planned import words
 from tests.support.pool import RankPool
+from tests.support.runs import needs_training
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -63,6 +64,8 @@ SECOND = Hyper(
 )
 #: All harness models are of local modules, which their checkpoints do not say.
 LOCAL = {"transformer_impl": "local"}
+#: What a legacy checkpoint leaves open, as it names no parameters.
+UNKNOWN = "the current param_groups are not known: the checkpoint does not name its parameters"
 
 
 def plan(
@@ -139,7 +142,8 @@ def test_the_plan_is_the_report_of_the_resume(
         directory=directory,
         policies=POLICIES,
     )[0]
-    monkeypatch.setattr("megatron_ext.offline.forecast.open_checkpoint", with_arguments(LOCAL))
+    saved = {**LOCAL, "expert_model_parallel_size": layout.ep}
+    monkeypatch.setattr("megatron_ext.offline.forecast.open_checkpoint", with_arguments(saved))
     for policy, text in POLICIES.items():
         file = tmp_path / f"{policy}.yaml"
         file.write_text(text)
@@ -154,6 +158,8 @@ def test_the_plan_is_the_report_of_the_resume(
             for one, other in zip(ours["groups"], theirs["groups"], strict=True):
                 assert one == {k: v for k, v in other.items() if k != "parameters_on_rank_0"}
             assert set(theirs["warnings"]) <= set(said["warnings"])
+            unknown = [w for w in said["warnings"] if w.startswith(UNKNOWN)]
+            assert len(unknown) == (layout.format == "torch")
             if layout.format == "torch":
                 assert ours["rules"] is None or policy == "hyperparameters"
             elif layout.tp == 1 and layout.distributed:
@@ -192,28 +198,71 @@ def with_arguments(more: dict[str, Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.ranks
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(True, True), (False, True), pytest.param(True, False, marks=needs_training)],
+)
 def test_groups_with_a_learning_rate_of_their_own(
-    checkpoints: Checkpoints, ext: RankPool, monkeypatch: pytest.MonkeyPatch
+    before: bool,
+    after: bool,
+    checkpoints: Checkpoints,
+    ext: RankPool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = replace(FIRST, decoupled_lr=6e-3, decoupled_min_lr=6e-4)
-    second = replace(SECOND, decoupled_lr=2e-3, decoupled_min_lr=2e-4, start_wd=0.01, end_wd=0.2)
-    second = replace(second, wd_incr_style="cosine")
+    first = replace(FIRST, **(OLD_RATES if before else {}))
+    second = replace(SECOND, start_wd=0.01, end_wd=0.2, wd_incr_style="cosine")
+    if after:
+        second = replace(second, decoupled_lr=2e-3, decoupled_min_lr=2e-4)
     directory, _ = checkpoints.phase_1(BF16, 2, first)
     done = ext.run(
         "tests.support.subject:resume", 2, layout=BF16, hyper=second, directory=directory, more=1
     )[0]
-    saved = {"decoupled_lr": 6e-3, "decoupled_min_lr": 6e-4}
+    saved = OLD_RATES if before else {}
     monkeypatch.setattr("megatron_ext.offline.forecast.open_checkpoint", with_arguments(saved))
-    found = forecast(directory, words(second))
+    given = words(second)
+    if before and not after:
+        # A missing flag has the checkpoint's value, but not on the command line of a whole run.
+        # Megatron's own parser reads that.
+        given += ["--num-layers", "2", "--micro-batch-size", "2", "--hidden-size", "16"]
+        given += ["--num-attention-heads", "4"]
+    found = forecast(directory, given)
     said = document(found)
     (theirs,) = done["report"]["optimizers"]
     assert [g["keys"] for g in said["optimizers"][0]["groups"]] == [
         g["keys"] for g in theirs["groups"]
     ]
-    assert {g["keys"]["max_lr"]["value"] for g in theirs["groups"]} == {1e-3, 2e-3}
+    rates = {1e-3, 2e-3} if after else {1e-3}
+    assert {g["keys"]["max_lr"]["value"] for g in theirs["groups"]} == rates
     assert [lr for _, lr, _ in found.first_step] == done["lrs"][0]
     assert [wd for _, _, wd in found.first_step] == done["wds"][0]
-    assert not [n for n in found.notes if "decoupled" in n or "does not follow from" in n]
+    assert not [n for n in found.notes if "does not follow from" in n]
+    assert not [w for w in found.all_warnings if "not known" in w]
+
+
+#: Of embedding and output layer.
+OLD_RATES = {"decoupled_lr": 6e-3, "decoupled_min_lr": 6e-4}
+
+
+def test_groups_that_megatron_does_not_make_are_not_known(tmp_path: Path) -> None:
+    """Of a script with groups of its own, and where the optimizer is a chain with others."""
+    tensors = {"optimizer.state.exp_avg.a.weight": torch.ones(2, 2)}
+    for groups, changes, why in (
+        ([group()], {}, ""),
+        ([group(wd_mult=0.5)], {}, "are not those that Megatron makes"),
+        ([group(), group(max_lr=1e-2, default_config=False)], {}, "are not those that Megatron"),
+        ([group()], {"optimizer": "muon"}, "--optimizer muon makes a chain"),
+        ([group()], {"use_mup": True}, "--use-mup needs the hidden size"),
+        ([group()], {"lr": None}, "have a learning rate"),
+    ):
+        state = {"optimizer": {"param_groups": groups}}
+        common = {"args": Namespace(**changes), "optimizer": state}
+        common["opt_param_scheduler"] = {"num_steps": 0, "max_lr": changes.get("lr", 1e-3)}
+        where = tmp_path / str(len(list(tmp_path.iterdir())))
+        found = forecast(inspected.store(where, tensors, common=common))
+        unknown = [w for w in found.all_warnings if "param_groups are not known" in w]
+        assert len(unknown) == bool(why)
+        assert all(why in w and "--selective-dry-run" in w for w in unknown)
 
 
 # --- arguments
@@ -223,7 +272,7 @@ def test_only_what_changes_is_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "min_lr": 3e-4, "adam_eps": 1e-8})
     before = checksums(root)
     status, found = plan(capsys, root, "--lr", "1e-3", "--json", "--train-iters", "40")
-    assert status == 0
+    assert (status, [w.startswith(UNKNOWN) for w in found["warnings"]]) == (1, [True])
     assert found["outcome"] == "resume"
     assert not found["arguments"]["complete"]
     assumed = {a["flag"]: (a["value"], a["source"]) for a in found["arguments"]["assumed"]}
@@ -312,7 +361,11 @@ def test_what_cannot_be_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (status, found["outcome"]) == (1, "transition")
     assert found["curves"] == []
     assert any("Give --lr, --train-iters" in n for n in found["notes"])
-    assert any("--selective-dry-run" in n for n in found["notes"])
+    assert found["warnings"][0].startswith(UNKNOWN)
+    # A rate that nobody knows is no missing flag.
+    root = checkpoint(tmp_path / "two", args=False, scheduler={"max_lr": None})
+    _, found = plan(capsys, root)
+    assert found["errors"] == []
 
 
 @pytest.mark.parametrize(
@@ -367,17 +420,13 @@ def test_bounds_that_no_argument_gives_are_kept_and_said() -> None:
     saved = [[group(max_lr=3e-3), group(max_lr=7e-3, default_config=False)]]
     before = Namespace(lr=3e-3, min_lr=3e-4, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8)
     now = Namespace(lr=1e-3, min_lr=1e-4, adam_beta1=0.9, adam_beta2=0.99, adam_eps=1e-6)
-    found = current_groups(saved, before, now, None)
+    found = current_groups(saved, Stored((), None), before, now)
+    assert found.unknown == "the checkpoint does not name its parameters"
     ((one, other),) = found.optimizers
     assert (one["max_lr"], other["max_lr"]) == (1e-3, 7e-3)
     assert (one["min_lr"], other["min_lr"], other["betas"]) == (1e-4, 1e-4, (0.9, 0.99))
     (note,) = found.notes
     assert note.startswith("max_lr 0.007 of some param_groups does not follow from an argument")
-    # MuP: hidden matrices have lr and eps divided by the width.
-    saved = [[group(max_lr=1.5e-3, min_lr=1.5e-4, eps=5e-9)]]
-    now.use_mup = True
-    ((one,),) = current_groups(saved, before, now, None).optimizers
-    assert (one["max_lr"], one["min_lr"], one["eps"]) == pytest.approx((5e-4, 5e-5, 5e-7))
 
 
 def test_a_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,7 +459,8 @@ def test_a_phase_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     two = checkpoint(tmp_path / "two", 12, mark=mark, changes={"lr": 3e-3, "train_iters": 100})
     directories = ["--selective-from", one, "--load", two, "--save", two]
     status, found = plan(capsys, two, *directories, *RESET_WORDS)
-    assert (status, found["outcome"], found["warnings"]) == (0, "continued", [])
+    assert (status, found["outcome"]) == (1, "continued")
+    assert [w.startswith(UNKNOWN) for w in found["warnings"]] == [True]
     assert found["optimizers"][0]["step"]["value"] == 12
     # In its own directory other operations are another phase's.
     other = ("--selective-preset", "reset-momentum")
@@ -456,6 +506,28 @@ def test_a_schedule_from_the_checkpoint_needs_what_it_does_not_have(
     assert found["errors"] == []
 
 
+def test_arguments_that_the_scheduler_does_not_accept_are_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"lr": 3e-3, "min_lr": 3e-4, "train_iters": 100, "weight_decay": 0.1}
+    # A checkpoint has the arguments as Megatron's validation leaves them.
+    saved |= {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    root = checkpoint(tmp_path / "one", changes=saved)
+    status, found = plan(capsys, root, "--lr", "1e-5")
+    assert (status, found["outcome"]) == (2, "refused")
+    (error,) = found["errors"]
+    assert "--lr 1e-05 is below --min-lr 0.0003" in error
+    assert not [n for n in found["notes"] if "does not accept" in n]
+    _, found = plan(capsys, root, "--weight-decay", 0.05)
+    assert found["errors"] == []
+    assert not [a for a in found["arguments"]["assumed"] if "t-weight-decay" in a["flag"]]
+    _, found = plan(capsys, root, "--start-weight-decay", 0.05)
+    assert "--start-weight-decay 0.05 with --weight-decay-incr-style constant" in found["errors"][0]
+    # A load does not check that the bounds of two runs fit.
+    _, found = plan(capsys, root, "--min-lr", "1e-3", "--selective-keep-hyperparameters", "max_lr")
+    assert found["errors"] == []
+
+
 def test_a_rate_after_the_end_of_the_schedule_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -464,7 +536,7 @@ def test_a_rate_after_the_end_of_the_schedule_is_told(
     longer = ("--train-iters", 20, "--lr-decay-iters", 20)
     status, found = plan(capsys, root, *longer)
     assert status == 1
-    (warning,) = found["warnings"]
+    (warning,) = (w for w in found["warnings"] if not w.startswith(UNKNOWN))
     # A linear decay, half over.
     assert "the first resumed learning rate is 0.00165, 5.50x the last used one, 0.0003" in warning
     _, found = plan(capsys, root, *longer, "--selective-schedule", "restart")
@@ -661,7 +733,7 @@ def test_a_scripts_own_arguments_are_said(
 ) -> None:
     root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
     status, found = plan(capsys, root, "--my-flag", "3", "--lr", "1e-3", "--min-lrr", "1")
-    assert status == 0
+    assert status == 1
     assert found["arguments"]["unknown"] == ["--my-flag", "3", "--min-lrr", "1"]
     assert "--my-flag 3 --min-lrr 1" in "\n".join(found["notes"])
 

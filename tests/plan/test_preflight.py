@@ -140,6 +140,10 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
     "async save": ("--load {one} --save {one}", {"async_save": True}),
     "non-persistent, none there yet": ("--load {one}", {"non_persistent_ckpt_type": "global"}),
     "non-persistent that is damaged and not looked at": ("--load {damaged}", {}),
+    "Muon without the distributed optimizer": (
+        "--load {muon}",
+        {"optimizer": "muon", "use_distributed_optimizer": False},
+    ),
     "CPU offload": ("--load {one}", {"optimizer_cpu_offload": True}),
     "arguments from the checkpoint": (
         "--load {wide}",
@@ -250,6 +254,7 @@ def many(place: Place) -> Place:
     checkpoint(place.argless, args=False)
     checkpoint(place.dist, format="torch_dist")
     checkpoint(place.reshardable, format="torch_dist", sharding="fully_reshardable")
+    checkpoint(place.muon, changes={"optimizer": "muon", "use_distributed_optimizer": False})
     checkpoint(place.wide, changes={"tensor_model_parallel_size": 2})
     checkpoint(place.damaged)
     checkpoint(place.damaged / "non_persistent", 12)
@@ -314,6 +319,21 @@ FAULTS = {
         HostError,
         "--optimizer-class megatron_ext.NoSuch --load {one}",
         *("--optimizer-class megatron_ext.NoSuch", "cannot be imported", "installed"),
+    ),
+    "a layer-wise optimizer": fault(
+        HostError,
+        "--load {layer_wise}",
+        *("--optimizer muon and --use-distributed-optimizer", "layer-wise", "does not resume"),
+        "Leave --optimizer-class out",
+        optimizer="muon",
+    ),
+    "a layer-wise optimizer's checkpoint": fault(
+        CheckpointError,
+        "--load {layer_wise}",
+        *("{layer_wise}", "was written with --optimizer muon and --use-distributed-optimizer"),
+        "Leave --optimizer-class out",
+        optimizer="muon",
+        use_distributed_optimizer=False,
     ),
     "policy": fault(
         PolicyError,
@@ -739,6 +759,9 @@ def faulty(many: Place) -> Place:
     many.begun(RESET, many.both, many.both, 12)
     many.begun(ResumePolicy(preset=Preset("reset"), phase="b"), many.one, many.named)
     checkpoint(many.other, changes={"seed": 2})
+    # As Megatron's validation leaves the arguments.
+    layer_wise = {"use_distributed_optimizer": False, "use_layer_wise_distributed_optimizer": True}
+    checkpoint(many.layer_wise, changes={"optimizer": "muon", **layer_wise})
     return many
 
 

@@ -229,7 +229,7 @@ BUILD = {
     "layer-wise": (
         {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True},
         Layout(),
-        ["--optimizer muon"],
+        ["--optimizer muon and --use-distributed-optimizer", "Leave --optimizer-class out"],
     ),
     "overlap with the step": (
         {"overlap_param_gather_with_optimizer_step": True},

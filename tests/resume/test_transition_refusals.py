@@ -62,6 +62,23 @@ REFUSED = {
         "--load {phase 1}",
         ["--lr-warmup-iters 50", "40", "longer"],
     ),
+    "a rate below the smallest": (
+        f"--lr 3e-5 --min-lr 1e-4 --train-iters 6 {LEGACY} {CLASS} --load {{phase 1}}",
+        ["--lr 3e-05 is below --min-lr 0.0001", "Write --min-lr 3e-05 or less"],
+    ),
+    "WSD without its length": (
+        f"{PHASE_2} {LEGACY} {CLASS} --lr-decay-style WSD --load {{phase 1}}",
+        ["--lr-decay-style WSD without --lr-wsd-decay-iters", "Write --lr-wsd-decay-iters"],
+    ),
+    "a weight decay that falls": (
+        f"{PHASE_2} {LEGACY} {CLASS} --weight-decay-incr-style linear --start-weight-decay 0.2 "
+        "--end-weight-decay 0.1 --load {phase 1}",
+        ["--start-weight-decay 0.2 --end-weight-decay 0.1: this ramp falls", "Write an end"],
+    ),
+    "no optimizer to save, nor to load": (
+        f"{PHASE_2} {DIST} {CLASS} --no-save-optim --load {{dist phase 1}}",
+        ["--no-save-optim with a torch_dist checkpoint", "does not request", "Leave the flag out"],
+    ),
     "from an empty directory": (
         f"{RESET} --selective-from {{phase 1}}/nothing {NEW}",
         ["--selective-from", "{phase 1}/nothing", "no checkpoint"],

@@ -17,6 +17,7 @@ PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 _SUSPECTS = (
     {"optimizer": "sgd"},
     {"optimizer": "lion"},
+    {"optimizer": "muon", "use_distributed_optimizer": True},
     {"use_megatron_fsdp": True},
     {"use_torch_fsdp2": True},
     {"non_persistent_ckpt_type": "local"},
