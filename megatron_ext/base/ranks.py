@@ -8,7 +8,8 @@ messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ _FAILED = 2
 
 
 def agree(
-    what: str, digest: str | None, error: MegatronExtError | None = None, *, flag: bool = False
+    what: str,
+    digest: str | None,
+    error: MegatronExtError | None = None,
+    *,
+    flag: bool = False,
+    facts: Callable[[], Mapping[str, str]] | None = None,
 ) -> bool:
     """Compare a digest over all ranks and raise on every rank if it differs or a rank failed.
 
@@ -44,6 +50,7 @@ def agree(
             has nothing to decide.
         error: Why this rank cannot go on, or None.
         flag: A boolean that is combined by OR over the ranks in the same collective.
+        facts: Names and values of what the digest is made of, for the message if it differs.
 
     Returns:
         Whether any rank has passed the flag.
@@ -51,7 +58,7 @@ def agree(
     Raises:
         MegatronExtError: `error` itself, on the rank that has one.
         AgreementError: On the other ranks, with the failing ranks and their messages; or on all
-            ranks if the digests differ, with the ranks in each camp.
+            ranks if the digests differ, with what differs and the ranks in each camp.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if error is not None:
@@ -72,7 +79,7 @@ def agree(
     high_max, high_min, low_max, low_min, most = probe.tolist()
     differ = high_max != _NOTHING and (high_max != -high_min or low_max != -low_min)
     if most == _FAILED or differ:
-        _raise_on_every_rank(what, shown, error)
+        _raise_on_every_rank(what, shown, error, facts)
     return bool(most)
 
 
@@ -90,6 +97,36 @@ def stop_together(what: str, error: MegatronExtError | None) -> None:
         AgreementError: On the other ranks, with the failing ranks and their messages.
     """
     agree(what, _NO_DIGEST, error)
+
+
+def await_everyone(what: str, seconds: float = 60.0) -> None:
+    """Wait until every rank has come here; a collective without a limit would wait for hours.
+
+    The ranks meet in the store of the process group: one key per rank, and a counter.
+
+    Args:
+        what: What the ranks are about to do; used once per process.
+        seconds: The limit, after ranks that come at about the same time.
+
+    Raises:
+        AgreementError: Ranks did not come. The message names them.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    keys = [f"megatron_ext/{what}/{rank}" for rank in range(world)]
+    store.set(keys[dist.get_rank()], "here")
+    counter = f"megatron_ext/{what}"
+    here, end, pause = store.add(counter, 1), time.monotonic() + seconds, 0.01
+    while here < world:
+        if time.monotonic() > end:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise AgreementError(
+                f"{what}: waited {seconds:g} s for {_ranks(missing)} of {world}. They run without "
+                "--optimizer-class, or have stopped. Give every rank the same command"
+            )
+        time.sleep(pause)
+        here, pause = store.add(counter, 0), min(1.0, 2 * pause)
 
 
 def total(values: list[int]) -> list[int]:
@@ -140,13 +177,21 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def _raise_on_every_rank(what: str, digest: str | None, error: MegatronExtError | None) -> None:
-    mine = (digest, None if error is None else f"{type(error).__name__}: {error}")
-    everyone: list[tuple[str | None, str | None]] = [mine] * dist.get_world_size()
+def _raise_on_every_rank(
+    what: str,
+    digest: str | None,
+    error: MegatronExtError | None,
+    facts: Callable[[], Mapping[str, str]] | None,
+) -> None:
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    known = dict(facts()) if facts is not None and digest is not None and error is None else {}
+    mine = (digest, message, known)
+    everyone: list[tuple[str | None, str | None, dict[str, str]]]
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if error is not None:
         raise error
-    failures = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
+    failures = [(rank, message) for rank, (_, message, _) in enumerate(everyone) if message]
     if failures:
         lines = [f"  rank {rank}: {message}" for rank, message in failures[:MAX_NAMED]]
         more = len(failures) - MAX_NAMED
@@ -156,17 +201,37 @@ def _raise_on_every_rank(what: str, digest: str | None, error: MegatronExtError 
             + "\n".join(lines)
         )
     camps: dict[str, list[int]] = {}
-    for rank, (other, _) in enumerate(everyone):
+    for rank, (other, _, _) in enumerate(everyone):
         if other is not None:
             camps.setdefault(other, []).append(rank)
-    listing = "\n".join(
-        f"  ranks {first_of([str(rank) for rank in ranks])}: plan {d[:12]}"
-        for d, ranks in camps.items()
-    )
+    firsts = [everyone[ranks[0]][2] for ranks in camps.values()]
+    lines = _differences(firsts, list(camps.values())) or [
+        f"  {_ranks(ranks)}: plan {d[:12]}" for d, ranks in camps.items()
+    ]
     raise AgreementError(
-        f"{what}: the ranks made {len(camps)} different plans from the same checkpoint:\n"
-        f"{listing}\nGive every rank the same arguments and the same checkpoint"
+        f"{what}: the ranks made {len(camps)} different plans:\n"
+        + "\n".join(lines)
+        + "\nGive every rank the same arguments, files and checkpoint"
     )
+
+
+def _differences(facts: Sequence[Mapping[str, str]], camps: Sequence[list[int]]) -> list[str]:
+    """Say which facts differ between the camps, with the value of each."""
+    lines = []
+    for name in dict.fromkeys(name for known in facts for name in known):
+        values: dict[str, list[int]] = {}
+        for known, ranks in zip(facts, camps, strict=True):
+            values.setdefault(known.get(name, "absent"), []).extend(ranks)
+        if len(values) > 1:
+            said = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in values.items())
+            lines.append(f"  {name}: {said}")
+    more = len(lines) - MAX_NAMED
+    return [*lines[:MAX_NAMED], *([f"  and {more} more"] if more > 0 else [])]
+
+
+def _ranks(ranks: list[int]) -> str:
+    numbers = first_of([str(rank) for rank in sorted(ranks)])
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}"
 
 
 def device() -> torch.device:

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from ..base import ranks
@@ -193,15 +194,20 @@ def _agreed_request() -> Request | None:
     except MegatronExtError as e:
         error = e
     if request is not None or error is not None:
-        ranks.agree("the policy", "" if request is None else _digest(request), error)
+        facts = _facts(request)
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+        ranks.agree("the policy", digest, error, facts=lambda: facts)
         current.agreed = True
     return request
 
 
-def _digest(request: Request) -> str:
-    return hashlib.sha256(
-        repr((request.optimizer_class, request.policy, request.where)).encode()
-    ).hexdigest()
+def _facts(request: Request | None) -> dict[str, str]:
+    """Return what must be the same on every rank, as text."""
+    if request is None:
+        return {"--optimizer-class": "not given"}
+    policy = {f"policy, {f.name}": getattr(request.policy, f.name) for f in fields(request.policy)}
+    asked = {"--optimizer-class": request.optimizer_class, "--selective-from": request.where}
+    return {name: str(value) for name, value in {**asked, **policy}.items()}
 
 
 def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:

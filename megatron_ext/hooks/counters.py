@@ -47,8 +47,9 @@ def before_the_load(resume: Resume, load_dir: Any, args: Any, state_dict: Any) -
     except MegatronExtError as e:
         error = e
     phase = None if decided is None else decided[0]
-    text = "" if phase is None else f"{phase.state} {phase.mark}"
-    ranks.agree("the phase", hashlib.sha256(text.encode()).hexdigest(), error)
+    text = "" if phase is None else f"{phase.state}, {phase.mark}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    ranks.agree("the phase", digest, error, facts=lambda: {"phase": text})
     if decided is None:
         return
     phase, mark, before, after = decided

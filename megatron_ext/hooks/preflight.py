@@ -97,6 +97,7 @@ def setup(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         megatron_args = global_args()
         if getattr(megatron_args, "optimizer_class", None) is not None and not current.agreed:
+            ranks.await_everyone("the preflight")
             _stop_together(error_of(megatron_args))
             current.agreed = True
         return original(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from ..base.values import plain, same
@@ -108,20 +108,25 @@ class ResumePlan:
 
     def digest(self) -> str:
         """Hex SHA-256 of all decisions; equal on two ranks if and only if they will do the same."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, str]:
+        """Return a name and the value of every decision, as text."""
         keys = ("keep_hyperparameters", "take_hyperparameters")
         in_order: dict[str, Any] = {k: tuple(sorted(getattr(self.policy, k))) for k in keys}
-        content = {
+        policy = replace(self.policy, **in_order)
+        facts: dict[str, Any] = {
             "step": self.step,
-            "policy": repr(replace(self.policy, **in_order)),
-            "phase": None if self.phase is None else [self.phase.state, self.mark],
-            "clip_grad": None if self.clip_grad is None else self.clip_grad.value,
-            "groups": [
-                [g.saved_index, {d.key: [d.taken, plain(d.value)] for d in g.decisions}]
-                for g in self.groups
-            ],
+            "phase": None if self.phase is None else f"{self.phase.state}, {self.mark}",
+            "clip_grad": None if self.clip_grad is None else plain(self.clip_grad.value),
+            **{f"policy, {f.name}": getattr(policy, f.name) for f in fields(policy)},
         }
-        text = json.dumps(content, sort_keys=True, default=repr)
-        return hashlib.sha256(text.encode()).hexdigest()
+        for number, group in enumerate(self.groups):
+            facts[f"param_group {number}, saved as"] = group.saved_index
+            for one in group.decisions:
+                value = json.dumps(plain(one.value), default=repr)  # a tuple as a list
+                facts[f"param_group {number}, {one.key}"] = f"{value} ({one.taken})"
+        return {name: str(value) for name, value in facts.items()}
 
 
 @dataclass(frozen=True)

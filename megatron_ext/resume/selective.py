@@ -106,7 +106,8 @@ class Selective:
         if plan is not None and not any(g["params"] for g in self.optimizer.param_groups):
             # A stage that trains nothing never steps, so that its checkpoint has no step.
             digest = None
-        if agree(f"resume of {kind_of(self)}", digest, error, flag=bool(found)):
+        facts = None if plan is None else plan.facts
+        if agree(f"resume of {kind_of(self)}", digest, error, flag=bool(found), facts=facts):
             found = tuple(sorted({one for of_rank in gather(found) for one in of_rank}))
         assert plan is not None
         self._moment_work = None if work is None else prepare_rules.exchange_with_ranks(work)

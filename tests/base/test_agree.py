@@ -54,14 +54,14 @@ def test_digests_of_the_largest_and_smallest_numbers_pass(ext: RankPool) -> None
 @pytest.mark.parametrize(
     ("digests", "camps"),
     [
-        ([A, B], ["ranks 0: plan a1a1a1a1a1a1", "ranks 1: plan b2b2b2b2b2b2"]),
-        ([A, B, A], ["ranks 0, 2: plan a1a1a1a1a1a1", "ranks 1: plan b2b2b2b2b2b2"]),
+        ([A, B], ["rank 0: plan a1a1a1a1a1a1", "rank 1: plan b2b2b2b2b2b2"]),
+        ([A, B, A], ["ranks 0, 2: plan a1a1a1a1a1a1", "rank 1: plan b2b2b2b2b2b2"]),
         (
             [A, B, C],
             [
-                "ranks 0: plan a1a1a1a1a1a1",
-                "ranks 1: plan b2b2b2b2b2b2",
-                "ranks 2: plan c3c3c3c3c3c3",
+                "rank 0: plan a1a1a1a1a1a1",
+                "rank 1: plan b2b2b2b2b2b2",
+                "rank 2: plan c3c3c3c3c3c3",
             ],
         ),
     ],
@@ -72,13 +72,36 @@ def test_another_plan_stops_every_rank_and_names_the_camps(
     world = len(digests)
     found = ext.run(CASE, world, digests=digests)
     expected = (
-        f"resume of X: the ranks made {len(camps)} different plans from the same checkpoint:\n"
+        f"resume of X: the ranks made {len(camps)} different plans:\n"
         + "\n".join(f"  {camp}" for camp in camps)
-        + "\nGive every rank the same arguments and the same checkpoint"
+        + "\nGive every rank the same arguments, files and checkpoint"
     )
     assert [f["raised"] for f in found] == [("AgreementError", expected)] * world
     assert [f["calls"] for f in found] == [TWO] * world
     assert [f["after"] for f in found] == [[sum(range(world)), world]] * world
+
+
+@pytest.mark.ranks
+def test_what_differs_is_named_with_every_value(ext: RankPool) -> None:
+    facts = [{"step": "4", "lr": "0.1"}, {"step": "4", "lr": "0.2"}, {"step": "4", "lr": "0.1"}]
+    found = ext.run(CASE, 3, digests=[A, B, A], facts=facts)
+    expected = (
+        "resume of X: the ranks made 2 different plans:\n  lr: 0.1 on ranks 0, 2, 0.2 on rank 1\n"
+        "Give every rank the same arguments, files and checkpoint"
+    )
+    assert [f["raised"] for f in found] == [("AgreementError", expected)] * 3
+    assert [f["calls"] for f in found] == [TWO] * 3
+
+
+@pytest.mark.ranks
+def test_ranks_that_do_not_come_are_named(ext: RankPool) -> None:
+    case = "tests.support.agree_cases:await_everyone"
+    assert ext.run(case, 3, seconds=20.0, absent=[]) == [None] * 3
+    found = ext.run(case, 3, seconds=0.5, absent=[1, 2])
+    assert found[1:] == [None, None]
+    kind, message = found[0]
+    assert kind == "AgreementError"
+    assert message.startswith("meeting: waited 0.5 s for ranks 1, 2 of 3. They run without")
 
 
 @pytest.mark.ranks

@@ -13,11 +13,28 @@ from megatron_ext.errors import MegatronExtError, PlanError
 
 
 def agree(
-    digests: list[str], errors: dict[int, str] | None = None, what: str = "resume of X"
+    digests: list[str],
+    errors: dict[int, str] | None = None,
+    what: str = "resume of X",
+    facts: list[dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """`base.ranks.agree` with this rank's digest and error: outcome and collectives."""
-    digest = digests[dist.get_rank()]
-    return _outcome(errors or {}, lambda error: agreement.agree(what, digest, error))
+    rank = dist.get_rank()
+    known = None if facts is None else lambda: facts[rank]
+    return _outcome(
+        errors or {}, lambda error: agreement.agree(what, digests[rank], error, facts=known)
+    )
+
+
+def await_everyone(seconds: float, absent: list[int]) -> tuple[str, str] | None:
+    """`base.ranks.await_everyone`; ranks that are `absent` do not call it."""
+    if dist.get_rank() in absent:
+        return None
+    try:
+        agreement.await_everyone("meeting", seconds)
+    except MegatronExtError as e:
+        return type(e).__name__, str(e)
+    return None
 
 
 def stop_together(errors: dict[int, str], planning: tuple[int, ...] = ()) -> dict[str, Any]:
