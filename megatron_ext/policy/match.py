@@ -14,7 +14,7 @@ from ..errors import PolicyError
 from ..rules.base import Rule
 from ..rules.elementwise import KEEP
 from ..rules.registry import check_moment, write
-from .checks import all_of, unique_keys
+from .checks import all_of, unique_keys, whole_number
 
 Scalar = str | int | float | bool | None
 
@@ -124,7 +124,8 @@ class Match:
         rows = None
         if found := re.fullmatch(r"(.*)\[(\d*):(\d*)\]", name):
             name, first, last = found.groups()
-            rows = (int(first) if first else None, int(last) if last else None)
+            ends = (whole_number(e, f"match {text!r}") if e else None for e in (first, last))
+            rows = (next(ends), next(ends))
         if not name and rows is None:
             raise PolicyError(f"match {text!r}: expected a parameter name or glob, found none")
         values: list[tuple[str, str]] = []
@@ -137,7 +138,8 @@ class Match:
         if len(ndims) > 1 or not all(re.fullmatch(r"\d+", n) for n in ndims):
             raise PolicyError(f"match {text!r}: expected one ndim=NUMBER, found {', '.join(ndims)}")
         group = tuple((key, value) for key, value in values if key != "ndim")
-        return cls(name or "*", rows, int(ndims[0]) if ndims else None, group)
+        ndim = whole_number(ndims[0], f"match {text!r}: ndim") if ndims else None
+        return cls(name or "*", rows, ndim, group)
 
     def __str__(self) -> str:
         """Write the match as `parse` reads it."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from ..base.regex import Regex
 from ..base.regex_parser import MAX_LENGTH, PatternError
 from ..errors import PolicyError
-from .checks import all_of
+from .checks import all_of, at_most
 from .match import Match
 
 Copied = Literal["all", "weights", "moments"]
@@ -121,9 +121,11 @@ class ParameterMap:
                     f"parameters: {name}: expected a list of patterns, found {found!r}"
                 )
             object.__setattr__(self, name, tuple(dict.fromkeys(found)))
+            at_most(getattr(self, name), f"parameters: {name}")
             for pattern in getattr(self, name):
                 Match(pattern)
         object.__setattr__(self, "copies", all_of(Copy, self.copies, "parameters: copy"))
+        at_most(self.copies, "parameters: copies")
 
     def __bool__(self) -> bool:
         """Whether anything is asked."""
