@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ..base.files import open_regular
 from ..errors import CheckpointError
 from . import pickles, torch_file
+from .index_check import bad_entry
 
 #: training/checkpointing.py:340; holds the iteration's number or ``release``.
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -86,6 +88,10 @@ class Store:
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise unexpected(path, f"{type(index).__name__}", "torch's Metadata")
+        with pickles.gc_disabled():
+            why = bad_entry(index)
+        if why:
+            raise unexpected(path, why, f"tensors as torch describes them in {INDEX}")
         return index
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -136,8 +142,12 @@ class Store:
         info = self._objects.get(key)
         if info is None:
             raise unexpected(self._directory / INDEX, f"no place for {key}", "one")
-        (found,) = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
-        return found
+        found = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
+        if not isinstance(found, list) or len(found) != 1:
+            raise unexpected(
+                self._directory, f"a {type(found).__name__} for {key}", "a list with the object"
+            )
+        return found[0]
 
     def require_files(self) -> None:
         """Check that every file of the index exists and is long enough."""
@@ -163,7 +173,7 @@ class Store:
         """
         path = self._path(info, key)
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path, buffering=0) as file:
                 yield torch_file.window(file, info.offset, info.length)
         except CheckpointError:
             raise
@@ -191,11 +201,12 @@ class Store:
         path = self._path(info, key)
 
         def read(file: BinaryIO) -> Any:
+            # Before they are read: memory is taken for as many bytes as are asked for.
+            there = max(0, file.seek(0, io.SEEK_END) - info.offset)
+            if there < info.length:
+                raise EOFError(f"{there} of {info.length} bytes of {key}")
             file.seek(info.offset)
-            data = file.read(info.length)
-            if len(data) != info.length:
-                raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
-            return reader(data)
+            return reader(file.read(info.length))
 
         return read_file(path, read)
 
@@ -211,7 +222,7 @@ def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
         CheckpointError: The file is missing or damaged, or `reader` raised one.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return reader(file)
     except CheckpointError:
         raise

@@ -29,6 +29,8 @@ from .store import (
     unexpected,
 )
 
+#: Bytes that are read of a tracker file and of metadata.json, and digits of an iteration.
+_LINE, _DIGITS = 1 << 16, 18
 #: Sections of the common state that have a field of their own or are large.
 _SECTIONS = ("args", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
 
@@ -180,10 +182,10 @@ def _locate(root: Path, iteration: int | None) -> tuple[Path, int | None, bool]:
 
 def _read_tracker(path: Path) -> tuple[int, bool]:
     """Read the tracker as read_metadata does (training/checkpointing.py:353, 0.19.2)."""
-    text = path.read_bytes().decode(errors="replace").strip()
+    text = read_file(path, lambda file: file.read(_LINE)).decode(errors="replace").strip()
     if text == "release":
         return 0, True
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
         raise CheckpointError(
             f"{path}: expected an iteration's number or 'release', found {text[:40]!r}. Write the "
             "number of the iteration to load into it"
@@ -193,7 +195,7 @@ def _read_tracker(path: Path) -> tuple[int, bool]:
 
 def _require_torch_dist(directory: Path) -> None:
     def backend(file: BinaryIO) -> Any:
-        return json.load(file)["sharded_backend"]
+        return json.loads(file.read(_LINE))["sharded_backend"]
 
     found = read_file(directory / CONFIG, backend)
     if found != "torch_dist":
