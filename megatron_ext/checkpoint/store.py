@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from ..base.files import open_regular
 from ..errors import CheckpointError
 from . import pickles, torch_file
 from .index_check import bad_entry
+from .names import leading_axes
 
 #: training/checkpointing.py:340; holds the iteration's number or ``release``.
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -36,6 +38,8 @@ _GROUPS_KEY = re.compile(
     r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
 )
 _GRAD_SCALER = "grad_scaler"
+#: More layers, and more experts of all layers, than any model has.
+_LAYERS = 1 << 20
 
 
 class GroupsKey(NamedTuple):
@@ -97,7 +101,14 @@ class Store:
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Return key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata
-        return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+        shapes = {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+        for key, shape in shapes.items():
+            # Each layer and each expert becomes a name of its own.
+            if shape and max(shape[:2]) > _LAYERS:
+                if math.prod(shape[: leading_axes(key)]) > _LAYERS:
+                    expected = f"at most {_LAYERS} layers and experts"
+                    raise unexpected(self._directory / INDEX, f"{key} of shape {shape}", expected)
+        return shapes
 
     def common(self) -> Any:
         """Read the state common to all ranks (load_common_state_dict, serialization.py)."""

@@ -141,7 +141,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
     args = common.get("args")
     if number is None:
         number = common.get("iteration", 0)
-        if not isinstance(number, int):
+        if not isinstance(number, int) or number < 0:
             raise unexpected(directory, f"the iteration {number!r}", "a number")
     return StoredCheckpoint(
         root=root,
@@ -152,7 +152,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
-        scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
+        scheduler=_scheduler(common, directory),
         grad_scalers=tuple(_as_mapping(s.get("grad_scaler")) or None for s in states),
         other={k: v for k, v in common.items() if k not in _SECTIONS and not k.startswith("model")},
         _store=store,
@@ -262,7 +262,23 @@ def _as_mapping(value: Any) -> Mapping[Any, Any]:
 def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise unexpected(path, f"a {type(value).__name__}", "a dict of Megatron's training state")
+    _require_texts(value, path, "the training state")
     return value
+
+
+def _scheduler(common: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    found = common.get("opt_param_scheduler", common.get("lr_scheduler"))
+    if found is not None:
+        if not isinstance(found, Mapping):
+            raise unexpected(path, f"a {type(found).__name__}", "a dict of the scheduler's state")
+        _require_texts(found, path, "the scheduler's state")
+    return found
+
+
+def _require_texts(found: Mapping[Any, Any], path: Path, what: str) -> None:
+    for key in found:
+        if not isinstance(key, str):
+            raise unexpected(path, f"a key that is a {type(key).__name__} in {what}", "text")
 
 
 def _foreign(directory: Path, names: list[str]) -> CheckpointError:
