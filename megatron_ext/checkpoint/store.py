@@ -104,10 +104,11 @@ class Store:
         shapes = {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
         for key, shape in shapes.items():
             # Each layer and each expert becomes a name of its own.
-            if shape and max(shape[:2]) > _LAYERS:
-                if math.prod(shape[: leading_axes(key)]) > _LAYERS:
-                    expected = f"at most {_LAYERS} layers and experts"
-                    raise unexpected(self._directory / INDEX, f"{key} of shape {shape}", expected)
+            if shape is None or max(shape[:2], default=0) <= _LAYERS:
+                continue
+            if math.prod(shape[: leading_axes(key)]) > _LAYERS:
+                expected = f"at most {_LAYERS} layers and experts"
+                raise unexpected(self._directory / INDEX, f"{key} of shape {shape}", expected)
         return shapes
 
     def common(self) -> Any:

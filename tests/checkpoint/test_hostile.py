@@ -46,7 +46,7 @@ def run_all(
         # What `plan` refuses is in its answer.
         refused = status == 2 and not (name == "plan" and "REFUSED" in captured.out)
         assert refused == ("error: " in told), (name, told)
-        assert "unexpected" not in told, (name, told)
+        assert "error: unexpected " not in told, (name, told)
         assert "Traceback" not in told, (name, told)
         assert len(told) < 50_000
         assert time.process_time() - begin < SECONDS, name
@@ -226,7 +226,7 @@ def test_a_state_of_another_kind(
     run_all(root, other, out, capsys)
     # Without the tracker's number the iteration is that in the state.
     main(["inspect", str(directory)])
-    assert "unexpected" not in capsys.readouterr().err
+    assert "error: unexpected " not in capsys.readouterr().err
 
 
 def tensor(index: Any) -> Any:
