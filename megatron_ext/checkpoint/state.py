@@ -109,7 +109,7 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
 
 def _require_groups(section: Mapping[str, Any]) -> None:
     groups, state = section["param_groups"], section.get("state") or {}
-    good = isinstance(groups, Sequence) and all(
+    good = not isinstance(groups, Sequence) or all(  # what is none is refused where it is read
         isinstance(group, Mapping) and all(isinstance(key, str) for key in group)
         for group in groups
     )
