@@ -206,6 +206,7 @@ def test_checkpoints(kind: str, tmp_path: Path) -> None:
         ["plan", str(root), *"--lr 1e-3 --train-iters 20 --global-batch-size 8".split()],
         ["convert", str(root), str(out), "--to", "fully_reshardable"],
     ]
+    main(commands[-2])  # it imports Megatron, which takes its time once
     index = pickle.loads(data) if kind == ".metadata" else None
     state = None if kind in (".metadata", "tensors") else torch.load(path, weights_only=False)
 
