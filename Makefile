@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-gpu \
-    pytest bench clean
+    soak pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ test-matrix: $(MATRIX:%=test-with-%) ## the tests that meet Megatron, against ea
 test-with-%: bootstrap
 	@echo "== megatron-core $*"
 	@overlay=$$(.ci/overlay $*) && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest -m matrix $(PYTEST_ARGS)
+
+SECONDS ?= 600
+soak: export OMP_NUM_THREADS := 1
+soak: bootstrap ## damaged and made-up input, for so long (make soak SECONDS=600)
+	MEGATRON_EXT_FUZZ_SECONDS=$(SECONDS) $(PYTHON_BIN) -m pytest -s tests/checkpoint/test_fuzz.py
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)

@@ -15,6 +15,10 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+#: Characters of a message, which may quote a file.
+_LONGEST = 20_000
+
+
 class MegatronExtError(RuntimeError):
     """Base class of every error raised by this package.
 
@@ -24,7 +28,10 @@ class MegatronExtError(RuntimeError):
     """
 
     def __init__(self, message: str = "") -> None:
-        """Escape what is not printable."""
+        """Escape what is not printable, and leave out the middle of what nobody can read."""
+        if (more := len(message) - _LONGEST) > 0:
+            half = _LONGEST // 2
+            message = f"{message[:half]} ... ({more} characters) ... {message[-half:]}"
         super().__init__(printable(message, keep="\n"))
 
 

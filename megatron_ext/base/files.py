@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -50,6 +52,28 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a file for reading. A pipe or a device, which may never end, is an error.
+
+    Args:
+        path: The file, or a link to it.
+        buffering: As for `open`.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    # A pipe would be waited for without the flag; it changes nothing for a regular file.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError("it is a pipe, a socket or a device; expected a regular file")
+        return open(descriptor, "rb", buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def replace(target: Path, text: str) -> None:

@@ -1,96 +1,86 @@
-"""Compare the index of a torch_dist checkpoint with itself and with the files. Reads no tensor."""
+"""Check the entries of torch's index once, so that whoever reads them can trust them."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-#: torch's index of a distributed checkpoint (torch/distributed/checkpoint/filesystem.py).
-INDEX = ".metadata"
+import torch
 
+from .bounded import Unbounded, is_shape, require_bounded
+from .placeholders import Placeholder
+from .state_keys import state_dtype
 
-class Problem(NamedTuple):
-    """A file that does not fit the index, or an index that does not fit itself.
-
-    Args:
-        file: Name of the file.
-        expected: What should be there.
-        found: What is there.
-    """
-
-    file: str
-    expected: str
-    found: str
+#: More elements than any tensor can have.
+_ELEMENTS = 1 << 60
+#: More bytes than any file can have.
+_BYTES = 1 << 62
 
 
-def problems(directory: Path, index: Any) -> Iterator[Problem]:
-    """Find what makes a load fail, or leaves elements of a tensor unread.
-
-    torch's reader copies the pieces that the index names, and does not notice if some are missing.
+def bad_entry(index: Any) -> str | None:
+    """Find an entry that is not as torch writes it.
 
     Args:
-        directory: Directory of the iteration.
-        index: Metadata of torch, as a `Placeholder`.
+        index: torch's Metadata, as a `Placeholder` with both dicts.
+
+    Returns:
+        What is wrong, and where; None if nothing is.
     """
-    yield from _short_files(directory, index)
-    places: dict[str, set[Any]] = defaultdict(set)
-    for item in index.storage_data:
-        places[item.fqn].add(item.offset or ())
+    bounded: set[torch.Size] = set()  # most tensors have the shape of another
     for key, entry in index.state_dict_metadata.items():
-        if problem := _problem_of(key, entry, places.get(key, set())):
-            yield Problem(INDEX, *problem)
+        if type(key) is not str:
+            return f"a key that is a {type(key).__name__}"
+        if not isinstance(entry, Placeholder):
+            return f"a {type(entry).__name__} for {key}"
+        if "size" in entry.__dict__ and (why := _bad_tensor(entry, bounded)):
+            return f"{why} for {key}"
+    for place, info in index.storage_data.items():
+        if why := _bad_place(place, info):
+            return f"{why} for {getattr(place, 'fqn', place)}"
+    return None
 
 
-def more_problems(index: Any) -> Iterator[Problem]:
-    """Find what does not disturb a load, but that Megatron does not write."""
-    for key in {item.fqn for item in index.storage_data} - {*index.state_dict_metadata}:
-        yield Problem(INDEX, "places of tensors and objects", f"one for {key}, which is neither")
-    by_file: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-    for item, info in index.storage_data.items():
-        by_file[info.relative_path].append((info.offset, info.offset + info.length, item.fqn))
-    for name, items in by_file.items():
-        items.sort()
-        for (_, end, before), (begin, _, after) in itertools.pairwise(items):
-            if begin < end:
-                said = f"{before} and {after}, which share bytes of {name}"
-                yield Problem(INDEX, "items with bytes of their own", said)
+def _bad_tensor(entry: Any, bounded: set[torch.Size]) -> str | None:
+    size = entry.size
+    if type(size) is not torch.Size:
+        return "no shape"
+    if size not in bounded:
+        if not is_shape(size) or math.prod(size) >= _ELEMENTS:
+            return "no shape"
+        bounded.add(size)
+    try:
+        if type(state_dtype(entry)) is not torch.dtype:
+            return "no dtype"
+        for chunk in entry.chunks:
+            offsets, sizes = chunk.offsets, chunk.sizes
+            if type(offsets) is not torch.Size or type(sizes) is not torch.Size:
+                return "a piece without a shape"
+            if not len(size) == len(offsets) == len(sizes):
+                return "a piece with other dimensions"
+            for end, begin, length in zip(size, offsets, sizes, strict=True):
+                if not 0 <= begin <= begin + length <= end:
+                    return "a piece that is not inside"
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return "no tensor"
+    return None
 
 
-def _short_files(directory: Path, index: Any) -> Iterator[Problem]:
-    ends: dict[str, int] = {}
-    for info in index.storage_data.values():
-        end = info.offset + info.length
-        if end > ends.get(info.relative_path, 0):
-            ends[info.relative_path] = end
-    for name, end in sorted(ends.items()):
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found is None or found < end:
-            size = "no file" if found is None else f"{found} bytes"
-            yield Problem(name, f"at least {end} bytes, as {INDEX} says", size)
-
-
-def _problem_of(key: str, entry: Any, places: set[Any]) -> tuple[str, str] | None:
-    """Return what is expected and found, if a tensor's pieces do not fill it."""
-    if not hasattr(entry, "size"):
-        return None if places else (f"a place for the object {key}", "none")
-    shape, filled = tuple(entry.size), 0
-    for chunk in entry.chunks:
-        offsets, sizes = chunk.offsets, chunk.sizes
-        if offsets not in places:
-            return f"a place for the piece of {key} at {tuple(offsets)}", "none"
-        inside = len(offsets) == len(sizes) == len(shape)
-        for at, size, whole in zip(offsets, sizes, shape, strict=False):
-            if at < 0 or size < 0 or at + size > whole:
-                inside = False
-        if not inside:
-            said = f"one of {tuple(sizes)} at {tuple(offsets)}"
-            return f"pieces of {key} inside of {shape}", said
-        filled += math.prod(sizes)
-    if filled != math.prod(shape):
-        return f"pieces of {key} that fill {shape}", f"{filled} of {math.prod(shape)} elements"
+def _bad_place(place: Any, info: Any) -> str | None:
+    try:
+        found = info.__dict__
+        offset, length = found["offset"], found["length"]
+        if type(place.fqn) is not str:
+            return "no name"
+        if place.offset is not None and type(place.offset) is not torch.Size:
+            return "no offset in the tensor"
+        if type(found["relative_path"]) is not str:
+            return "no file"
+        if not (type(offset) is type(length) is int and 0 <= offset < _BYTES > length >= 0):
+            return "no place in a file"
+        if "transform_descriptors" in found:
+            require_bounded(found["transform_descriptors"])
+    except (AttributeError, KeyError, TypeError):
+        return "no place"
+    except Unbounded as e:
+        return str(e)
     return None

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
-import collections
 import contextlib
 import gc
 import io
 import math
 import pickle
 import struct
+import types
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
-import numpy as np
 import torch
 
-from .placeholders import IndexPlaceholder, Placeholder, StoragePlace, TensorPlaceholder
+from ..base.memory import limited
+from .bounded import require_shapes
+from .harmless import HARMLESS, require_keys
+from .placeholders import Placeholder, StoragePlace, TensorPlaceholder
 
 _PLANS = b"all_local_plans"
 #: Opcode and length (pickletools: FRAME).
 _FRAME = struct.Struct("<cQ")
 _FRAME_OPCODE = b"\x95"
+#: Up to this size in bytes an index is read with the same care as other objects.
+_SMALL = 1 << 20
+#: Bytes of the largest index; one of a trillion parameters has 0.2 GB.
+_LARGEST = 1 << 31
+#: What a larger one may take: Python's objects of a real one take 15 bytes for each of its own.
+_MEMORY, _MEMORY_PER_BYTE = 1 << 28, 40
 
 
 def load(file: BinaryIO) -> Any:
@@ -38,6 +44,15 @@ def load(file: BinaryIO) -> Any:
         return Unpickler(file).load()
 
 
+def _load_fast(data: bytes) -> Any:
+    if len(data) <= _SMALL:
+        return load(io.BytesIO(data))
+    # The unpickler reads more than an opcode at a time where it can peek.
+    file = io.BufferedReader(cast(Any, io.BytesIO(data)), 1 << 20)
+    with gc_disabled(), limited(_MEMORY + _MEMORY_PER_BYTE * len(data)):
+        return _FastUnpickler(cast(BinaryIO, file)).load()
+
+
 def load_index(file: BinaryIO) -> Any:
     """Unpickle torch's index of a distributed checkpoint, without the plans of all ranks.
 
@@ -51,12 +66,15 @@ def load_index(file: BinaryIO) -> Any:
     Raises:
         Exception: A damaged pickle may raise any exception.
     """
-    with contextlib.suppress(Exception):  # the name may occur elsewhere in the pickle
-        # The unpickler reads more than an opcode at a time where it can peek.
-        data = io.BytesIO(_without_plans(file.read()))
-        return load(cast(BinaryIO, io.BufferedReader(cast(Any, data), 1 << 20)))
+    if (size := file.seek(0, io.SEEK_END)) > _LARGEST:
+        raise pickle.UnpicklingError(f"{size} bytes; expected an index of at most {_LARGEST}")
     file.seek(0)
-    return load(file)
+    data = file.read()
+    short = _without_plans(data)
+    if short is not data:
+        with contextlib.suppress(Exception):  # the name may occur elsewhere in the pickle
+            return _load_fast(short)
+    return _load_fast(data)
 
 
 def _without_plans(data: bytes) -> bytes:
@@ -99,19 +117,10 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-class Unpickler(pickle.Unpickler):
-    """`pickle.Unpickler` that builds only `_HARMLESS`, torch's dtypes and `Placeholder`.
+class _Inert:
+    """What both unpicklers share: they build only `HARMLESS`, torch's dtypes and `Placeholder`."""
 
-    Args:
-        file: The pickle.
-        element: Reads bytes of a storage: key, offset and size in bytes.
-    """
-
-    def __init__(
-        self, file: BinaryIO, element: Callable[[str, int, int], bytes] | None = None
-    ) -> None:
-        super().__init__(file)
-        self._element = element
+    _element: Callable[[str, int, int], bytes] | None = None
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the harmless object of this name, or a subclass of `Placeholder`."""
@@ -120,7 +129,7 @@ class Unpickler(pickle.Unpickler):
         # file and an index's objects alive until the next garbage collection.
         if path in _REBUILD:
             return getattr(self, _REBUILD[path])
-        known = _HARMLESS.get(path)
+        known = HARMLESS.get(path)
         if known is not None:
             return known
         if module == "torch" and isinstance(constant := getattr(torch, name, None), torch.dtype):
@@ -157,6 +166,7 @@ class Unpickler(pickle.Unpickler):
     def _one(
         self, key: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: Any = None
     ) -> Any:
+        require_shapes(size)
         value = None
         if self._element is not None and math.prod(size) == 1:
             data = self._element(key, offset * dtype.itemsize, dtype.itemsize)
@@ -170,19 +180,76 @@ class Unpickler(pickle.Unpickler):
         return made
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Decode bytes of a protocol 2 pickle (text in latin1); other codecs might decompress."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
-    return text.encode("latin1")
+class _FastUnpickler(_Inert, pickle.Unpickler):
+    """Python's own, in C: for an index of a million entries."""
 
 
-def _numpy_scalar(dtype: Any, data: bytes) -> Any:
-    """Convert a numpy scalar to a plain number; `dtype` is a `Placeholder`."""
-    code, order = dtype.placeholder_arguments[0], dtype.placeholder_state[1]
-    if code.rstrip("0123456789") not in ("i", "u", "f", "b", "c"):
-        raise pickle.UnpicklingError(f"a numpy scalar of dtype {code}")
-    return np.frombuffer(data, dtype=order.replace("|", "") + code)[0].item()
+_Machine: Any = cast(Any, pickle)._Unpickler
+
+
+def _checked(code: bytes, keys: slice) -> Callable[[Any], None]:
+    """Look at the keys on the stack before an opcode puts them into a dict or set."""
+    original: Callable[[Any], None] = _Machine.dispatch[code[0]]
+
+    def load(machine: Any) -> None:
+        require_keys(machine.stack[keys])
+        original(machine)
+
+    return load
+
+
+def _load_build(machine: Any) -> None:
+    if isinstance(machine.stack[-2], type | types.FunctionType | types.MethodType):
+        raise pickle.UnpicklingError("a state of a class or function")
+    _Machine.dispatch[pickle.BUILD[0]](machine)
+
+
+def _load_bytearray(machine: Any) -> None:
+    (size,) = struct.unpack("<Q", machine.read(8))
+    machine.append(bytearray(machine.read(size)))
+
+
+class Unpickler(_Inert, _Machine):
+    """The same in Python, which looks at what would take C forever, or all memory.
+
+    C computes the hash of a key whatever it is: of a tuple that holds a tuple twice, and so on
+    sixty times, never. It also makes room for as many memorised objects as a number claims.
+
+    Args:
+        file: The pickle.
+        element: Reads bytes of a storage: key, offset and size in bytes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_Machine.dispatch,
+        pickle.SETITEM[0]: _checked(pickle.SETITEM, slice(-2, -1)),
+        pickle.SETITEMS[0]: _checked(pickle.SETITEMS, slice(0, None, 2)),
+        pickle.DICT[0]: _checked(pickle.DICT, slice(0, None, 2)),
+        pickle.ADDITEMS[0]: _checked(pickle.ADDITEMS, slice(None)),
+        pickle.FROZENSET[0]: _checked(pickle.FROZENSET, slice(None)),
+        pickle.BUILD[0]: _load_build,
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+    }
+
+    def __init__(
+        self, file: BinaryIO, element: Callable[[str, int, int], bytes] | None = None
+    ) -> None:
+        super().__init__(file)
+        self._element = element
+
+    def load(self) -> Any:
+        """Return the object.
+
+        Raises:
+            UnpicklingError: The pickle is truncated, damaged, or has what none of Megatron's has.
+        """
+        try:
+            return super().load()
+        except pickle.UnpicklingError:
+            raise
+        except Exception as e:  # a damaged pickle fails in any way
+            why = f"the pickle is truncated or damaged ({type(e).__name__}: {e})"
+            raise pickle.UnpicklingError(why) from e
 
 
 #: torch function that rebuilds a tensor -> the method of `Unpickler` that replaces it.
@@ -204,22 +271,4 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
-}
-_HARMLESS: dict[str, Callable[..., Any]] = {
-    "argparse.Namespace": argparse.Namespace,
-    "types.SimpleNamespace": argparse.Namespace,
-    "collections.OrderedDict": collections.OrderedDict,
-    "pathlib.PosixPath": PurePosixPath,
-    "pathlib.PurePosixPath": PurePosixPath,
-    "pathlib._local.PosixPath": PurePosixPath,
-    "pathlib.WindowsPath": PureWindowsPath,
-    "torch.Size": torch.Size,
-    "torch.device": torch.device,
-    IndexPlaceholder.placeholder_class: IndexPlaceholder,
-    "_codecs.encode": _encode,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    **{f"builtins.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice, range)},
-    **{f"__builtin__.{t.__name__}": t for t in (set, frozenset, bytearray, complex, slice)},
-    "__builtin__.xrange": range,
 }

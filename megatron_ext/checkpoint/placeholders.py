@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: Values whose hash is computed at once.
+_PLAIN = (str, int, float, bool, bytes, type(None))
 
-class Placeholder:
+
+class Sealed(type):
+    """A class of classes that a pickle cannot change, as it can those of Python."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise AttributeError(f"{cls.__name__}.{name} cannot be set")
+
+
+class Placeholder(metaclass=Sealed):
     """A pickled object whose class was not imported; equal if the pickled objects are equal.
 
     ``placeholder_class`` is the class's ``module.name``, and ``placeholder_arguments`` are the
@@ -58,7 +68,10 @@ class Placeholder:
         )
 
     def __hash__(self) -> int:
-        return hash((self.placeholder_class, repr(self.placeholder_arguments)))
+        # As of a key: an enum's member, for example, or a class without arguments.
+        if not all(type(a) in _PLAIN for a in self.placeholder_arguments):
+            raise TypeError(f"a key that is a {self.placeholder_class} of other things than values")
+        return hash((self.placeholder_class, self.placeholder_arguments))
 
     def __repr__(self) -> str:
         inside = [repr(a) for a in self.placeholder_arguments]

@@ -93,6 +93,7 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
             disagree about it or about the phase.
     """
     _, section = optimizer_section(state_dict)
+    _require_groups(section)
     groups = tuple(canonical(group) for group in section["param_groups"])
     if not groups:
         raise CheckpointError(
@@ -104,6 +105,21 @@ def read_optimizer(state_dict: Mapping[str, Any]) -> SavedOptimizer:
         step=_common_step(groups, section.get("state") or {}),
         mark=_common_mark(groups),
     )
+
+
+def _require_groups(section: Mapping[str, Any]) -> None:
+    groups, state = section["param_groups"], section.get("state") or {}
+    good = not isinstance(groups, Sequence) or all(  # what is none is refused where it is read
+        isinstance(group, Mapping) and all(isinstance(key, str) for key in group)
+        for group in groups
+    )
+    if not good or not isinstance(state, Mapping):
+        raise CheckpointError(
+            "the checkpoint's optimizer has no param_groups and state as torch writes them: "
+            "expected a list of dicts whose keys are texts, and a dict. The checkpoint is damaged "
+            "or was edited; load another one or pass --no-load-optim to start with a new optimizer "
+            "(the Adam moments are then lost)"
+        )
 
 
 def unreadable_sharding(sharding_type: str | None) -> str | None:

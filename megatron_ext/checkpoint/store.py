@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ..base.files import open_regular
 from ..errors import CheckpointError
-from . import index_check, pickles, torch_file
-from .index_check import INDEX as INDEX
+from . import index_fit, pickles, torch_file
+from .index_check import bad_entry
+from .index_fit import INDEX as INDEX
+from .names import leading_axes
 
 #: training/checkpointing.py:340; holds the iteration's number or ``release``.
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,6 +37,8 @@ _GROUPS_KEY = re.compile(
     r"(?P<name>optimizer(?:_state_dict)?|grad_scaler)/shard_0_1"
 )
 _GRAD_SCALER = "grad_scaler"
+#: More layers, and more experts of all layers, than any model has.
+_LAYERS = 1 << 20
 
 
 class GroupsKey(NamedTuple):
@@ -85,12 +91,24 @@ class Store:
         wanted = ("state_dict_metadata", "storage_data")
         if not all(isinstance(getattr(index, name, None), dict) for name in wanted):
             raise unexpected(path, f"{type(index).__name__}", "torch's Metadata")
+        with pickles.gc_disabled():
+            why = bad_entry(index)
+        if why:
+            raise unexpected(path, why, f"tensors as torch describes them in {INDEX}")
         return index
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Return key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata
-        return {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+        shapes = {k: tuple(e.size) if hasattr(e, "size") else None for k, e in entries.items()}
+        for key, shape in shapes.items():
+            # Each layer and each expert becomes a name of its own.
+            if shape is None or max(shape[:2], default=0) <= _LAYERS:
+                continue
+            if math.prod(shape[: leading_axes(key)]) > _LAYERS:
+                expected = f"at most {_LAYERS} layers and experts"
+                raise unexpected(self._directory / INDEX, f"{key} of shape {shape}", expected)
+        return shapes
 
     def common(self) -> Any:
         """Read the state common to all ranks (load_common_state_dict, serialization.py)."""
@@ -135,16 +153,17 @@ class Store:
         info = self._objects.get(key)
         if info is None:
             raise unexpected(self._directory / INDEX, f"no place for {key}", "one")
-        (found,) = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
-        return found
+        found = self._slice(info, key, lambda data: reader(io.BytesIO(data)))
+        if not isinstance(found, list) or len(found) != 1:
+            raise unexpected(
+                self._directory, f"a {type(found).__name__} for {key}", "a list with the object"
+            )
+        return found[0]
 
     def require_files(self) -> None:
         """Check the files against the index, and that its pieces fill every tensor."""
-        try:
-            with pickles.gc_disabled():
-                problem = next(index_check.problems(self._directory, self.index), None)
-        except (TypeError, ValueError, AttributeError) as e:  # a place or a shape is something else
-            raise unreadable(self._directory / INDEX, e) from e
+        with pickles.gc_disabled():
+            problem = next(index_fit.problems(self._directory, self.index), None)
         if problem is not None:
             raise unexpected(self._directory / problem.file, problem.found, problem.expected)
 
@@ -158,7 +177,7 @@ class Store:
         """
         path = self._path(info, key)
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path, buffering=0) as file:
                 yield torch_file.window(file, info.offset, info.length)
         except CheckpointError:
             raise
@@ -186,11 +205,12 @@ class Store:
         path = self._path(info, key)
 
         def read(file: BinaryIO) -> Any:
+            # Before they are read: memory is taken for as many bytes as are asked for.
+            there = max(0, file.seek(0, io.SEEK_END) - info.offset)
+            if there < info.length:
+                raise EOFError(f"{there} of {info.length} bytes of {key}")
             file.seek(info.offset)
-            data = file.read(info.length)
-            if len(data) != info.length:
-                raise EOFError(f"{len(data)} of {info.length} bytes of {key}")
-            return reader(data)
+            return reader(file.read(info.length))
 
         return read_file(path, read)
 
@@ -206,7 +226,7 @@ def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
         CheckpointError: The file is missing or damaged, or `reader` raised one.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return reader(file)
     except CheckpointError:
         raise
@@ -216,10 +236,20 @@ def read_file(path: Path, reader: Callable[[BinaryIO], Any]) -> Any:
 
 def unreadable(path: Path, e: BaseException) -> CheckpointError:
     """Make the error for a file of a checkpoint that raises another one when it is read."""
-    return CheckpointError(
-        f"cannot read {path}: {type(e).__name__}: {e}. The file is missing, truncated or "
-        "damaged: restore it, or load another iteration with --ckpt-step"
-    )
+    if isinstance(e, FileNotFoundError):
+        remedy = "The file is missing: restore it, or load another iteration with --ckpt-step"
+    elif isinstance(e, PermissionError):
+        remedy = "Let the user that runs this read it, or load another iteration with --ckpt-step"
+    elif isinstance(e, OSError):
+        remedy = (
+            "Check the file system, restore the file, or load another iteration with --ckpt-step"
+        )
+    else:
+        remedy = (
+            "The file is truncated or damaged: restore it, or load another iteration with "
+            "--ckpt-step"
+        )
+    return CheckpointError(f"cannot read {path}: {type(e).__name__}: {e}. {remedy}")
 
 
 def unexpected(where: Path, found: str, expected: str, remedy: str = "") -> CheckpointError:

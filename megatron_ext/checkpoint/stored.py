@@ -29,6 +29,8 @@ from .store import (
     unexpected,
 )
 
+#: Bytes that are read of a tracker file and of metadata.json, and digits of an iteration.
+_LINE, _DIGITS = 1 << 16, 18
 #: Sections of the common state that have a field of their own or are large.
 _SECTIONS = ("args", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
 
@@ -90,9 +92,7 @@ class StoredCheckpoint:
 
     def legacy_files(self) -> list[Path]:
         """List the files of all ranks that a legacy checkpoint should have; else nothing."""
-        if self._store is not None:
-            return []
-        ranks = sorted(self.directory.glob("mp_rank_*"))
+        ranks = [] if self._store is not None else sorted(self.directory.glob("mp_rank_*"))
         names = [LEGACY_FILE]
         distributed = self.args.get("use_distributed_optimizer")
         if distributed is None:
@@ -143,7 +143,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
     args = common.get("args")
     if number is None:
         number = common.get("iteration", 0)
-        if not isinstance(number, int):
+        if not isinstance(number, int) or number < 0:
             raise unexpected(directory, f"the iteration {number!r}", "a number")
     return StoredCheckpoint(
         root=root,
@@ -154,7 +154,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
-        scheduler=common.get("opt_param_scheduler", common.get("lr_scheduler")),
+        scheduler=_scheduler(common, directory),
         grad_scalers=tuple(_as_mapping(s.get("grad_scaler")) or None for s in states),
         other={k: v for k, v in common.items() if k not in _SECTIONS and not k.startswith("model")},
         _store=store,
@@ -184,10 +184,10 @@ def _locate(root: Path, iteration: int | None) -> tuple[Path, int | None, bool]:
 
 def _read_tracker(path: Path) -> tuple[int, bool]:
     """Read the tracker as read_metadata does (training/checkpointing.py:353, 0.19.2)."""
-    text = path.read_bytes().decode(errors="replace").strip()
+    text = read_file(path, lambda file: file.read(_LINE)).decode(errors="replace").strip()
     if text == "release":
         return 0, True
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
         raise CheckpointError(
             f"{path}: expected an iteration's number or 'release', found {text[:40]!r}. Write the "
             "number of the iteration to load into it"
@@ -197,7 +197,7 @@ def _read_tracker(path: Path) -> tuple[int, bool]:
 
 def _require_torch_dist(directory: Path) -> None:
     def backend(file: BinaryIO) -> Any:
-        return json.load(file)["sharded_backend"]
+        return json.loads(file.read(_LINE))["sharded_backend"]
 
     found = read_file(directory / CONFIG, backend)
     if found != "torch_dist":
@@ -264,7 +264,23 @@ def _as_mapping(value: Any) -> Mapping[Any, Any]:
 def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise unexpected(path, f"a {type(value).__name__}", "a dict of Megatron's training state")
+    _require_texts(value, path, "the training state")
     return value
+
+
+def _scheduler(common: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    found = common.get("opt_param_scheduler", common.get("lr_scheduler"))
+    if found is not None:
+        if not isinstance(found, Mapping):
+            raise unexpected(path, f"a {type(found).__name__}", "a dict of the scheduler's state")
+        _require_texts(found, path, "the scheduler's state")
+    return found
+
+
+def _require_texts(found: Mapping[Any, Any], path: Path, what: str) -> None:
+    for key in found:
+        if not isinstance(key, str):
+            raise unexpected(path, f"a key that is a {type(key).__name__} in {what}", "text")
 
 
 def _foreign(directory: Path, names: list[str]) -> CheckpointError:

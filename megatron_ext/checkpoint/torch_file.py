@@ -10,10 +10,13 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 
-from .pickles import Unpickler
+from .bounded import require_bounded, require_shapes
+from .pickles import Unpickler, gc_disabled
 from .placeholders import TensorPlace
 
 _ZIP = b"PK\x03\x04"
+#: Bytes of the largest pickle in a file; it has no elements of tensors.
+_LARGEST = 1 << 26
 
 
 def load_torch(file: BinaryIO) -> Any:
@@ -30,18 +33,24 @@ def load_torch(file: BinaryIO) -> Any:
         Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        if "data.pkl" not in names:
+        entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
+        if "data.pkl" not in entries:
             raise pickle.UnpicklingError("no data.pkl in the zip file")
-        big = "byteorder" in names and archive.read(names["byteorder"]) == b"big"
+        big = "byteorder" in entries and _read(archive, entries["byteorder"]) == b"big"
 
         def element(key: str, offset: int, size: int) -> bytes:
-            with archive.open(names[f"data/{key}"]) as record:
-                record.seek(offset)
-                data = record.read(size)
+            record = entries[f"data/{key}"]
+            if offset + size > record.file_size:
+                raise pickle.UnpicklingError(f"data/{key} ends before its element")
+            file.seek(_begin(file, record) + offset)
+            data = file.read(size)
             return data[::-1] if big else data
 
-        return Unpickler(io.BytesIO(archive.read(names["data.pkl"])), element).load()
+        data = _read(archive, entries["data.pkl"])
+        with gc_disabled():
+            found = Unpickler(io.BytesIO(data), element).load()
+    require_bounded(found)
+    return found
 
 
 def require_torch_file(file: BinaryIO) -> None:
@@ -69,20 +78,40 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
     """
     with _archive(file) as archive:
         entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
-        if "byteorder" in entries and archive.read(entries["byteorder"]) == b"big":
+        if "byteorder" in entries and _read(archive, entries["byteorder"]) == b"big":
             raise pickle.UnpicklingError("a big-endian tensor")
-        found = _TensorFinder(io.BytesIO(archive.read(entries["data.pkl"]))).load()
+        found = _TensorFinder(io.BytesIO(_read(archive, entries["data.pkl"]))).load()
     if not isinstance(found, _Found):
         raise pickle.UnpicklingError(f"a tensor was expected, found {type(found).__name__}")
+    require_shapes(found.shape, found.stride, (found.offset,))
     record = entries[f"data/{found.storage}"]
-    if record.compress_type != zipfile.ZIP_STORED:
-        raise pickle.UnpicklingError("a compressed tensor")
-    # The local header is 30 bytes, then a name and padding of the lengths at its end.
-    file.seek(record.header_offset + 26)
-    begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    begin = _begin(file, record)
     start = begin + found.offset * found.dtype.itemsize
     end = begin + record.file_size
     return TensorPlace(found.dtype, found.shape, found.stride, start, end, record.CRC)
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """Read a small record; what it claims to be is what it takes in the file."""
+    _require_stored(entry)
+    if entry.file_size > _LARGEST:
+        raise pickle.UnpicklingError(
+            f"{entry.filename} of {entry.file_size} bytes; expected at most {_LARGEST}"
+        )
+    return archive.read(entry)
+
+
+def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Return the offset of a record's content, in bytes."""
+    _require_stored(entry)
+    # The local header is 30 bytes, then a name and padding of the lengths at its end.
+    file.seek(entry.header_offset + 26)
+    return entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+def _require_stored(entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise pickle.UnpicklingError(f"{entry.filename} is compressed; torch.save compresses none")
 
 
 def _archive(file: BinaryIO) -> zipfile.ZipFile:

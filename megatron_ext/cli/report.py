@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base import text
+from ..base.files import open_regular, replace
 from ..errors import MegatronExtError
 from ..report.page import html_page
 from ..report.plots import draw
 from . import output
+
+#: Bytes of the largest report.
+_LARGEST = 1 << 26
 
 
 def add_to(commands: Any) -> None:
@@ -58,15 +62,15 @@ def _reports_in(directory: Path) -> list[Path]:
 
 
 def _make_page(source: Path) -> None:
-    from ..base.files import replace
-
     document = _read(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron's, about what it does without a GPU
-        plots = draw(document)
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron's, about what it does without a GPU
+            plots = draw(document)
         page = html_page(document, plots)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+    except MegatronExtError:
+        raise
+    except Exception as e:  # another document fails in any way
         raise _no_report(source, f"{type(e).__name__}: {e}") from e
     target = source.with_suffix(".html")
     replace(target, page)
@@ -79,7 +83,11 @@ def _read(file: Path) -> dict[str, Any]:
     from ..report.resume_report import SCHEMA
 
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            content = stream.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise _no_report(file, f"it has more than {_LARGEST} bytes")
+        document = json.loads(content.decode())
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
         raise _no_report(file, f"{type(e).__name__}: {e}") from e
     found = document.get("schema") if isinstance(document, dict) else type(document).__name__

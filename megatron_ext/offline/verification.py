@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..checkpoint import index_check
+from ..checkpoint import index_fit
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON, Store, read_file
 from ..checkpoint.stored import StoredCheckpoint
@@ -47,8 +47,8 @@ def verify(stored: StoredCheckpoint, progress: Progress | None = None) -> Verifi
     if stored.store is not None:
         index = stored.store.index
         for problem in (
-            *index_check.problems(stored.directory, index),
-            *index_check.more_problems(index),
+            *index_fit.problems(stored.directory, index),
+            *index_fit.more_problems(index),
         ):
             said = f"expected {problem.expected}, found {problem.found}"
             found.damages.append(Damage(problem.file, "", said))
@@ -65,7 +65,7 @@ def _notes(stored: StoredCheckpoint) -> Iterator[str]:
 def _whole_files(stored: StoredCheckpoint) -> list[Path]:
     """List the files of torch.save that are no store: common.pt, or those of legacy torch."""
     if stored.store is None:
-        return stored.legacy_files()
+        return sorted({*stored.legacy_files(), *stored.directory.glob("mp_rank_*/*.pt")})
     return [path] if (path := stored.directory / COMMON).is_file() else []
 
 

@@ -64,7 +64,7 @@ def offer(
         new: The names of parameters that are new to the optimizers: their moments start at 0.
         elsewhere: The names of parameters that other optimizers of the chain update.
     """
-    fits = compiled(wanted.parameter).fullmatch
+    fits = compiled(wanted.parameter)
     parts: dict[Statistic, int] = {}
     refused = dict.fromkeys(filter(fits, new), "new to the optimizer")
     for plan in plans:

@@ -9,6 +9,9 @@ from typing import Any, get_type_hints
 
 from ..errors import PolicyError
 
+#: Bounds of a policy, whoever wrote it.
+MAX_ITEMS = 256
+MAX_DIGITS = 18
 #: Keys of a param_group that no policy keeps or takes, and why.
 NOT_A_CHOICE = {
     "params": "the parameters always are the current model's",
@@ -96,13 +99,32 @@ def listed(found: Any, where: str) -> Sequence[Any]:
 
 def strings(found: Any, where: str) -> tuple[str, ...]:
     """Return texts that differ, or raise."""
-    items = listed(found, where)
-    for item in items:
+    seen = set()
+    for item in listed(found, where):
         if not isinstance(item, str):
             raise PolicyError(f"{where}: expected names, found {item!r}")
-        if items.count(item) > 1:
+        if item in seen:
             raise PolicyError(f"{where}: {item!r} is given twice; expected once")
-    return tuple(items)
+        seen.add(item)
+    return tuple(found)
+
+
+def at_most(found: Sequence[Any], where: str) -> None:
+    """Refuse more items than a plan can meet with every parameter's name in seconds."""
+    if len(found) > MAX_ITEMS:
+        raise PolicyError(
+            f"{where}: expected at most {MAX_ITEMS}, found {len(found)}. One pattern can match "
+            "many parameters"
+        )
+
+
+def whole_number(digits: str, where: str) -> int:
+    """Return a number of some digits, or raise: many digits take long to read."""
+    if len(digits) > MAX_DIGITS:
+        raise PolicyError(
+            f"{where}: expected a number of at most {MAX_DIGITS} digits, found one of {len(digits)}"
+        )
+    return int(digits)
 
 
 def text(found: Any, where: str) -> str:

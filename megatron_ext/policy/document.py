@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..errors import PolicyError
 from ..rules.registry import parse, write
-from .checks import boolean, listed, mapping, strings, text
+from .checks import boolean, listed, mapping, strings, text, whole_number
 from .match import GroupRule, Match, MomentRule
 from .parameter_document import parameters_content, parameters_from
 from .policy import ResumePolicy
@@ -230,5 +230,5 @@ def _rows(found: Any, where: str) -> tuple[int | None, int | None]:
         raise PolicyError(
             f"{where}: expected a text in quotes such as '32000:' or '0:128', found {found!r}"
         )
-    first, last = (int(e) if e else None for e in ends.groups())
+    first, last = (whole_number(e, where) if e else None for e in ends.groups())
     return first, last

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.patterns import compiled
+from ..base.regex_parser import PatternError
 from ..base.values import plain
 from ..errors import PolicyError
 from ..rules.base import Rule
 from ..rules.elementwise import KEEP
 from ..rules.registry import check_moment, write
-from .checks import all_of, unique_keys
+from .checks import all_of, unique_keys, whole_number
 
 Scalar = str | int | float | bool | None
 
@@ -80,7 +81,8 @@ class Match:
         group: Attributes of its param_group, as in `GroupRule`.
 
     Raises:
-        PolicyError: The regular expression does not compile, or the rows are not a range.
+        PolicyError: The pattern cannot be used (`megatron_ext.base.patterns.compiled`), or the rows
+            are not a range.
     """
 
     name: str = "*"
@@ -94,11 +96,9 @@ class Match:
             raise PolicyError(f"match: expected a parameter name or glob, found {self.name!r}")
         object.__setattr__(self, "group", attributes(self.group, f"rule {self.name}"))
         try:
-            self._pattern()
-        except re.error as e:
-            raise PolicyError(
-                f"match {self.name!r}: not a regular expression: {e}; without 're:' it is a glob"
-            ) from None
+            compiled(self.name)
+        except PatternError as e:
+            raise PolicyError(f"match {self.name!r}: {e}") from None
         if self.rows is not None:
             object.__setattr__(self, "rows", _rows(self.rows, self.name))
         whole = isinstance(self.ndim, int) and not isinstance(self.ndim, bool) and self.ndim >= 0
@@ -110,11 +110,8 @@ class Match:
         return (
             (self.ndim is None or self.ndim == ndim)
             and has_attributes(group, self.group)
-            and self._pattern().fullmatch(name) is not None
+            and bool(compiled(self.name)(name))
         )
-
-    def _pattern(self) -> re.Pattern[str]:
-        return compiled(self.name)
 
     @classmethod
     def parse(cls, text: str) -> Match:
@@ -127,7 +124,8 @@ class Match:
         rows = None
         if found := re.fullmatch(r"(.*)\[(\d*):(\d*)\]", name):
             name, first, last = found.groups()
-            rows = (int(first) if first else None, int(last) if last else None)
+            ends = (whole_number(e, f"match {text!r}") if e else None for e in (first, last))
+            rows = (next(ends), next(ends))
         if not name and rows is None:
             raise PolicyError(f"match {text!r}: expected a parameter name or glob, found none")
         values: list[tuple[str, str]] = []
@@ -140,7 +138,8 @@ class Match:
         if len(ndims) > 1 or not all(re.fullmatch(r"\d+", n) for n in ndims):
             raise PolicyError(f"match {text!r}: expected one ndim=NUMBER, found {', '.join(ndims)}")
         group = tuple((key, value) for key, value in values if key != "ndim")
-        return cls(name or "*", rows, int(ndims[0]) if ndims else None, group)
+        ndim = whole_number(ndims[0], f"match {text!r}: ndim") if ndims else None
+        return cls(name or "*", rows, ndim, group)
 
     def __str__(self) -> str:
         """Write the match as `parse` reads it."""

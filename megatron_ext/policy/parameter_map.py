@@ -12,10 +12,12 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from ..base.regex import Regex
+from ..base.regex_parser import MAX_LENGTH, PatternError
 from ..errors import PolicyError
-from .checks import all_of
+from .checks import all_of, at_most
 from .match import Match
 
 Copied = Literal["all", "weights", "moments"]
@@ -58,12 +60,17 @@ class Copy:
                     f"parameters: copy: expected the name of a parameter, found "
                     f"{getattr(self, name)!r}"
                 )
+            if len(getattr(self, name)) > MAX_LENGTH:
+                raise PolicyError(
+                    f"parameters: copy: {name} has {len(getattr(self, name))} characters; expected "
+                    f"at most {MAX_LENGTH}"
+                )
         if self.state not in get_args(Copied):
             raise PolicyError(
                 f"parameters: copy to {self.to!r}: state is {self.state!r}; expected "
                 f"{', '.join(get_args(Copied))}"
             )
-        groups = set(_pattern(self.to).groupindex)
+        groups = set(_pattern(self.to).groups)
         missing = sorted({n for part in _template(self.source) for n in _names(part)} - groups)
         if missing:
             shown = ["*" if name.startswith("_star") else f"{{{name}}}" for name in missing]
@@ -74,10 +81,10 @@ class Copy:
 
     def source_of(self, name: str) -> str | None:
         """Return the checkpoint's parameter for a current one; None if the copy does not apply."""
-        found = _pattern(self.to).fullmatch(name)
+        found = _pattern(self.to).match(name)
         if found is None:
             return None
-        parts = [_evaluate(part, found.groupdict()) for part in _template(self.source)]
+        parts = [_evaluate(part, found) for part in _template(self.source)]
         return None if None in parts else "".join(str(part) for part in parts)
 
     def __str__(self) -> str:
@@ -114,9 +121,11 @@ class ParameterMap:
                     f"parameters: {name}: expected a list of patterns, found {found!r}"
                 )
             object.__setattr__(self, name, tuple(dict.fromkeys(found)))
+            at_most(getattr(self, name), f"parameters: {name}")
             for pattern in getattr(self, name):
                 Match(pattern)
         object.__setattr__(self, "copies", all_of(Copy, self.copies, "parameters: copy"))
+        at_most(self.copies, "parameters: copies")
 
     def __bool__(self) -> bool:
         """Whether anything is asked."""
@@ -160,8 +169,8 @@ NO_MAP = ParameterMap()
 _Part = str | ast.expr
 
 
-@functools.lru_cache(maxsize=256)
-def _pattern(to: str) -> re.Pattern[str]:
+@functools.lru_cache(maxsize=1024)
+def _pattern(to: str) -> Regex:
     """Compile the pattern of a copy's target."""
     if to.startswith("re:"):
         text = to[3:]
@@ -181,12 +190,12 @@ def _pattern(to: str) -> re.Pattern[str]:
             else:
                 text += re.escape(piece)
     try:
-        return re.compile(text)
-    except re.error as e:
-        raise PolicyError(f"parameters: copy to {to!r}: not a pattern: {e}") from None
+        return Regex(text)
+    except PatternError as e:
+        raise PolicyError(f"parameters: copy to {to!r}: {e}") from None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _template(source: str) -> tuple[_Part, ...]:
     """Parse the name of a copy's source."""
     parts: list[_Part] = []
@@ -226,20 +235,21 @@ def _names(part: _Part) -> set[str]:
     return {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
-def _evaluate(part: _Part, groups: dict[str, str]) -> str | int | None:
+def _evaluate(part: _Part, groups: dict[str, str | None]) -> str | int | None:
     if isinstance(part, str):
         return part
     if isinstance(part, ast.Name):
         return groups[part.id]
     try:
         value = _number(part, groups)
-    except (ZeroDivisionError, ValueError):
+    except (TypeError, ZeroDivisionError, ValueError):  # a group may take no part in a match
         return None
     return value if value >= 0 else None
 
 
-def _number(node: ast.expr, groups: dict[str, str]) -> int:
+def _number(node: ast.expr, groups: dict[str, str | None]) -> int:
     if isinstance(node, ast.BinOp):
         left, right = _number(node.left, groups), _number(node.right, groups)
         return _OPERATORS[type(node.op)](left, right)
-    return int(groups[node.id] if isinstance(node, ast.Name) else node.value)  # type: ignore[attr-defined]
+    found: Any = groups[node.id] if isinstance(node, ast.Name) else node.value  # type: ignore[attr-defined]
+    return int(found)

@@ -11,7 +11,7 @@ from ..checkpoint.state import LARGEST_STEP, NOT_HYPERPARAMETERS
 from ..errors import PolicyError
 from ..rules.base import Rule
 from ..rules.elementwise import KEEP
-from .checks import all_of, is_number, unique_keys
+from .checks import all_of, at_most, is_number, unique_keys
 from .match import GroupRule, MomentRule, Scalar
 from .parameter_map import NO_MAP, ParameterMap
 from .presets import KEEP_ALL, Preset, Step
@@ -117,6 +117,7 @@ class ResumePolicy:
             )
         for name, kind in (("groups", GroupRule), ("rules", MomentRule)):
             object.__setattr__(self, name, all_of(kind, getattr(self, name), name))
+            at_most(getattr(self, name), name)
         all_of(Preset, (self.preset,), "preset")
         all_of(ParameterMap, (self.parameters,), "parameters")
         step = self.step

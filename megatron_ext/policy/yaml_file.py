@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from ..base.files import open_regular
 from ..errors import PolicyError
 from .document import from_dict, to_dict
 from .policy import ResumePolicy
+from .yaml_loader import MAX_SIZE, load
 
 
 def read(path: str | Path) -> ResumePolicy:
@@ -23,7 +25,8 @@ def read(path: str | Path) -> ResumePolicy:
             file and the place in it.
     """
     try:
-        text = Path(path).read_text()
+        with open_regular(Path(path)) as file, io.TextIOWrapper(file, encoding="utf-8") as lines:
+            text = lines.read(MAX_SIZE + 1)
     except (OSError, UnicodeDecodeError) as e:
         raise PolicyError(f"--selective-policy {path}: cannot be read: {e}") from None
     try:
@@ -39,7 +42,7 @@ def loads(text: str) -> ResumePolicy:
         PolicyError: See `read`.
     """
     try:
-        content = yaml.load(text, _Loader)
+        content = load(text)
     except PolicyError:
         raise
     except (yaml.YAMLError, ValueError) as e:
@@ -54,18 +57,3 @@ def dumps(policy: ResumePolicy) -> str:
     """Write a policy as YAML text for `loads`; defaults are left out."""
     content = to_dict(policy)
     return yaml.safe_dump(content, sort_keys=False, width=96) if content else "{}\n"
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader that refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping; two equal keys are an error, unlike in SafeLoader."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise PolicyError(f"line {line}: {key.value!r} is given twice; expected once")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)

@@ -15,6 +15,8 @@ MOMENTS: tuple[Key, ...] = get_args(Key)
 #: The text of a number: finite and decimal.
 DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"-?\d+", re.ASCII)
+#: Characters of a number.
+_LONGEST_NUMBER = 64
 #: The text that stands for each placeholder of a form; any other placeholder is a decimal number.
 _TEXTS = {"N": _INTEGER, "PATTERN": re.compile(r"\S+")}
 
@@ -120,4 +122,8 @@ def _value(placeholder: str, word: str, text: str) -> float | int | str:
     if not _TEXTS.get(placeholder, DECIMAL).fullmatch(word):
         what = "an integer" if placeholder == "N" else "a number"
         raise PolicyError(f"{text!r}: expected {what}, found {word!r}")
+    if len(word) > _LONGEST_NUMBER:
+        raise PolicyError(
+            f"expected a number of at most {_LONGEST_NUMBER} characters, found one of {len(word)}"
+        )
     return int(word) if placeholder == "N" else float(word)

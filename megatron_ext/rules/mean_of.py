@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..base.patterns import compiled
+from ..base.regex_parser import PatternError
 from ..errors import PolicyError
 from .base import Context, ElementRule, Rule, Statistic
 from .elementwise import Fill
@@ -47,11 +48,8 @@ class MeanOf(Rule):
             )
         try:
             compiled(self.pattern)
-        except re.error as e:
-            raise PolicyError(
-                f"fill mean-of {self.pattern}: not a regular expression: {e}; without 're:' it is "
-                "a glob"
-            ) from None
+        except PatternError as e:
+            raise PolicyError(f"fill mean-of {self.pattern}: {e}") from None
 
     def resolve(self, context: Context) -> Statistic:
         """Return the mean; its parameters may be on other ranks, so they are found later."""

@@ -189,10 +189,6 @@ def _shorter_piece(index: Any) -> None:
     index.state_dict_metadata[MOMENT].chunks[0].sizes = torch.Size([7, 6])
 
 
-def _outside(index: Any) -> None:
-    index.state_dict_metadata[MOMENT].size = torch.Size([4, 6])
-
-
 def _shared_bytes(index: Any) -> None:
     index.storage_data[MetadataIndex(MOMENT, torch.Size([0, 0]))].offset -= 1
 
@@ -205,7 +201,6 @@ INDEX_FAULTS: dict[Callable[[Any], None], str] = {
     _without_a_place: f"expected a place for the piece of {MOMENT} at (0, 0), found none",
     _without_a_tensor: f"expected places of tensors and objects, found one for {MOMENT}, which",
     _shorter_piece: f"expected pieces of {MOMENT} that fill (8, 6), found 42 of 48 elements",
-    _outside: f"expected pieces of {MOMENT} inside of (4, 6), found one of (8, 6) at (0, 0)",
     _shared_bytes: f"expected items with bytes of their own, found {MASTER} and {MOMENT}, which",
     _other_dtype: "elements of torch.float32; the index says torch.float16",
 }

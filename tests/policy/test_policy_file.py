@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -319,7 +322,7 @@ def test_every_error_names_the_file(tmp_path: Path, content: bytes) -> None:
             "moments: [{match: {nme: w}}]",
             "moments[0].match: unknown key 'nme'; did you mean 'name'",
         ),
-        ("moments: [{match: {rows: 1:30}}]", "expected a text in quotes such as '32000:'"),
+        ("moments: [{match: {rows: 130}}]", "expected a text in quotes such as '32000:'"),
         ("moments: [{match: {rows: '3:4][5:6'}}]", "moments[0].match.rows: expected a text in"),
         ("moments: [{match: {rows: '5:3'}}]", "rows 5:3 are empty"),
         ("moments: [{match: {ndim: true}}]", "ndim is True"),
@@ -349,6 +352,108 @@ def test_what_no_policy_has_is_refused_with_the_place_and_what_was_expected(
     text: str, message: str
 ) -> None:
     assert message in refusal(text)
+
+
+#: The most characters of a policy file.
+SIZE = 1 << 18
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 40))
+RULE = "- match: w\n  exp_avg: reset\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "line 1: the anchor &a0 is not read in a policy; write the value itself"),
+        ("a: 1\nb: *c", "line 2: the alias *c is not read in a policy; write the value"),
+        ("a: 1\n<<: {b: 2}", "line 2: the merge key << is not read in a policy; write the keys"),
+        ('step: !!int ""', "line 1: the tag tag:yaml.org,2002:int is not read in a policy"),
+        ("a: !!python/name:os.system", "the tag tag:yaml.org,2002:python/name:os.system is not"),
+        ("step: 0100", "line 1: the number 0100 is not read in a policy; write 100, or quotes"),
+        ("step: -007", "the number -007 is not read in a policy; write -7, or quotes around it"),
+        ("step: 1:30", "the number 1:30 is not read in a policy; write it as a decimal number, or"),
+        ("step: 1_000", "the number 1_000 is not read in a policy; write 1000, or quotes"),
+        ("step: 0x1F", "the number 0x1F is not read in a policy; write 31, or quotes"),
+        ("step: 0o17", "the number 0o17 is not read in a policy; write 15, or quotes"),
+        ("step: 0b11", "the number 0b11 is not read in a policy; write 3, or quotes"),
+        ("preset: {name: gradient-scale, s: 00.5}", "the number 00.5 is not read in a policy; wr"),
+        ("preset: {name: gradient-scale, s: 1_0e-3}", "the number 1_0e-3 is not read in a policy"),
+        ("preset: {name: relora, p: 1:30.5}", "the number 1:30.5 is not read in a policy; write"),
+        (f"step: {'9' * 5000}", "line 1: expected a number of at most 64 characters, found one of"),
+        ("step: " + "[" * 100_000, "line 1: expected at most 16 levels, found more"),
+        ("- " * 100_000, "line 1: expected at most 16 levels, found more"),
+        ("a: [" + "1," * 30_000 + "]", "line 1: expected at most 20000 values, found more"),
+        ("".join(f"k{n}: 1\n" for n in range(15_000)), "line 10000: expected at most 20000"),
+        ("#" * (SIZE + 1), "expected at most 262144 characters, found more"),
+        (
+            "moments:\n" + RULE * 257,
+            "rules: expected at most 256, found 257. One pattern",
+        ),
+        (f"parameters: {{new: [{','.join(f'a{n}' for n in range(257))}]}}", "parameters: new: exp"),
+        (f"moments: [{{match: {'w' * 300}}}]", "it has 300 characters; expected at most 256"),
+        ("moments: [{match: 're:(a*)*\\1'}]", r"cannot be matched in linear time; expected"),
+        (
+            f"moments: [{{match: 'w[{'9' * 5000}:]'}}]",
+            "a number of at most 18 digits, found",
+        ),
+        (f"moments: [{{match: w ndim={'9' * 5000}}}]", "ndim: expected a number of at most 18 dig"),
+        (
+            f"moments: [{{match: {{rows: ':{'9' * 5000}'}}}}]",
+            "a number of at most 18 digits, found",
+        ),
+        (
+            f"moments: [{{match: w, exp_avg: prune-random 0.5 seed {'9' * 5000}}}]",
+            "expected a number of at most 64 characters, found one of 5000",
+        ),
+        ("step: 0001-01-01t00:00:00+99:59", "not YAML: offset must be"),
+    ],
+)
+def test_what_a_stranger_writes_is_bounded(text: str, message: str) -> None:
+    begin = time.process_time()
+    assert message in refusal(text)
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * SIZE, "a " * (SIZE // 2), "\n" * SIZE, "a: " * (SIZE // 3)],
+)
+def test_a_large_file_is_refused_in_time_and_its_error_is_short(text: str) -> None:
+    begin = time.process_time()
+    with contextlib.suppress(PolicyError):
+        loads(text)
+        return
+    assert time.process_time() - begin < 10
+    assert len(refusal(text)) < 50_000
+
+
+@pytest.mark.parametrize(
+    "number", ["1e-5", "1e5", "1.5e3", "1.5e+3", "0.5", "1.", ".5", "2", "0.0"]
+)
+def test_a_plain_number_is_read_as_people_read_it(number: str) -> None:
+    (rule,) = loads(
+        f"hyperparameters: {{groups: [{{match: {{wd_mult: {number}}}, keep: [eps]}}]}}"
+    ).groups
+    assert rule.match == (("wd_mult", float(number)),)
+
+
+def test_a_text_may_look_like_any_number() -> None:
+    policy = loads("phase: 0100\nmoments: [{match: {name: 0x10, rows: 1:30}, exp_avg: reset}]")
+    assert policy.phase == "0100"
+    assert policy.rules[0].match == Match("0x10", (1, 30))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_a_policy_is_a_regular_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    expected = "directory" if kind == "directory" else "expected a regular file"
+    with pytest.raises(PolicyError, match=f"{re.escape(str(path))}: cannot be read: .*{expected}"):
+        read(path)
 
 
 # --- the schema

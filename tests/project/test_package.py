@@ -25,6 +25,8 @@ PURE = (
     "base.text",
     "base.files",
     "base.patterns",
+    "base.regex",
+    "base.regex_parser",
     "base.values",
     "base.schema",
     "base.placement",
