@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-gpu \
-    soak pytest bench clean
+    soak faults pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,9 +57,14 @@ test-with-%: bootstrap
 	@overlay=$$(.ci/overlay $*) && PYTHONPATH=$$overlay $(PYTHON_BIN) -m pytest -m matrix $(PYTEST_ARGS)
 
 SECONDS ?= 600
+PHASES ?= 100
 soak: export OMP_NUM_THREADS := 1
-soak: bootstrap ## damaged and made-up input, for so long (make soak SECONDS=600)
-	MEGATRON_EXT_FUZZ_SECONDS=$(SECONDS) $(PYTHON_BIN) -m pytest -s tests/checkpoint/test_fuzz.py
+soak: bootstrap ## damaged input for SECONDS=600, and a chain of PHASES=100 phases on two ranks
+	$(PYTHON_BIN) -m benchmarks.soak --seconds $(SECONDS) --phases $(PHASES)
+
+faults: export OMP_NUM_THREADS := 1
+faults: bootstrap ## try every fault and write docs/reference/faults.md (30 minutes)
+	$(PYTHON_BIN) -m tests.support.fault_table
 
 test-gpu: bootstrap ## the tests that need a CUDA device
 	$(PYTHON_BIN) -m pytest -m gpu $(PYTEST_ARGS)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STOCK, KEEP, RESCALE, RESET, RESET_V, PATTERN = (
+STOCK, KEEP, VERIFIED, RESCALE, RESET, RESET_V, PATTERN = (
     "stock",
     "keep",
+    "keep, verified",
     "rescale",
     "reset",
     "reset v",
@@ -28,6 +29,7 @@ class Variant:
         moments: What exp_avg and exp_avg_sq are multiplied by, for the check of the result.
         only: The parameters that this is done to; all where empty.
         often: Whether its time has a target, so that every repeat is needed.
+        verify: Whether the CRC32 of everything that is read is compared.
     """
 
     name: str
@@ -36,11 +38,13 @@ class Variant:
     moments: tuple[float, float] = (1.0, 1.0)
     only: str = ""
     often: bool = False
+    verify: bool = False
 
 
 VARIANTS = (
     Variant(STOCK, None, often=True),
     Variant(KEEP, "{}", often=True),
+    Variant(VERIFIED, "{}", verify=True),
     Variant(
         RESCALE,
         "moments: [{match: '*', exp_avg: scale 0.5, exp_avg_sq: scale 0.25}]",

@@ -186,7 +186,7 @@ class Series:
         from megatron_ext.policy import yaml_file
 
         return megatron_ext.get_megatron_optimizer(
-            config, [self.model], policy=yaml_file.loads(variant.policy)
+            config, [self.model], policy=yaml_file.loads(variant.policy), verify=variant.verify
         )
 
     def _check(self, optimizer: Any, variant: Variant) -> None:

@@ -17,6 +17,7 @@ from .cases import (
     RESET_V,
     STOCK,
     STOCK_COLD,
+    VERIFIED,
     Case,
 )
 
@@ -108,6 +109,9 @@ def verdicts(case: Case, result: Mapping[str, Any], device: str) -> Iterator[Ver
         yield _payload(case, samples, name, left)
     if case.format != "torch":
         yield _stored(case, result)
+        if any(of(samples, VERIFIED)):  # results before this variant have none
+            verified = ratio(samples, VERIFIED, KEEP, load_seconds)
+            yield Verdict(f"{case}: {VERIFIED} / keep, load", str(verified), "", "-")
     cold = ratio(samples, KEEP_COLD, STOCK_COLD, load_seconds)
     yield Verdict(f"{case}: keep / stock, load from a cold cache", str(cold), "", "-")
     cold = ratio(samples, RESET_COLD, STOCK_COLD, load_seconds)

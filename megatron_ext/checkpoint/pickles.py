@@ -53,7 +53,7 @@ def _load_fast(data: bytes) -> Any:
         return _FastUnpickler(cast(BinaryIO, file)).load()
 
 
-def load_index(file: BinaryIO) -> Any:
+def load_index(file: BinaryIO, *, whole: bool = False) -> Any:
     """Unpickle torch's index of a distributed checkpoint, without the plans of all ranks.
 
     megatron-core 0.19 stores the plans at the end of the index (``all_local_plans``,
@@ -62,6 +62,7 @@ def load_index(file: BinaryIO) -> Any:
 
     Args:
         file: The pickle; seekable.
+        whole: Whether to read the plans too, as torch does.
 
     Raises:
         Exception: A damaged pickle may raise any exception.
@@ -70,7 +71,7 @@ def load_index(file: BinaryIO) -> Any:
         raise pickle.UnpicklingError(f"{size} bytes; expected an index of at most {_LARGEST}")
     file.seek(0)
     data = file.read()
-    short = _without_plans(data)
+    short = data if whole else _without_plans(data)
     if short is not data:
         with contextlib.suppress(Exception):  # the name may occur elsewhere in the pickle
             return _load_fast(short)

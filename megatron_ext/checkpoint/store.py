@@ -97,6 +97,10 @@ class Store:
             raise unexpected(path, why, f"tensors as torch describes them in {INDEX}")
         return index
 
+    def require_whole_index(self) -> None:
+        """Read the part of the index too that only torch reads: the plans of all ranks."""
+        read_file(self._directory / INDEX, functools.partial(pickles.load_index, whole=True))
+
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Return key -> global shape in elements, None for an object."""
         entries = self.index.state_dict_metadata

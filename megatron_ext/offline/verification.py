@@ -45,6 +45,8 @@ def verify(stored: StoredCheckpoint, progress: Progress | None = None) -> Verifi
         if progress is not None:
             progress(_size(path))
     if stored.store is not None:
+        with _noted(found, index_fit.INDEX, ""):
+            stored.store.require_whole_index()
         index = stored.store.index
         for problem in (
             *index_fit.problems(stored.directory, index),

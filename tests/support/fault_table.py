@@ -166,10 +166,20 @@ class Table:
             self.outcomes[fault, command] = outcome
             if outcome in WRONG:
                 self.told[fault, command] = told
-        found = {command: self.outcomes[fault, command] for command in COMMANDS}
-        if found["verify"] == "ACCEPTED" and found["run"] == "harmless":
-            self.outcomes[fault, "verify"] = "harmless"
+        self._judge(fault)
         shutil.rmtree(place)
+
+    def _judge(self, fault: Fault) -> None:
+        """Say what it means that an offline command has accepted a file, by what the others did."""
+        found = {command: self.outcomes[fault, command] for command in COMMANDS}
+        harmless = found["run"] == found["run --selective-verify"] == "harmless"
+        # The plans of all ranks are at the end of the index. Only torch reads them, and `verify`.
+        in_plans = fault.file == ".metadata" and found["verify"] == "found"
+        for command, outcome in found.items():
+            if outcome == "ACCEPTED" and harmless:
+                self.outcomes[fault, command] = "harmless"
+            elif outcome == "ACCEPTED" and in_plans and command in OFFLINE:
+                self.outcomes[fault, command] = "not read"
 
     def _of_run(self, fault: Fault, command: str, root: Path) -> tuple[str, str]:
         verify = command.removeprefix("run")
