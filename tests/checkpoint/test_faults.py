@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.e2e, needs_training]
 #: Which ones, and what the run makes of them without and with --selective-verify.
 TRIED = {
     Fault("dp_reshardable", "first .distcp", "a bit of a tensor"): ("as stock", "error"),
-    Fault("dp_reshardable", "last .distcp", "a bit of an object"): ("error", "error"),
+    Fault("dp_reshardable", "last .distcp", "a bit of a pickle"): ("error", "error"),
     Fault("fully_reshardable", "last .distcp", "another file"): ("error", "error"),
     Fault("fully_reshardable", ".metadata", "truncated"): ("error", "error"),
     Fault("legacy", "model_optim_rng.pt, rank 1", "another zip file"): ("error", "error"),
