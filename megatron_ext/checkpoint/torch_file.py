@@ -34,8 +34,6 @@ def load_torch(file: BinaryIO) -> Any:
     """
     with _archive(file) as archive:
         entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
-        if "data.pkl" not in entries:
-            raise pickle.UnpicklingError("no data.pkl in the zip file")
         big = "byteorder" in entries and _read(archive, entries["byteorder"]) == b"big"
 
         def element(key: str, offset: int, size: int) -> bytes:
@@ -46,7 +44,7 @@ def load_torch(file: BinaryIO) -> Any:
             data = file.read(size)
             return data[::-1] if big else data
 
-        data = _read(archive, entries["data.pkl"])
+        data = _read_pickle(archive)
         with gc_disabled():
             found = Unpickler(io.BytesIO(data), element).load()
     require_bounded(found)
@@ -54,17 +52,16 @@ def load_torch(file: BinaryIO) -> Any:
 
 
 def require_torch_file(file: BinaryIO) -> None:
-    """Check that a file begins and ends as ``torch.save`` writes it, without reading tensors.
+    """Check that a file begins and ends as ``torch.save`` writes it, and the CRC32 of its pickle.
 
     Args:
-        file: Seekable.
+        file: Seekable. No tensor is read.
 
     Raises:
         Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
-        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-            raise pickle.UnpicklingError("no data.pkl in the zip file")
+        _read_pickle(archive)
 
 
 def find_tensor(file: BinaryIO) -> TensorPlace:
@@ -80,7 +77,7 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
         entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
         if "byteorder" in entries and _read(archive, entries["byteorder"]) == b"big":
             raise pickle.UnpicklingError("a big-endian tensor")
-        found = _TensorFinder(io.BytesIO(_read(archive, entries["data.pkl"]))).load()
+        found = _TensorFinder(io.BytesIO(_read_pickle(archive))).load()
     if not isinstance(found, _Found):
         raise pickle.UnpicklingError(f"a tensor was expected, found {type(found).__name__}")
     require_shapes(found.shape, found.stride, (found.offset,))
@@ -89,6 +86,13 @@ def find_tensor(file: BinaryIO) -> TensorPlace:
     start = begin + found.offset * found.dtype.itemsize
     end = begin + record.file_size
     return TensorPlace(found.dtype, found.shape, found.stride, start, end, record.CRC)
+
+
+def _read_pickle(archive: zipfile.ZipFile) -> bytes:
+    for entry in archive.infolist():
+        if entry.filename.partition("/")[2] == "data.pkl":
+            return _read(archive, entry)
+    raise pickle.UnpicklingError("no data.pkl in the zip file")
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -199,10 +203,7 @@ def tensors_of(file: BinaryIO) -> dict[str, tuple[str, torch.dtype]]:
         Exception: A damaged file may raise any exception.
     """
     with _archive(file) as archive:
-        names = [n for n in archive.namelist() if n.partition("/")[2] == "data.pkl"]
-        if not names:
-            raise pickle.UnpicklingError("no data.pkl in the zip file")
-        found = _TensorFinder(io.BytesIO(archive.read(names[0]))).load()
+        found = _TensorFinder(io.BytesIO(_read_pickle(archive))).load()
     out: dict[str, tuple[str, torch.dtype]] = {}
     seen: set[int] = set()
     left: list[tuple[str, Any]] = [("", found)]

@@ -13,6 +13,7 @@ from ..base import ranks
 from ..base.log import say
 from ..checkpoint import checksums
 from ..checkpoint.store import read_file
+from ..checkpoint.torch_file import require_torch_file
 from ..errors import CheckpointError, MegatronExtError
 from ..host.arguments import dropping_flag, global_args, needs_optimizer
 from ..host.contract import TRAINING
@@ -156,9 +157,10 @@ def _require_legacy_files(args: Any, load_arg: str) -> None:
                 "Restore it; if only the optimizer's file is lost, --no-load-optim starts with a "
                 "new optimizer (the Adam moments are then lost)"
             )
-        elif reading.verifies():
+        else:
+            check = checksums.require_sums if reading.verifies() else require_torch_file
             for file in files:
-                read_file(Path(file), checksums.require_sums)
+                read_file(Path(file), check)
     except CheckpointError as e:
         error = e
     except OSError as e:

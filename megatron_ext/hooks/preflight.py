@@ -97,18 +97,18 @@ def setup(original: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         megatron_args = global_args()
         if getattr(megatron_args, "optimizer_class", None) is not None and not current.agreed:
-            ranks.await_everyone("the preflight")
-            _stop_together(error_of(megatron_args))
+            _agree(megatron_args)
             current.agreed = True
         return original(*args, **kwargs)
 
     return setup_model_and_optimizer
 
 
-def _stop_together(error: MegatronExtError | None) -> None:
-    """Stop every rank if one has an error; a launched run ends as argparse ends one."""
+def _agree(args: Any) -> None:
+    """Stop every rank if one has an error or is not here; a launched run ends as by argparse."""
     try:
-        ranks.stop_together("the preflight", error)
+        ranks.await_everyone("the preflight")
+        ranks.stop_together("the preflight", error_of(args))
     except MegatronExtError as e:
         if current.launched is None:
             raise
