@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,20 @@ def test_without_damage_every_command_works(
         status = main(words)
         legacy = form == "torch" and "--moments" in command
         assert status == (2 if legacy else 0), capsys.readouterr()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    file = specimens.specimen("common.pt", root) / "common.pt"
+    file.chmod(0)
+    limited: list[str] = []
+    if os.geteuid() == 0:  # root reads everything, unless it may not
+        if (tool := shutil.which("setpriv")) is None:
+            pytest.skip("no setpriv, and this is root")
+        limited = [tool, "--bounding-set", "-dac_override,-dac_read_search"]
+    command = [*limited, sys.executable, "-m", "megatron_ext", "inspect", str(root)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: cannot read {file}: PermissionError: ")
+    assert "Let the user that runs this read it" in run.stderr
+    assert "damaged" not in run.stderr
