@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..base import ranks
@@ -82,12 +83,16 @@ def together(load: Callable[[], Any], path: Path) -> Any:
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return our error inside of torch's CheckpointException, which is no Exception."""
-    if isinstance(error, CheckpointException):
-        for inside, _ in error.failures.values():
-            if isinstance(inside, MegatronExtError):
-                return inside
-    return error
+    """Return our error inside of torch's CheckpointException, which is no Exception.
+
+    megatron-core 0.16 lets torch gather the errors of all ranks. Later ones read on each rank
+    alone, where torch counts the rank as 0.
+    """
+    if not isinstance(error, CheckpointException):
+        return error
+    ours = {r: e for r, (e, _) in error.failures.items() if isinstance(e, MegatronExtError)}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return ours.get(rank, next(iter(ours.values()), error))
 
 
 def _state_error(directory: Path) -> CheckpointError | None:
