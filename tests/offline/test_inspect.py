@@ -537,7 +537,11 @@ FAULTS: dict[str, tuple[Any, bool, str]] = {
         "cannot read {0}/__0_0.distcp: UnpicklingError: not in the zip format",
     ),
     "another tensor's place": (grown, True, "shape (3,) where .metadata says (2, 4)"),
-    "no place": (without_place, True, "expected a place for the piece of optimizer.state.exp_avg."),
+    "no place": (
+        without_place,
+        False,
+        "expected a place for the piece of optimizer.state.exp_avg.",
+    ),
     "no common.pt": (lambda d: (d / "common.pt").unlink(), False, "neither common.pt nor common_s"),
     "foreign directory": (foreign, False, "found model.safetensors. Check --load"),
     "no directory": (shutil.rmtree, False, "expected a checkpoint directory, found none"),
