@@ -359,7 +359,7 @@ def test_transform_moments_refuses_what_is_no_rule_for_moments(
 
 
 def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoints) -> None:
-    """Beginning, agreement, gather, counts; one reduction for all means, three for quantiles."""
+    """Reads, beginning, agreement, gather, counts; one for all means, three for quantiles."""
     directory, _ = checkpoints.phase_1(BF16, 2)
     arguments: dict[str, Any] = {"layout": BF16, "hyper": FIRST, "directory": directory}
 
@@ -367,8 +367,11 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
         return ext.run("tests.support.policies:reductions", 2, policy=policy, **arguments)[0]
 
     report = (2 * 6 + 1) * 8
+    state, rest = "all_reduce 40", "all_reduce 40"  # what each rank has read by then
     assert seen("preset: reset") == [
+        state,
         "broadcast 8",
+        rest,
         "all_reduce 40",
         "all_reduce 96",
         f"all_reduce {report}",
@@ -381,9 +384,9 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     )
     means = (1 + BF16.hidden) * 33 * 8
     histograms = [f"all_reduce {bins * 8}" for bins in (2048, 1024, 1024)]
-    assert fills[:3] == ["all_reduce 40", "gather", "all_reduce 96"]
-    assert fills[3] == f"all_reduce {means}"
-    assert len(fills[4:-1]) == len(histograms)
+    assert fills[:5] == [state, rest, "all_reduce 40", "gather", "all_reduce 96"]
+    assert fills[5] == f"all_reduce {means}"
+    assert len(fills[6:-1]) == len(histograms)
     assert fills[-1] == f"all_reduce {report + 16}"
 
 
