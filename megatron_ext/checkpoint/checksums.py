@@ -9,7 +9,9 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from .torch_file import window
 
 #: Bytes that are read at once.
 PART = 8 << 20
@@ -28,6 +30,19 @@ def require_sums(file: BinaryIO) -> None:
         for entry in archive.infolist():
             for _ in parts(archive, entry):
                 pass
+
+
+def require_item_sums(file: BinaryIO, place: Any) -> None:
+    """Compare the CRC32 of every record of one item in a file of the store.
+
+    Args:
+        file: The open file.
+        place: An entry of the index's ``storage_data``.
+
+    Raises:
+        Exception: A damaged item may raise any exception.
+    """
+    require_sums(window(file, place.offset, place.length))
 
 
 def parts(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, size: int = PART) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +87,11 @@ class IndexPlaceholder(Placeholder):
     placeholder_class = "torch.distributed.checkpoint.metadata.MetadataIndex"
     offset: Any = None
     __hash__ = object.__hash__
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class TensorPlace(NamedTuple):

@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 from ..base import ranks
@@ -205,9 +204,8 @@ def _facts(request: Request | None) -> dict[str, str]:
     """Return what must be the same on every rank, as text."""
     if request is None:
         return {"--optimizer-class": "not given"}
-    policy = {f"policy, {f.name}": getattr(request.policy, f.name) for f in fields(request.policy)}
     asked = {"--optimizer-class": request.optimizer_class, "--selective-from": request.where}
-    return {name: str(value) for name, value in {**asked, **policy}.items()}
+    return {name: str(value) for name, value in {**asked, **request.policy.facts()}.items()}
 
 
 def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:

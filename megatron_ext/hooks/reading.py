@@ -21,7 +21,7 @@ from ..base import ranks
 from ..checkpoint import checksums
 from ..checkpoint.store import COMMON, COMMON_KEY, INDEX, read_file, unreadable
 from ..errors import CheckpointError, MegatronExtError
-from ..resume import direct_read, store_reader
+from ..resume import store_reader
 from ..resume.members import members_of
 from ..resume.session import current
 
@@ -109,7 +109,8 @@ def _state_error(directory: Path) -> CheckpointError | None:
             read_file(directory / COMMON, checksums.require_sums)
         for key, place in places.items():
             if key.fqn == COMMON_KEY:
-                read_file(directory / place.relative_path, direct_read.sums_of(place))
+                check = functools.partial(checksums.require_item_sums, place=place)
+                read_file(directory / place.relative_path, check)
     except CheckpointError as e:
         return e
     return None

@@ -96,12 +96,9 @@ def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[Ten
     for target, piece in ordered:
         total = sums[target]
         for values in slabs(store, piece, progress):
-            finite = torch.isfinite(values)
-            bad = values.numel() - int(finite.sum())
+            bad = unusable(values, target.state)
             if bad:
-                values = torch.where(finite, values, 0.0)
-            if target.state == "exp_avg_sq":
-                bad += int((values < 0.0).sum())
+                values = torch.where(torch.isfinite(values), values, 0.0)
             total[0] += values.numel()
             total[1] += float(torch.dot(values, values))
             total[2] = max(total[2], float(values.abs().max()))
@@ -118,6 +115,22 @@ def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[Ten
         )
         for found, (elements, squares, largest, bad) in sums.items()
     ]
+
+
+def unusable(part: torch.Tensor, state: str) -> int:
+    """Count NaN and infinite elements, and negative ones of exp_avg_sq.
+
+    Args:
+        part: Floating-point elements of a tensor, at least one.
+        state: The optimizer's state that they are; any text for another tensor.
+    """
+    values = part if part.dtype.itemsize > 1 else part.float()  # fp8 knows no minimum
+    low, high = values.aminmax()
+    squares = state == "exp_avg_sq"
+    if torch.isfinite(low) and torch.isfinite(high) and not (squares and low < 0):
+        return 0
+    bad = ~torch.isfinite(values)
+    return int((bad | (values < 0)).sum() if squares else bad.sum())
 
 
 def distances(

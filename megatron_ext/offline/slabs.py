@@ -152,14 +152,11 @@ def _place(file: BinaryIO, piece: Piece) -> placeholders.TensorPlace:
     place = torch_file.find_tensor(file)
     if place.shape == piece.shape and len(place.stride) == len(place.shape):
         return place
-    if math.prod(place.shape) != math.prod(piece.shape) or place.stride != _dense(place.shape):
+    dense = placeholders.row_major(place.shape)
+    if math.prod(place.shape) != math.prod(piece.shape) or place.stride != dense:
         raise ValueError(f"{piece.key}: shape {place.shape} where .metadata says {piece.shape}")
     # A range of a flattened shard (fully_sharded_model_space) may lack the leading ones.
-    return place._replace(shape=piece.shape, stride=_dense(piece.shape))
-
-
-def _dense(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return place._replace(shape=piece.shape, stride=placeholders.row_major(piece.shape))
 
 
 def slabs(store: Store, piece: Piece, progress: Progress | None) -> Iterator[torch.Tensor]:

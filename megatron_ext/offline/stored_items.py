@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 
 from ..checkpoint import checksums, torch_file
-from ..checkpoint.placeholders import TensorPlace
+from ..checkpoint.placeholders import TensorPlace, row_major
 
 #: Elements that are read at once.
 _ELEMENTS = 2 << 20
@@ -53,8 +53,7 @@ def tensor_parts(file: BinaryIO, shape: tuple[int, ...]) -> Iterator[torch.Tenso
 def _in_order(place: TensorPlace) -> bool:
     """Whether the tensor is its whole storage in row-major order."""
     shape = place.shape
-    wanted = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    strides = zip(shape, place.stride, wanted, strict=True)
+    strides = zip(shape, place.stride, row_major(shape), strict=True)
     whole = place.end - place.start == math.prod(shape) * place.dtype.itemsize
     return whole and all(size <= 1 or stride == want for size, stride, want in strides)
 

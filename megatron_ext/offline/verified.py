@@ -9,6 +9,7 @@ import torch
 
 from ..base.schema import Count
 from .master_proof import MasterDifference, MasterProof
+from .moment_scan import unusable
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,3 @@ class Findings:
             master_weights=MasterProof(sum(d.of for d in self.masters), tuple(differing)),
             notes=notes,
         )
-
-
-def unusable(part: torch.Tensor, state: str) -> int:
-    """Count NaN and infinite elements, and negative ones of exp_avg_sq.
-
-    Args:
-        part: Floating-point elements of a tensor, at least one.
-        state: The optimizer's state that they are; any text for another tensor.
-    """
-    values = part if part.dtype.itemsize > 1 else part.float()  # fp8 knows no minimum
-    low, high = values.aminmax()
-    squares = state == "exp_avg_sq"
-    if torch.isfinite(low) and torch.isfinite(high) and not (squares and low < 0):
-        return 0
-    bad = ~torch.isfinite(values)
-    return int((bad | (values < 0)).sum() if squares else bad.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..base.values import plain, same
@@ -114,12 +114,11 @@ class ResumePlan:
         """Return a name and the value of every decision, as text."""
         keys = ("keep_hyperparameters", "take_hyperparameters")
         in_order: dict[str, Any] = {k: tuple(sorted(getattr(self.policy, k))) for k in keys}
-        policy = replace(self.policy, **in_order)
         facts: dict[str, Any] = {
             "step": self.step,
             "phase": None if self.phase is None else f"{self.phase.state}, {self.mark}",
             "clip_grad": None if self.clip_grad is None else plain(self.clip_grad.value),
-            **{f"policy, {f.name}": getattr(policy, f.name) for f in fields(policy)},
+            **replace(self.policy, **in_order).facts(),
         }
         for number, group in enumerate(self.groups):
             facts[f"param_group {number}, saved as"] = group.saved_index

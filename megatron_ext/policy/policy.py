@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from ..checkpoint.state import LARGEST_STEP, NOT_HYPERPARAMETERS
@@ -240,6 +240,10 @@ class ResumePolicy:
             reset_iteration=False,
             reset_dataloader=False,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Return a name, for a message, and the value of every field."""
+        return {f"policy, {f.name}": getattr(self, f.name) for f in fields(self)}
 
     @property
     def changes_moments(self) -> bool:

@@ -20,7 +20,7 @@ import os
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -180,15 +180,6 @@ def _read_one(stream: BinaryIO, stored: Any, item: Any, planner: Any, places: _P
     planner.commit_tensor(item, target)
 
 
-def sums_of(place: Any) -> Callable[[BinaryIO], None]:
-    """Return a function that compares the CRC32 of an item in an open file of the store.
-
-    Args:
-        place: An entry of the index's ``storage_data``.
-    """
-    return lambda file: checksums.require_sums(torch_file.window(file, place.offset, place.length))
-
-
 def _require_sum(
     stream: BinaryIO, stored: Any, place: placeholders.TensorPlace, read: memoryview
 ) -> None:
@@ -198,7 +189,7 @@ def _require_sum(
         BadZipFile: It differs.
     """
     if len(read) != place.end - place.start:
-        sums_of(stored)(stream)
+        checksums.require_item_sums(stream, stored)
     elif (found := zlib.crc32(read)) != place.crc32:
         raise zipfile.BadZipFile(
             f"Bad CRC-32 for a tensor: expected {place.crc32:08x}, found {found:08x}"
@@ -220,7 +211,7 @@ def first_element(
         completely stored.
     """
     shape, count = place.shape, math.prod(place.shape)
-    row_major = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    row_major = placeholders.row_major(shape)
     strides = zip(shape, place.stride, row_major, strict=True)
     if any(size > 1 and stride != wanted for size, stride, wanted in strides):
         return None

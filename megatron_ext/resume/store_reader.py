@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..base import ranks
+from ..checkpoint import checksums
 from ..checkpoint.store import COMMON_KEY
 from ..errors import MegatronExtError
-from .direct_read import by_file, named, read_in_place, sums_of
+from .direct_read import by_file, named, read_in_place
 
 
 @contextlib.contextmanager
@@ -77,4 +78,4 @@ def _require_sums(reader: Any, path: str, items: Sequence[Any], *, tensors: bool
     plain = [s for s in stored.values() if not getattr(s, "transform_descriptors", None)]
     with reader.fs.create_stream(reader.fs.concat_path(reader.path, path), "rb") as stream:
         for place in plain:
-            sums_of(place)(stream)
+            checksums.require_item_sums(stream, place)
