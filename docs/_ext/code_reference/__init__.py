@@ -30,6 +30,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "reference-policy-file": schemas.PolicyFile,
         "reference-schemas": schemas.Schemas,
         "reference-versions": compatibility.Versions,
+        "reference-hosts": compatibility.Hosts,
         "reference-refused": compatibility.Refused,
         "reference-contract": compatibility.Contract,
     }.items():
