@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-gpu \
-    soak faults pytest bench clean
+    soak faults contract pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ PHASES ?= 100
 soak: export OMP_NUM_THREADS := 1
 soak: bootstrap ## damaged input for SECONDS=600, and a chain of PHASES=100 phases on two ranks
 	$(PYTHON_BIN) -m benchmarks.soak --seconds $(SECONDS) --phases $(PHASES)
+
+contract: bootstrap ## try a checkout of Megatron-LM: make contract MEGATRON_PATH=/path/to/it
+	$(PYTHON_BIN) -m tests.support.contract_check $(MEGATRON_PATH)
 
 faults: export OMP_NUM_THREADS := 1
 faults: bootstrap ## try every fault and write docs/reference/faults.md (30 minutes)
