@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,53 +90,73 @@ def line(text: str, begin: str) -> str:
     return found
 
 
+CPU = ["-m", "megatron_ext.launch", "--cpu"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script that is started from another folder.
+
+    Args:
+        script: The folder of the script.
+        cwd: The current directory.
+        version: That of the Megatron which runs.
+        path: What is on PYTHONPATH.
+        site: Whether there is a wheel in site-packages.
+        more: The script's arguments.
+    """
+
+    script: str
+    cwd: str
+    version: str
+    path: tuple[str, ...] = ()
+    site: bool = True
+    more: tuple[str, ...] = ()
+
+    def start(
+        self, places: SimpleNamespace, before: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        script = getattr(places, self.script) / "script.py"
+        path = os.pathsep.join(str(getattr(places, name)) for name in self.path)
+        return start([*before, str(script), *self.more], getattr(places, self.cwd), path, self.site)
+
+
+CASES = {
+    "beside the script": Case("checkout", "elsewhere", "0.18.2", more=tuple(OURS.split())),
+    "on PYTHONPATH, without a wheel": Case(
+        "elsewhere", "checkout", "0.17.1", path=("other", "bare"), site=False
+    ),
+    "the installed wheel": Case("elsewhere", "checkout", version("megatron-core")),
+}
+
+
 @pytest.fixture(scope="module")
-def runs(places: SimpleNamespace) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
-    """The launcher from folders that are not the script's; two processes at a time."""
-    cpu = ["-m", "megatron_ext.launch", "--cpu"]
-    ours = words(f"{PHASE} {OURS}", places.elsewhere / "report")
-    outside = str(places.elsewhere / "script.py")
-    cases = {
-        "beside": ([*cpu, str(places.checkout / "script.py"), *ours], places.elsewhere, None),
-        "path": ([*cpu, outside], places.checkout, places.other),
-        "installed": ([*cpu, outside], places.checkout, None),
-        "env": (["-m", "megatron_ext", "env", "--json"], places.elsewhere, places.checkout),
-    }
+def runs(places: SimpleNamespace) -> dict[str, subprocess.CompletedProcess[str]]:
+    """The launcher, and `env`; two processes at a time, which import Megatron."""
+    ours = tuple(words(f"{PHASE} {OURS}", places.elsewhere / "report"))
     with ThreadPoolExecutor(2) as executor:
-        started = {name: executor.submit(start, *case) for name, case in cases.items()}
-        yield {name: run.result() for name, run in started.items()}
+        started = {
+            name: executor.submit(
+                replace(case, more=ours if case.more else ()).start, places, tuple(CPU)
+            )
+            for name, case in CASES.items()
+        }
+        env = ["-m", "megatron_ext", "env", "--json"]
+        started["env"] = executor.submit(start, env, places.elsewhere, places.checkout)
+        return {name: run.result() for name, run in started.items()}
 
 
-@pytest.mark.parametrize(
-    ("case", "script", "cwd", "path", "expected"),
-    [
-        ("beside", "checkout", "elsewhere", None, "0.18.2"),
-        ("path", "elsewhere", "checkout", "other", "0.17.1"),
-        ("installed", "elsewhere", "checkout", None, version("megatron-core")),
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_the_launcher_runs_the_megatron_that_plain_python_finds(
-    case: str,
-    script: str,
-    cwd: str,
-    path: str | None,
-    expected: str,
-    places: SimpleNamespace,
-    runs: dict[str, subprocess.CompletedProcess[str]],
+    name: str, places: SimpleNamespace, runs: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
-    def folder(name: str | None) -> Path | None:
-        return getattr(places, name) if name else None
-
-    plain = start([str(folder(script) / "script.py")], folder(cwd), folder(path))
-    run = runs[case]
+    plain, run = CASES[name].start(places), runs[name]
     assert run.returncode == plain.returncode == 0, run.stderr[-3000:]
     assert line(run.stdout, "RUNS") == line(plain.stdout, "RUNS")
     _, found, file = line(run.stdout, "IMPORTED").split()
     root = Path(file).parents[2]
-    assert (found, root / "megatron/core/__init__.py") == (expected, Path(file))
-    assert f"megatron_ext: megatron-core {expected} from {root}\n" in run.stdout
-    if case != "installed":
-        assert root == folder(path or script)
+    assert (found, root / "megatron/core/__init__.py") == (CASES[name].version, Path(file))
+    assert f"megatron_ext: megatron-core {found} from {root}\n" in run.stdout
 
 
 def test_env_tells_the_version_of_the_checkout_and_not_that_of_the_wheel(
@@ -148,9 +168,8 @@ def test_env_tells_the_version_of_the_checkout_and_not_that_of_the_wheel(
     assert found["megatron"]["contract"] == []
 
 
-LAUNCHED = ["-m", "megatron_ext.launch"]
 ENTRANCES = {
-    "launcher": [*LAUNCHED, "script.py", *OURS.split()],
+    "launcher": [*CPU[:-1], "script.py", *OURS.split()],
     "library": ["-c", "import megatron_ext\nmegatron_ext.get_megatron_optimizer(None, [])"],
     "add_arguments": ["-c", "import megatron_ext\nmegatron_ext.add_arguments(None)"],
 }
@@ -179,7 +198,7 @@ def test_without_a_megatron_one_error_says_what_is_missing(
 
 
 def test_cpu_without_a_megatron_is_the_same_error(places: SimpleNamespace) -> None:
-    done = start([*LAUNCHED, "--cpu", "script.py"], places.elsewhere, places.bare, site=False)
+    done = start([*CPU, "script.py"], places.elsewhere, places.bare, site=False)
     assert "found no Megatron" in refused(done)
 
 
