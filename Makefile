@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
-MATRIX ?= 0.18.2 0.16.1
+MATRIX ?= 0.18.2 0.17.1 0.16.1
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=

@@ -17,7 +17,7 @@ from ..errors import HostError
 from . import megatron
 
 #: The versions that the tests run with. Outside of [first, last minor] a warning is given once.
-TESTED = ("0.16.1", "0.18.2", "0.19.2")
+TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 CORE = "megatron.core.optimizer"
 
