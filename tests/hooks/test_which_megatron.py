@@ -197,6 +197,15 @@ def test_without_a_megatron_one_error_says_what_is_missing(
     assert "PYTHONPATH=/path/to/Megatron-LM" in error
 
 
+def test_a_plan_without_a_megatron_is_the_same_error(places: SimpleNamespace) -> None:
+    """It needs Megatron's param_groups and its scheduler; the other commands need neither."""
+    command = ["-m", "megatron_ext", "plan", "script.py", "--lr", "1e-5"]
+    done = start(command, places.elsewhere, places.bare, site=False)
+    assert done.returncode == 2
+    error = " ".join(done.stderr.split())
+    assert error.startswith("error: found no Megatron")
+
+
 def test_cpu_without_a_megatron_is_the_same_error(places: SimpleNamespace) -> None:
     done = start([*CPU, "script.py"], places.elsewhere, places.bare, site=False)
     assert "found no Megatron" in refused(done)
