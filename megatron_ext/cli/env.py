@@ -76,7 +76,9 @@ def environment() -> EnvDocument:
     megatron, adam = _megatron()
     findings = list(_megatron_findings(megatron))
     for device, kernel in kernels.items():
-        if not kernel.native and asked == "auto" and (device == "cpu" or devices):
+        # ROCm's devices are named cuda, and there is no kernel that could be built for them.
+        can_be_built = device == "cpu" or (devices and torch.version.hip is None)
+        if not kernel.native and asked == "auto" and can_be_built:
             findings.append(f"no compiled {device} kernel: {kernel.reason}")
     inner = _inner_optimizer(adam)
     findings += inner["not_importable"].values()

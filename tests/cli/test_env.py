@@ -167,6 +167,18 @@ def test_a_missing_kernel_is_a_finding_where_the_device_is_there(
     assert found["cuda_devices"] == [f"GPU {n}" for n in range(devices)]
 
 
+def test_on_rocm_the_reference_kernel_is_named_and_is_no_problem(
+    answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "not built: torch 2.10.0+rocm6.4 is built with ROCm 6.4, for which there is no kernel"
+    answers.setattr(_native, "kernel", lambda d: Kernel(d, d == "cpu", reason))
+    answers.setattr(torch.cuda, "device_count", lambda: 2)
+    answers.setattr(torch.version, "hip", "6.4")
+    status, found = env(capsys)
+    assert (status, found["findings"]) == (0, [])
+    assert found["kernels"]["cuda"] == {"active": "reference", "reason": reason}
+
+
 def test_a_megatron_that_cannot_be_imported_is_status_2(
     answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
