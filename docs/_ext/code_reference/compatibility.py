@@ -43,7 +43,8 @@ class Versions(SphinxDirective):
         from megatron_ext.host.contract import TESTED
 
         project = tomllib.loads(PYPROJECT.read_text())["project"]
-        bounds = (d.partition(">=") for d in project["dependencies"])
+        needs = [*project["dependencies"], *project["optional-dependencies"]["megatron"]]
+        bounds = (need.partition(">=") for need in needs)
         needed = {name: bound for name, _, bound in bounds}
         python = project["requires-python"]
         rows = [
