@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the tests marked `all`: more of what the others have examples of",
     )
+    parser.addoption(
+        "--require-te",
+        action="store_true",
+        help="fail the tests that need Transformer Engine, rather than skip them, without it",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -83,8 +83,7 @@ def _pieces(
             name = names[id(model_param)]
             split = 1 if ".experts." in name else size  # no tensor parallelism for experts here
             shape, index = _cut(name, tuple(model_param.shape), split, rank, _gated(run, name))
-            state = optimizer.optimizer.state[main]
-            tensors = {"param": main, **{k: state[k] for k in KEYS if k in state}}
+            tensors = harness.values_of(optimizer.optimizer, main)
             values = {k: t.detach().float().numpy().reshape(-1) for k, t in tensors.items()}
             yield (
                 name,
