@@ -1,0 +1,207 @@
+"""Small runs of Megatron-Bridge's own `pretrain`, on the ranks of the current process group."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+GLOBAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """What a run's `ConfigContainer` is made of.
+
+    Args:
+        train_iters: Last iteration.
+        load: `checkpoint.load`.
+        save: `checkpoint.save`.
+        lr: `optimizer.lr`; `optimizer.min_lr` is a tenth of it.
+        reshardable: `checkpoint.dist_ckpt_optim_fully_reshardable`.
+        decay_iters: `scheduler.lr_decay_iters`, which is that of all phases of a test.
+        changes: Section and field, dotted -> value.
+    """
+
+    train_iters: int
+    load: str | None = None
+    save: str | None = None
+    lr: float = 1e-2
+    reshardable: bool = False
+    decay_iters: int = 20
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def config(run: Bridge) -> Any:
+    """A GPT of two layers, without any fusion, on mock data."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+    from megatron.bridge.training import config as c
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    cfg = c.ConfigContainer(
+        model=GPTModelProvider(
+            transformer_layer_spec=local_layer_spec,
+            num_layers=2,
+            hidden_size=16,
+            ffn_hidden_size=32,
+            num_attention_heads=2,
+            seq_length=8,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            bias_activation_fusion=False,
+            apply_rope_fusion=False,
+            cross_entropy_loss_fusion=False,
+            persist_layer_norm=False,
+            make_vocab_size_divisible_by=8,
+            vocab_size=64,
+        ),
+        train=c.TrainingConfig(
+            train_iters=run.train_iters, global_batch_size=GLOBAL_BATCH, micro_batch_size=2
+        ),
+        validation=c.ValidationConfig(eval_iters=0, eval_interval=1000),
+        optimizer=c.OptimizerConfig(
+            optimizer="adam",
+            lr=run.lr,
+            min_lr=run.lr / 10,
+            weight_decay=0.1,
+            bf16=True,
+            use_distributed_optimizer=True,
+        ),
+        scheduler=c.SchedulerConfig(
+            lr_decay_style="linear",
+            lr_warmup_iters=1,
+            lr_decay_iters=run.decay_iters,
+            start_weight_decay=0.1,
+            end_weight_decay=0.1,
+            override_opt_param_scheduler=True,
+        ),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        dataset=c.MockGPTDatasetConfig(
+            random_seed=1,
+            seq_length=8,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            dataloader_type="single",
+            num_workers=0,
+            skip_getting_attention_mask_from_dataset=False,
+        ),
+        logger=c.LoggerConfig(log_interval=1, logging_level=50),
+        tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=63),
+        checkpoint=c.CheckpointConfig(
+            load=run.load,
+            save=run.save,
+            save_interval=1000,
+            ckpt_format="torch_dist",
+            async_strategy="mcore",
+            use_persistent_ckpt_worker=False,
+            fully_parallel_save=True,
+            dist_ckpt_optim_fully_reshardable=run.reshardable,
+        ),
+        rng=c.RNGConfig(seed=1),
+        dist=c.DistributedInitConfig(
+            distributed_backend="gloo", use_gloo_process_groups=run.reshardable
+        ),
+        mixed_precision="bf16_mixed",
+    )
+    for name, value in run.changes.items():
+        section, _, attribute = name.rpartition(".")
+        setattr(getattr(cfg, section) if section else cfg, attribute, value)
+    return cfg
+
+
+def train(run: Bridge, resume: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Call `pretrain`.
+
+    Args:
+        run: What is trained.
+        resume: Arguments of `megatron_ext.bridge.resume_with`; None for stock Bridge.
+    """
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    seen = Seen()
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        cfg = config(run)
+        if resume is not None:
+            from megatron_ext import bridge
+
+            bridge.resume_with(cfg, **resume)
+        pretrain(cfg, forward_step, callbacks=seen.manager())
+    return {"log": log.getvalue(), "steps": seen.steps, "begin": seen.begin, "end": seen.end}
+
+
+class Seen:
+    """What callbacks see of a run: its state before the first step, and each step's position."""
+
+    def __init__(self) -> None:
+        self.begin: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+        self.steps: list[dict[str, Any]] = []
+
+    def manager(self) -> Any:
+        from megatron.bridge.training.callbacks import CallbackManager
+
+        manager = CallbackManager()
+        handlers: dict[str, Callable[[Any], None]] = {
+            "on_train_start": self._begin,
+            "on_train_step_start": self._step,
+            "on_train_end": self._end,
+        }
+        for event, handler in handlers.items():
+            manager.register(event, handler)
+        return manager
+
+    def _begin(self, context: Any) -> None:
+        self.begin = state_of(context)
+
+    def _end(self, context: Any) -> None:
+        self.end = state_of(context)
+
+    def _step(self, context: Any) -> None:
+        at = context.state.train_state
+        self.steps.append(
+            {
+                "iteration": at.step,
+                "consumed": at.consumed_train_samples,
+                "lr": [group["lr"] for group in groups_of(context.optimizer)],
+            }
+        )
+
+
+def groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [group for member in members for group in member.optimizer.param_groups]
+
+
+def state_of(context: Any) -> dict[str, Any]:
+    """This rank's moments, param_groups and train_state."""
+    members = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
+    return {
+        "moments": [
+            {key: value.clone() for key, value in member.optimizer.state[param].items()}
+            for member in members
+            for group in member.optimizer.param_groups
+            for param in group["params"]
+            if param in member.optimizer.state
+        ],
+        "groups": [
+            {k: v for k, v in group.items() if isinstance(v, (str, int, float, tuple))}
+            for group in groups_of(context.optimizer)
+        ],
+        "num_steps": context.scheduler.num_steps,
+        "iteration": context.state.train_state.step,
+        "consumed": context.state.train_state.consumed_train_samples,
+        "class": type(members[0]).__name__,
+        "weights": {
+            name: param.detach().clone().to(torch.float32)
+            for chunk in context.model
+            for name, param in chunk.named_parameters()
+        },
+    }
