@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import add_arguments, get_megatron_optimizer
+    from .api import add_arguments, enable, get_megatron_optimizer
     from .errors import (
         AgreementError,
         CheckpointError,
@@ -37,6 +37,7 @@ _WHERE = {
     "transform_moments": "resume.live",
     "get_megatron_optimizer": "api",
     "add_arguments": "api",
+    "enable": "api",
     "MegatronExtError": "errors",
     "PolicyError": "errors",
     "PlanError": "errors",
@@ -62,6 +63,7 @@ __all__ = [
     "SelectiveAdam",
     "__version__",
     "add_arguments",
+    "enable",
     "get_megatron_optimizer",
     "transform_moments",
 ]

@@ -147,6 +147,29 @@ def unreadable_sharding(sharding_type: str | None) -> str | None:
     return None
 
 
+def require_readable(metadata: Mapping[str, Any] | None) -> None:
+    """Raise if Megatron cannot read the checkpoint's sharding type.
+
+    Args:
+        metadata: The checkpoint's content metadata.
+
+    All ranks raise, because they have the same metadata from the common state. If the metadata name
+    no type, stock assumes the one that it cannot read (distrib_optimizer.py:1509, 0.19.2).
+    """
+    sharding_type = (metadata or {}).get("distrib_optim_sharding_type")
+    if sharding_type is None:
+        raise CheckpointError(
+            "sharded_state_dict was called without metadata that names the sharding "
+            f"(distrib_optim_sharding_type). Megatron then assumes the sharding {FLATTENED}, which "
+            "megatron-core 0.16 and later can neither read nor write. Pass "
+            "metadata=dist_checkpointing.load_content_metadata(DIRECTORY). A checkpoint of 0.15 or "
+            "earlier has no metadata: convert it with python -m megatron_ext convert SOURCE TARGET"
+        )
+    reason = unreadable_sharding(sharding_type)
+    if reason is not None:
+        raise CheckpointError(f"the checkpoint cannot be resumed from: {reason}")
+
+
 def misfits(
     requested: Mapping[str, Sequence[int] | None], saved: Mapping[str, Sequence[int] | None]
 ) -> list[str]:

@@ -89,7 +89,12 @@ def resume_of(request: Request) -> Resume:
     """Make a resume that the optimizers of a chain share."""
     write = None if request.report_dir is None else files.writer(request.report_dir)
     return Resume(
-        request.policy, write, megatron_version(), where=request.where, verify=request.verify
+        request.policy,
+        write,
+        megatron_version(),
+        where=request.where,
+        verify=request.verify,
+        guard=request.guard,
     )
 
 
@@ -102,12 +107,6 @@ def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> Non
             "--overlap-param-gather-with-optimizer-step: Megatron then splits the dense parameters "
             "into two chained optimizers by model chunk, which is not tested with a selective "
             "resume. Leave the flag out for this run"
-        )
-    if getattr(config, "optimizer_cpu_offload", False) and request.policy.changes_moments:
-        raise HostError(
-            f"--optimizer-class {request.optimizer_class} with --optimizer-cpu-offload and rules "
-            "for moments: HybridDeviceOptimizer keeps them in several optimizers. Leave the rules "
-            "or the offload out"
         )
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
     if getattr(ddp_config, "use_megatron_fsdp", False):

@@ -59,8 +59,6 @@ def install(*, arguments: bool = False) -> None:
     _rebind(training, "build_train_valid_test_data_loaders", data_position.loaders)
     _rebind(training, "get_train_valid_test_num_samples", data_position.sample_counts)
     _rebind(training, "train", running.train)
-    _rebind(training, "train_step", running.train_step)
-    _rebind(training, "training_log", running.training_log)
 
 
 def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..base.log import say
 from ..errors import HostError
 from ..host.arguments import global_args
 from ..host.schedule import NOT_SAVED, SCHEDULER_VALUES, saved_values
@@ -27,6 +28,13 @@ def load_scheduler(original: Callable[..., None]) -> Callable[..., None]:
         policy = members[0].resume.policy
         flags = (self.override_opt_param_scheduler, self.use_checkpoint_opt_param_scheduler)
         from_checkpoint = policy.schedule == "checkpoint"
+        if flags[1] and not from_checkpoint:
+            say(
+                "megatron_ext: the scheduler was built with "
+                "use_checkpoint_opt_param_scheduler=True; the policy decides, and takes its values "
+                "from the current arguments. With schedule: checkpoint in the policy they come "
+                "from the checkpoint"
+            )
         self.override_opt_param_scheduler = not from_checkpoint
         self.use_checkpoint_opt_param_scheduler = from_checkpoint
         arguments = _scheduler_values(self)

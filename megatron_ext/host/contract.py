@@ -90,6 +90,11 @@ CONTRACT = (
     ),
     HostName(
         f"{CORE}.optimizer",
+        "MegatronOptimizer",
+        reference="core/optimizer/optimizer.py:196; whether an optimizer was built before enable",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
         "ChainedOptimizer.__init__",
         ("chained_optimizers",),
         rebound=True,
@@ -186,6 +191,17 @@ CONTRACT = (
     ),
     HostName(
         f"{CORE}.optimizer",
+        "MixedPrecisionOptimizer.step_with_ready_grads",
+        reference="core/optimizer/optimizer.py:777; overridden, also in FP32Optimizer (:1285) and "
+        "DistributedOptimizer: the first step is checked",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "FP32Optimizer.step_with_ready_grads",
+        reference="core/optimizer/optimizer.py:1285; the same",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
         "FP32Optimizer._filter_and_reorder_param_groups",
         ("current_groups", "state_dict_groups"),
         reference="core/optimizer/optimizer.py:594; overridden",
@@ -256,21 +272,6 @@ CONTRACT = (
         rebound=True,
         since="0.18.0",
         reference="training/training.py:3342; a dry run ends before it",
-    ),
-    HostName(
-        f"{TRAINING}.training",
-        "train_step",
-        rebound=True,
-        since="0.18.0",
-        reference="training/training.py:2336; the guard compares the first steps (running.py)",
-    ),
-    HostName(
-        f"{TRAINING}.training",
-        "training_log",
-        ("iteration",),
-        rebound=True,
-        since="0.18.0",
-        reference="training/training.py:2568; the first logging step after a resume",
     ),
     HostName(
         f"{CORE}.distrib_optimizer",

@@ -211,7 +211,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--no-selective-guard",
         action="store_false",
         dest="selective_guard",
-        help="Do not check the first resumed steps against the plan. By default the run stops if "
+        help="Do not check the first resumed step against the plan. By default the run stops if "
         "hyperparameters differ from the plan or moment norms cannot be the result of Adam "
         "updates.",
     )

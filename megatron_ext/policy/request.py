@@ -20,7 +20,7 @@ class Request:
         policy: The policy for `SelectiveAdam` and its subclasses.
         report_dir: Directory for the report, or None.
         where: Role of the directory of ``--load`` in the phase.
-        guard: Whether the first resumed steps are checked against the plan.
+        guard: Whether the first resumed step is checked against the plan.
         dry_run: Whether the run ends before its first step.
         verify: Whether the CRC32 of everything that is read is compared.
     """

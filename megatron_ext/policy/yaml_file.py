@@ -14,11 +14,12 @@ from .policy import ResumePolicy
 from .yaml_loader import MAX_SIZE, load
 
 
-def read(path: str | Path) -> ResumePolicy:
+def read(path: str | Path, name: str = "--selective-policy") -> ResumePolicy:
     """Read a policy file.
 
     Args:
         path: The YAML file.
+        name: The flag or argument that names the file, for errors.
 
     Raises:
         PolicyError: The file cannot be read, is not YAML, or is not a policy. The error names the
@@ -28,11 +29,11 @@ def read(path: str | Path) -> ResumePolicy:
         with open_regular(Path(path)) as file, io.TextIOWrapper(file, encoding="utf-8") as lines:
             text = lines.read(MAX_SIZE + 1)
     except (OSError, UnicodeDecodeError) as e:
-        raise PolicyError(f"--selective-policy {path}: cannot be read: {e}") from None
+        raise PolicyError(f"{name} {path}: cannot be read: {e}") from None
     try:
         return loads(text)
     except PolicyError as e:
-        raise PolicyError(f"--selective-policy {path}: {e}") from None
+        raise PolicyError(f"{name} {path}: {e}") from None
 
 
 def loads(text: str) -> ResumePolicy:

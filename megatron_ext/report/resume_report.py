@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from ..plan.jumps import jumps
 from ..plan.mapped import Mapped
-from ..policy.counters import Counters
-from ..policy.phase import Phase
+from ..policy.counters import Counters, begin
+from ..policy.phase import Mark, Phase
+from ..policy.policy import ResumePolicy
 from ..version import __version__
 from .document import (
     counters_json,
@@ -57,11 +58,37 @@ class ResumeReport:
         Args:
             rank: The rank on which the parameters were counted.
         """
-        out = [*phase_lines(self.phase), *counter_lines(self.counters, self.phase)]
+        out = [*phase_lines(self.phase), *self.counter_lines()]
         out += parameter_lines(self.mapped)
         for number, report in enumerate(self.optimizers):
             out += optimizer_lines(number, len(self.optimizers), report, rank)
         return out
+
+    def count_from(self, before: Counters) -> Mark | None:
+        """Set the counters of a phase whose training loop has asked for them after the load.
+
+        Args:
+            before: The checkpoint's counters.
+
+        Returns:
+            The phase's mark, with the offset of the new counters; None without a phase.
+        """
+        phase = self.phase
+        mark = None if phase is None else phase.mark
+        policy = ResumePolicy() if phase is None else phase.policy
+        after, offset = begin(policy, before, 0 if mark is None else mark.offset)
+        self.counters = before, after
+        if phase is None or mark is None:
+            return None
+        phase = phase.at(offset)
+        self.optimizers = [
+            replace(report, plan=replace(report.plan, phase=phase)) for report in self.optimizers
+        ]
+        return phase.mark
+
+    def counter_lines(self) -> list[str]:
+        """Format the counters as log lines."""
+        return counter_lines(self.counters, self.phase)
 
     def scheduler_loaded(self, section: SchedulerDocument) -> None:
         """Add the scheduler's values, and warnings about values that rise.

@@ -1,13 +1,13 @@
-r"""Check the first resumed steps against the plan. Pure.
+r"""Check the first resumed step against the plan. Pure.
 
-The first step must use the planned hyperparameters. At the first logging step, the moment norms
-must be a possible result of k Adam updates on the loaded moments. With the norm of each step's
-clipped gradient, :math:`c_i`, and the norm :math:`\|\cdot\|` over this rank's elements:
+The first step must use the planned hyperparameters. After it, the moment norms must be a possible
+result of one Adam update of the loaded moments. With the norm of the step's gradient, :math:`c`,
+and the norm :math:`\|\cdot\|` over this rank's elements:
 
 .. math::
 
-    \left| \|m_k\| - b_1^k \|m_0\| \right| \le (1 - b_1) \sum_{i=1}^k b_1^{k-i} c_i, \qquad
-    0 \le \|v_k\| - b_2^k \|v_0\| \le (1 - b_2) \sum_{i=1}^k b_2^{k-i} c_i^2
+    \left| \|m_1\| - b_1 \|m_0\| \right| \le (1 - b_1) c, \qquad
+    0 \le \|v_1\| - b_2 \|v_0\| \le (1 - b_2) c^2
 
 The bounds follow from Adam's definition (arXiv 1412.6980), the triangle inequality,
 :math:`v \ge 0` and :math:`\|g^2\| \le \|g\|^2`.
@@ -15,35 +15,22 @@ The bounds follow from Adam's definition (arXiv 1412.6980), the triangle inequal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..base.values import plain
 
-#: Relative tolerance, because fp32 sums of k steps and moments in bf16 are not exact.
+#: Relative tolerance, because fp32 sums and moments in bf16 are not exact.
 _ROUNDING = 0.01
 
 _CHECKED = ("lr", "weight_decay", "betas", "eps")
 
 _CAUSE = (
-    "Something has changed the optimizer between the load and the first steps: the training "
-    "script, a callback, or another extension of Megatron. Find it, or pass --no-selective-guard"
+    "Something has changed the optimizer between the load and the first step: the training "
+    "script, a callback, or another extension of Megatron. Find it, or pass --no-selective-guard "
+    "(guard=False in Python)"
 )
-
-
-@dataclass
-class Watch:
-    """The guard's record of the steps since the load.
-
-    Args:
-        gradients: Norm of each successful step's gradient before clipping, as Megatron returned it.
-        started: Whether the first step has been checked.
-    """
-
-    gradients: list[Any] = field(default_factory=list)
-    started: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,24 +84,25 @@ def wrong_moments(
     betas: tuple[float, float],
     before: tuple[float, float],
     after: tuple[float, float],
-    gradients: Sequence[float],
+    gradient: float,
 ) -> str:
-    """Describe moment norms that cannot be the result of Adam updates on the loaded moments.
+    """Describe moment norms that cannot be the result of an Adam update of the loaded moments.
 
     Args:
         optimizer: Position in the chain.
-        betas: b1 and b2 of the steps.
+        betas: b1 and b2 of the step.
         before: Euclidean norms of exp_avg and exp_avg_sq after the load, on this rank.
-        after: The same norms now.
-        gradients: For each step since the load, an upper bound of the norm of this rank's part of
-            the clipped gradient.
+        after: The same norms after the step.
+        gradient: An upper bound of the norm of this rank's part of the step's gradient.
 
     Returns:
         A message, empty if both norms are possible.
     """
+    kept = betas[0] * before[0], betas[1] * before[1]
+    added = (1.0 - betas[0]) * gradient, (1.0 - betas[1]) * gradient * gradient
     bounds = (
-        ("exp_avg", *_first(betas[0], before[0], gradients), after[0]),
-        ("exp_avg_sq", *_second(betas[1], before[1], gradients), after[1]),
+        ("exp_avg", max(kept[0] - added[0], 0.0), kept[0] + added[0], after[0]),
+        ("exp_avg_sq", kept[1], kept[1] + added[1], after[1]),
     )
     lines = [
         f"{key} has norm {found:.6g}, expected {low:.6g} to {high:.6g}"
@@ -124,32 +112,10 @@ def wrong_moments(
     if not lines:
         return ""
     return (
-        f"optimizer {optimizer}: {steps_after(len(gradients))} the load the moment norms "
-        f"cannot be the result of Adam updates on the loaded moments (norms {before[0]:.6g}, "
-        f"{before[1]:.6g}) with gradients of norm up to {max(gradients, default=0.0):.6g}: "
-        f"{'; '.join(lines)}. {_CAUSE}"
+        f"optimizer {optimizer}: 1 step after the load the moment norms cannot be the result of an "
+        f"Adam update of the loaded moments (norms {before[0]:.6g}, {before[1]:.6g}) with a "
+        f"gradient of norm {gradient:.6g}: {'; '.join(lines)}. {_CAUSE}"
     )
-
-
-def steps_after(count: int) -> str:
-    """Write a number of steps as "k steps after"."""
-    return f"{count} step after" if count == 1 else f"{count} steps after"
-
-
-def _first(beta: float, norm: float, gradients: Sequence[float]) -> tuple[float, float]:
-    kept = beta ** len(gradients) * norm
-    added = _average(beta, gradients)
-    return max(kept - added, 0.0), kept + added
-
-
-def _second(beta: float, norm: float, gradients: Sequence[float]) -> tuple[float, float]:
-    kept = beta ** len(gradients) * norm
-    return kept, kept + _average(beta, [g * g for g in gradients])
-
-
-def _average(beta: float, values: Sequence[float]) -> float:
-    steps = len(values)
-    return math.fsum((1.0 - beta) * beta ** (steps - 1 - i) * x for i, x in enumerate(values))
 
 
 def _comparable(value: Any) -> Any:

@@ -71,6 +71,9 @@ def transform_moments(
         notes: tuple[str, ...] = ()
         if work is not None and moments is not None:
             moments, notes = nonfinite.handle_made(work, moments)
+            if getattr(member, "norms_after_load", None) is not None:
+                # The guard compares the first step's moments with these.
+                member.norms_after_load = moments.norms_on_this_rank
         if plan.step != plan.saved_step:
             place_step(member.optimizer, plan.step)
         counts = tuple(len(g["params"]) for g in member.param_groups)

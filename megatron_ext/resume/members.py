@@ -8,7 +8,6 @@ from typing import Any
 from ..errors import HostError
 from ..host.contract import CORE
 from .session import Resume
-from .steps import is_hybrid
 
 
 def members_of(optimizer: Any) -> list[Any]:
@@ -38,10 +37,5 @@ def adam_optimizers(optimizer: Any) -> list[Any]:
         raise HostError(
             f"cannot reach the moments of {type(optimizer).__name__} over {inner}; expected "
             f"{', '.join(known)} or a ChainedOptimizer of these"
-        )
-    if is_hybrid(torch_optimizer):
-        raise HostError(
-            f"cannot reach the moments of {inner} (CPU offload): it keeps them in several "
-            "optimizers. Leave --optimizer-cpu-offload out"
         )
     return [optimizer]

@@ -23,7 +23,7 @@ from .moments import Survey, survey
 from .parameters import Shard, held_parameters, names_of
 from .prepare_rules import MomentWork
 from .scaled import values
-from .steps import is_adam, is_hybrid
+from .steps import is_adam
 
 _REMEDY = (
     "pass --selective-nonfinite reset to set these elements of both moments to 0, or keep to leave "
@@ -214,7 +214,7 @@ def _measured_again(moments: MomentReport, shards: Sequence[Shard]) -> MomentRep
 def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
     """Survey all moments of an optimizer; returns the keys of its state too."""
     inner = optimizer.optimizer
-    if inner is None or not is_adam(inner) or is_hybrid(inner):
+    if inner is None or not is_adam(inner):
         return None
     keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
     return keys, survey(inner, keys)

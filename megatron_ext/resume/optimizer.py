@@ -17,12 +17,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..base.ranks import stop_together
 from ..checkpoint.state import (
-    FLATTENED,
     MOMENT_KEYS,
     does_not_fit,
     misfits,
     optimizer_section,
-    unreadable_sharding,
+    require_readable,
 )
 from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
@@ -90,9 +89,12 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         Raises:
             CheckpointError: The metadata name a sharding type that Megatron cannot read any more.
         """
-        if not kwargs.get("is_loading", len(args) > 1 and args[1]):
-            return super().sharded_state_dict(*args, **kwargs)
-        _require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
+        if not self._requests_load(kwargs.get("is_loading", len(args) > 1 and args[1])):
+            try:
+                return super().sharded_state_dict(*args, **kwargs)
+            except KeyError as e:
+                raise (self._request_error() or e) from e
+        require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         load = self.resume.enter("allocate", self)
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
@@ -278,18 +280,6 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 self._tally.add({"param": param, **moments_of(self.optimizer, param)})
-
-
-def _require_readable(metadata: Mapping[str, Any] | None) -> None:
-    """Raise if Megatron cannot read the checkpoint's sharding type.
-
-    All ranks raise, because they have the same metadata from the common state. If the metadata name
-    no type, stock assumes the one that it cannot read (distrib_optimizer.py:1509, 0.19.2).
-    """
-    sharding_type = (metadata or {}).get("distrib_optim_sharding_type", FLATTENED)
-    reason = unreadable_sharding(sharding_type)
-    if reason is not None:
-        raise CheckpointError(f"the checkpoint cannot be resumed from: {reason}")
 
 
 def _unreadable(filename: str, cause: Exception) -> CheckpointError:

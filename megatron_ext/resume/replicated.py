@@ -43,6 +43,7 @@ class _SelectiveReplicated(Selective):
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> Any:
         """Return the stock sharded state dict. Its number of groups may differ from the saved."""
+        self._requests_load(is_loading)
         state_dict = super().sharded_state_dict(  # type: ignore[misc]
             model_sharded_state_dict, is_loading, **kwargs
         )

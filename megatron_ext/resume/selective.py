@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from ..base.ranks import agree, gather
 from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
-from ..errors import MegatronExtError
+from ..errors import CheckpointError, MegatronExtError
 from ..plan import resized
 from ..plan.cautions import lost_step
 from ..plan.decisions import Circumstances, ResumePlan
@@ -22,7 +22,7 @@ from ..plan.preflight_parameters import unnamed
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
 from ..report.model import OptimizerReport
-from . import apply_rules, merge, nonfinite, prepare_rules
+from . import apply_rules, first_step, merge, nonfinite, prepare_rules
 from .proof import Proof, refuse_differences
 from .resized import resized_of
 from .session import Load, Resume
@@ -47,6 +47,12 @@ class Selective:
     _saved_scale: float | None = None
     #: The model chunks the optimizer was built for, which give the names of its parameters.
     resume_chunks: Sequence[Any] = ()
+    #: Whether the last sharded state dict was not asked for to load, and has no moments.
+    _lacks_moments = False
+    #: Whether a step was made since the optimizer was built or loaded.
+    stepped = False
+    #: Whether the guard has compared the moments after that step.
+    moments_checked = False
     #: Euclidean norms of exp_avg and exp_avg_sq on this rank at the end of the load.
     norms_after_load: tuple[float, float] | None = None
     #: The arguments' clip_grad, because a preset may change the config's.
@@ -56,6 +62,38 @@ class Selective:
         """Join a resume that the optimizers of a chain share."""
         self.resume = resume
         resume.join(self)
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Make Megatron's step; the first one since the load is held against the plan.
+
+        Raises:
+            HostError, GuardError: As for `megatron_ext.resume.first_step.checked`.
+        """
+        step: Callable[[], bool] = super().step_with_ready_grads  # type: ignore[misc]
+        if self.stepped:
+            return step()
+        self.stepped = True
+        return first_step.checked(self, step)
+
+    def _requests_load(self, is_loading: bool) -> bool:
+        """Remember how a sharded state dict was asked for; returns `is_loading`."""
+        state = {} if self.optimizer is None else self.optimizer.state
+        params = () if self.optimizer is None else self.optimizer.param_groups
+        trained = [p for group in params for p in group["params"]]
+        self._lacks_moments = not is_loading and any(not state.get(p) for p in trained)
+        return is_loading
+
+    def _request_error(self) -> CheckpointError | None:
+        """Make the error of a state dict that was asked for to save, and has no moments yet."""
+        if not self._lacks_moments:
+            return None
+        return CheckpointError(
+            "sharded_state_dict was called without is_loading=True, and the optimizer has no "
+            "moments before its first step or load: a checkpoint's moments have no place to go to. "
+            "To load, call optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=True, "
+            "metadata=...) before dist_checkpointing.load. To save, make a step first"
+        )
 
     @contextlib.contextmanager
     def _self_load(self) -> Iterator[None]:
@@ -81,6 +119,8 @@ class Selective:
         digest: str | None
         found: tuple[resized.ResizedParameter, ...] = ()
         try:
+            if (unfit := self._request_error()) is not None:
+                raise unfit
             saved = read_optimizer(state_dict)
             lost = saved.step is None and load.mapped is not None and is_adam(self.optimizer)
             if lost and load.counters is not None:
@@ -173,6 +213,7 @@ class Selective:
         report = OptimizerReport(
             kind_of(self), plan, summed, counts, moments, notes, scales, self._resized
         )
+        self.stepped = False
         self.resume.done(self, report)
 
     def _place_grad_scaler(self, plan: ResumePlan, merged: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..base.log import say
-from ..checkpoint.state import DirectoryRole, SavedOptimizer
+from ..checkpoint.state import MARK_KEY, DirectoryRole, SavedOptimizer
 from ..errors import CheckpointError
 from ..plan.mapped import Mapped
 from ..plan.preflight import Preflight
@@ -29,7 +29,6 @@ from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
 from ..report.schema import EnvironmentDocument, SchedulerDocument
 from ..rules.form import Key
-from .guard import Watch
 from .vocabulary import RowChanges
 
 
@@ -102,7 +101,6 @@ class Session:
         member: The last of them, which the others of a chain share a resume with.
         load: The current load, until it ends.
         resumed: The resume of the running training; None if its optimizer was not loaded.
-        watch: The guard's record of the steps since the load; None if the guard is off or done.
     """
 
     launched: Request | None = None
@@ -114,7 +112,6 @@ class Session:
     member: Any = None
     load: Load | None = None
     resumed: Resume | None = None
-    watch: Watch | None = None
 
 
 #: The state of the process.
@@ -132,6 +129,7 @@ class Resume:
         megatron: Version of megatron-core, for the report.
         where: The role of the checkpoint's directory.
         verify: Whether the CRC32 of everything that is read is compared.
+        guard: Whether the first step is checked against the plan.
         members: The optimizers of the chain, in its order.
         report: The report of the last load, once it is complete.
         load: The current load.
@@ -142,6 +140,7 @@ class Resume:
     megatron: str = ""
     where: DirectoryRole = "load"
     verify: bool = False
+    guard: bool = True
     members: list[Any] = field(default_factory=list)
     report: ResumeReport | None = None
     load: Load | None = None
@@ -245,6 +244,26 @@ class Resume:
             self.end_load()
         say(self.report.lines())
         say(self._write())
+
+    def count_from(self, before: Counters) -> Counters:
+        """Give a training loop its counters, and write their offset into the phase's mark.
+
+        Megatron's own loop has announced them before the load (`announce`).
+
+        Args:
+            before: The checkpoint's counters.
+        """
+        if self.report is None:
+            return before
+        if self.report.counters is None:
+            mark = self.report.count_from(before)
+            for member in self.members if mark is not None else ():
+                for group in () if member.optimizer is None else member.optimizer.param_groups:
+                    group[MARK_KEY] = str(mark)
+            say(self.report.counter_lines())
+            self._write()
+        assert self.report.counters is not None
+        return self.report.counters[1]
 
     def scheduler_loaded(self, section: SchedulerDocument) -> None:
         """Add the scheduler's values from the first resumed step on, and write the report again."""

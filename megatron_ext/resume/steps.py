@@ -27,14 +27,21 @@ def is_hybrid(inner: Any) -> bool:
 def step_of(inner: Any) -> int | None:
     """Return the step of a live optimizer; None before the first step.
 
-    A group without parameters does not count its steps.
+    A group without parameters does not count its steps. With CPU offload it is the step that
+    Megatron would save (core/optimizer/distrib_optimizer.py:841, 0.19.2): that of the first inner
+    optimizer on the CPU. After a load by stock the others have another one.
 
     Raises:
         CheckpointError: Its groups or parameters have different steps.
     """
-    groups = [g for g in inner.param_groups if g["params"]]
-    found = {int(g["step"]) for g in groups if g.get("step") is not None}
-    found |= {int(s["step"]) for s in inner.state.values() if "step" in s}
+    if is_hybrid(inner):
+        counting = sorted(inner.sub_optimizers, key=lambda one: not is_torch_adam(one))
+        return next((step for one in counting if (step := step_of(one)) is not None), None)
+    of_groups = {
+        int(g["step"]) for g in inner.param_groups if g["params"] and g.get("step") is not None
+    }
+    of_state = {int(s["step"]) for s in inner.state.values() if "step" in s}
+    found = (of_state or of_groups) if is_torch_adam(inner) else (of_groups or of_state)
     if len(found) > 1:
         raise CheckpointError(
             f"the optimizer's param_groups disagree about step: found {sorted(found)}, expected one"
@@ -47,8 +54,16 @@ def place_step(inner: Any, step: int | None) -> None:
 
     torch's Adam reads one tensor per parameter. Stock gives all parameters the same tensor, which
     then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam reads
-    an int in each group.
+    an int in each group. Before each step HybridDeviceOptimizer copies its groups into those of its
+    inner optimizers (core/optimizer/cpu_offloading/hybrid_optimizer.py:164, 0.19.2), so that with a
+    step in its own groups FusedAdam would begin at the same step again each time.
     """
+    if is_hybrid(inner):
+        for group in inner.param_groups:
+            group.pop("step", None)
+        for one in inner.sub_optimizers:
+            place_step(one, step)
+        return
     if not is_torch_adam(inner):
         for group in inner.param_groups:
             if step is not None:

@@ -117,7 +117,12 @@ def test_every_public_name_resolves(ext: RankPool) -> None:
     assert {name: module for name, (_, module) in found.items() if name in places} == places
     assert set(found) == set(megatron_ext.__all__)
     functions = {name for name, (kind, _) in found.items() if kind == "function"}
-    assert functions == {"add_arguments", "get_megatron_optimizer", "transform_moments"}
+    assert functions == {
+        "add_arguments",
+        "enable",
+        "get_megatron_optimizer",
+        "transform_moments",
+    }
 
 
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:

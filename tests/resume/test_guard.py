@@ -1,4 +1,4 @@
-"""The first resumed steps are held against the plan."""
+"""The first resumed step is held against the plan."""
 
 from __future__ import annotations
 
@@ -40,28 +40,25 @@ def test_another_value_is_named_with_both(key: str, value: Any) -> None:
 
 @given(
     seed=st.integers(0, 2**32),
-    steps=st.integers(1, 12),
     b1=st.floats(0.0, 0.99),
     b2=st.floats(0.5, 0.999),
     loaded=st.floats(0.0, 100.0),
     scale=st.floats(1e-3, 1.0),
 )
 def test_what_adam_makes_is_always_right(
-    seed: int, steps: int, b1: float, b2: float, loaded: float, scale: float
+    seed: int, b1: float, b2: float, loaded: float, scale: float
 ) -> None:
     """Adam's own recurrence in float64, for any moments and gradients."""
     draw = np.random.default_rng(seed)
     m, v = loaded * draw.normal(size=50), loaded * draw.random(50)
     before = float(np.linalg.norm(m)), float(np.linalg.norm(v))
-    norms = []
-    for _ in range(steps):
-        g = scale * draw.normal(size=50) * draw.choice([0.0, 1.0, 30.0], size=50)
-        norms.append(float(np.linalg.norm(g)))
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    g = scale * draw.normal(size=50) * draw.choice([0.0, 1.0, 30.0], size=50)
+    norm = float(np.linalg.norm(g))
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     after = float(np.linalg.norm(m)), float(np.linalg.norm(v))
-    assert wrong_moments(0, (b1, b2), before, after, norms) == ""
-    # A rank that holds a part of the parameters only knows the norm of all gradients.
-    assert wrong_moments(0, (b1, b2), before, after, [2 * n for n in norms]) == ""
+    assert wrong_moments(0, (b1, b2), before, after, norm) == ""
+    # The norm may be an upper bound.
+    assert wrong_moments(0, (b1, b2), before, after, 2 * norm) == ""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +72,7 @@ def test_what_adam_makes_is_always_right(
     ],
 )
 def test_what_adam_cannot_have_made_is_named(after: tuple[float, float], said: str) -> None:
-    message = wrong_moments(2, (0.9, 0.95), (10.0, 4.0), after, [1.0])
+    message = wrong_moments(2, (0.9, 0.95), (10.0, 4.0), after, 1.0)
     assert message.startswith("optimizer 2: 1 step after the load")
     assert said in message
 

@@ -236,11 +236,6 @@ BUILD = {
         Layout(),
         ["--overlap-param-gather-with-optimizer-step"],
     ),
-    "cpu offload and rules": (
-        {"optimizer_cpu_offload": True, "policy": "preset: reset"},
-        Layout(),
-        ["--optimizer-cpu-offload", "HybridDeviceOptimizer"],
-    ),
     "fsdp": ({"use_megatron_fsdp": True}, Layout(), ["--use-megatron-fsdp"]),
     "not importable": (
         {"optimizer_class": "no_such_package.Adam"},

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import muon
+from . import muon, offload
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 64, 8, 8, 2
 
@@ -63,7 +63,7 @@ class Layout:
     dtype: str = "bf16"
     distributed: bool = True
     format: str = "dp_reshardable"  # or fully_reshardable, torch
-    adam: str = "fused"
+    adam: str = "fused"  # or torch, offload
     instances: int = 1
     overlap: bool = False
     hidden: int = 16
@@ -301,11 +301,15 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def inner_adam(kind: str) -> Iterator[None]:
-    """Let Megatron see torch's AdamW (its own fallback) instead of a FusedAdam."""
+    """Let Megatron see torch's AdamW (its own fallback) instead of a FusedAdam, or offload."""
     core = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     if kind == "fused":
         yield
+        return
+    if kind == "offload":
+        with offload.emulated():
+            yield
         return
     changes = [
         (core, "USING_PYTORCH_OPTIMIZER", True),
@@ -473,6 +477,10 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         params_dtype=half,
         use_distributed_optimizer=layout.distributed,
         overlap_param_gather=layout.overlap and layout.distributed,
+        optimizer_cpu_offload=layout.adam == "offload",
+        optimizer_offload_fraction=0.5,
+        overlap_cpu_optimizer_d2h_h2d=False,
+        use_precision_aware_optimizer=layout.adam == "offload",
     )
     return OptimizerConfig(**{k: v for k, v in wanted.items() if k in known})
 
