@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from tests.support.text import VOCABULARY, corpus
+
 GLOBAL_BATCH = 4
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Bridge:
         reshardable: `checkpoint.dist_ckpt_optim_fully_reshardable`.
         decay_iters: `scheduler.lr_decay_iters`, which is that of all phases of a test.
         changes: Section and field, dotted -> value.
+        data: The corpus, which the process of the tests has written.
     """
 
     train_iters: int
@@ -34,10 +38,11 @@ class Bridge:
     reshardable: bool = False
     decay_iters: int = 20
     changes: dict[str, Any] = field(default_factory=dict)
+    data: str = field(default_factory=corpus)
 
 
 def config(run: Bridge) -> Any:
-    """A GPT of two layers, without any fusion, on mock data."""
+    """A GPT of two layers, without any fusion."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
     from megatron.bridge.training import config as c
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -58,7 +63,7 @@ def config(run: Bridge) -> Any:
             cross_entropy_loss_fusion=False,
             persist_layer_norm=False,
             make_vocab_size_divisible_by=8,
-            vocab_size=64,
+            vocab_size=VOCABULARY + 1,
         ),
         train=c.TrainingConfig(
             train_iters=run.train_iters, global_batch_size=GLOBAL_BATCH, micro_batch_size=2
@@ -81,9 +86,12 @@ def config(run: Bridge) -> Any:
             override_opt_param_scheduler=True,
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        dataset=c.MockGPTDatasetConfig(
+        dataset=c.GPTDatasetConfig(
             random_seed=1,
             seq_length=8,
+            data_path=[run.data],
+            path_to_cache=f"{run.data}-cache",
+            split="98,1,1",
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
@@ -92,7 +100,7 @@ def config(run: Bridge) -> Any:
             skip_getting_attention_mask_from_dataset=False,
         ),
         logger=c.LoggerConfig(log_interval=1, logging_level=50),
-        tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=63),
+        tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=c.CheckpointConfig(
             load=run.load,
             save=run.save,
@@ -115,17 +123,22 @@ def config(run: Bridge) -> Any:
     return cfg
 
 
-def train(run: Bridge, resume: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    run: Bridge,
+    resume: dict[str, Any] | None = None,
+    tamper: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Call `pretrain`.
 
     Args:
         run: What is trained.
         resume: Arguments of `megatron_ext.bridge.resume_with`; None for stock Bridge.
+        tamper: Values that every param_group is given before the first step.
     """
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    seen = Seen()
+    seen = Seen(tamper or {})
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         cfg = config(run)
@@ -140,7 +153,8 @@ def train(run: Bridge, resume: dict[str, Any] | None = None) -> dict[str, Any]:
 class Seen:
     """What callbacks see of a run: its state before the first step, and each step's position."""
 
-    def __init__(self) -> None:
+    def __init__(self, tamper: dict[str, Any]) -> None:
+        self._tamper = tamper
         self.begin: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self.steps: list[dict[str, Any]] = []
@@ -160,6 +174,8 @@ class Seen:
 
     def _begin(self, context: Any) -> None:
         self.begin = state_of(context)
+        for group in groups_of(context.optimizer):
+            group.update(self._tamper)
 
     def _end(self, context: Any) -> None:
         self.end = state_of(context)
@@ -181,11 +197,11 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def state_of(context: Any) -> dict[str, Any]:
-    """This rank's moments, param_groups and train_state."""
+    """This rank's moments, weights, param_groups and counters, as arrays and numbers."""
     members = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
     return {
         "moments": [
-            {key: value.clone() for key, value in member.optimizer.state[param].items()}
+            {key: member.optimizer.state[param][key].numpy().copy() for key in MOMENT_KEYS}
             for member in members
             for group in member.optimizer.param_groups
             for param in group["params"]
@@ -200,7 +216,7 @@ def state_of(context: Any) -> dict[str, Any]:
         "consumed": context.state.train_state.consumed_train_samples,
         "class": type(members[0]).__name__,
         "weights": {
-            name: param.detach().clone().to(torch.float32)
+            name: param.detach().to(torch.float32).numpy().copy()
             for chunk in context.model
             for name, param in chunk.named_parameters()
         },

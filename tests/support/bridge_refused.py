@@ -1,0 +1,80 @@
+"""Calls of `resume_with` that raise, and what they have changed by then."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from .bridge_runs import Bridge, config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Args:
+        run: What the config is made of.
+        resume: The arguments.
+        energon: Whether the dataset is an Energon one.
+        then: Arguments of a second call with another config.
+    """
+
+    run: Bridge
+    resume: dict[str, Any] = field(default_factory=dict)
+    energon: bool = False
+    then: dict[str, Any] | None = None
+
+
+def call(case: Case) -> dict[str, Any]:
+    """Make the call; what it raised, and whether config and process were left as they were."""
+    from megatron_ext import bridge
+    from megatron_ext.resume.session import current
+
+    cfg = config(case.run)
+    if case.energon:
+        name = "megatron.bridge.training.config"
+        cfg.dataset = object.__new__(importlib.import_module(name).EnergonDatasetConfig)
+    if case.then is not None:
+        bridge.resume_with(config(case.run), **case.resume)
+    before, launched = copy.copy(vars(cfg.checkpoint)), current.launched
+    try:
+        bridge.resume_with(cfg, **(case.resume if case.then is None else case.then))
+    except Exception as e:
+        unchanged = vars(cfg.checkpoint) == before and current.launched is launched
+        return {"type": type(e).__name__, "message": str(e), "unchanged": unchanged}
+    return {"type": "", "message": "", "unchanged": False}
+
+
+def calls(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """Make each call; all but the last must leave the process as it was."""
+    return {name: call(case) for name, case in cases.items()}
+
+
+def prepared(run: Bridge, resume: dict[str, Any]) -> dict[str, Any]:
+    """The section `checkpoint` of a config that `resume_with` has prepared."""
+    from megatron_ext import bridge
+
+    cfg = config(run)
+    bridge.resume_with(cfg, **resume)
+    return {name: getattr(cfg.checkpoint, name) for name in ("load", "save", "ckpt_step")}
+
+
+def without(removed: list[tuple[str, str]]) -> list[str]:
+    """Take names out of Bridge, as an older version lacks them; what `resume_with` says to each.
+
+    Args:
+        removed: Module and dotted attribute.
+    """
+    messages = []
+    for module, attribute in removed:
+        owner: Any = importlib.import_module(module)
+        *owners, last = attribute.split(".")
+        for part in owners:
+            owner = getattr(owner, part)
+        found = getattr(owner, last)
+        delattr(owner, last)
+        messages.append(call(Case(Bridge(1)))["message"])
+        setattr(owner, last, found)
+    return messages
