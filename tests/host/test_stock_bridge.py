@@ -36,3 +36,12 @@ def test_bridge_cannot_resume_with_another_learning_rate(
     assert isinstance(failure, Failure)
     assert failure.type == "KeyError"
     assert "0.001" in failure.message
+
+
+def test_bridge_keeps_the_betas_of_the_checkpoint(bridge: RankPool, tmp_path: Path) -> None:
+    bridge.run(TRAIN, 1, run=Bridge(1, save=str(tmp_path)))
+    second = Bridge(2, load=str(tmp_path), changes={"optimizer.adam_beta2": 0.9})
+    (stock,) = bridge.run(TRAIN, 1, run=second)
+    (ours,) = bridge.run(TRAIN, 1, run=second, resume={})
+    assert {g["betas"] for g in stock["begin"]["groups"]} == {(0.9, 0.999)}
+    assert {g["betas"] for g in ours["begin"]["groups"]} == {(0.9, 0.9)}
