@@ -140,7 +140,6 @@ class CheckpointManager:
             skipped_train_samples=before.skipped_train_samples,
             consumed_valid_samples=before.consumed_valid_samples,
         )
-        # A copy: Bridge caches what it has read (training/utils/checkpoint_utils.py:443).
         ctx.state.train_state = dataclasses.replace(
             before,
             step=after.iteration,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_ext import Preset, ResumePolicy
+from megatron_ext.policy.request import Request
 from tests.bridge.conftest import FIRST, TRAIN, FirstPhases
-from tests.support.bridge_refused import Case
+from tests.support.bridge_refused import Case, stock_optimizer
 from tests.support.bridge_runs import Bridge
 from tests.support.pool import Failure, RankPool
 
@@ -162,14 +163,33 @@ def test_the_directory_is_chosen_and_nothing_else(
 
     def prepared(run: Bridge, **resume: Any) -> dict[str, Any]:
         (found,) = bridge.run("tests.support.bridge_refused:prepared", 1, run=run, resume=resume)
+        requests.append(found.pop("request"))
         return dict(found)
 
+    requests: list[Request] = []
     url = "msc://bucket/phase1"
     kept = {"load": url, "save": own, "ckpt_step": 7}
     assert prepared(Bridge(1, load=url, save=own, changes=step)) == kept
     begins = {"load": start, "save": own, "ckpt_step": 7}
     assert prepared(Bridge(1, save=own, changes=step), start=start) == begins
     assert prepared(Bridge(1, load=start, save=own, changes=step), start=start) == begins
+    assert [r.where for r in requests] == ["load", "start", "start"]
     goes_on = {"load": start, "save": start, "ckpt_step": None}
     other = first(1, True)[0]
     assert prepared(Bridge(1, save=start, changes=step), start=other) == goes_on
+    asked = {"policy": ResumePolicy(reset_iteration=True), "guard": False, "verify": True}
+    assert prepared(Bridge(1), report_dir="r", **asked)["load"] is None
+    own_request, last = requests[-2:]
+    assert (own_request.where, own_request.guard, own_request.verify) == ("own", True, False)
+    assert last == Request(policy=asked["policy"], report_dir=Path("r"), guard=False, verify=True)
+
+
+def test_an_optimizer_that_is_built_past_this_package_is_an_error(
+    bridge: RankPool, first: FirstPhases
+) -> None:
+    start, _ = first(1)
+    run = Bridge(FIRST + 1, load=start, changes={"optimizer.provide": stock_optimizer})
+    (failure,) = bridge.run(TRAIN, 1, run=run, resume={}, allow_failure=True)
+    assert isinstance(failure, Failure)
+    assert failure.type == "HostError"
+    assert "no optimizer was built with it" in failure.message

@@ -91,6 +91,10 @@ def test_a_reset_is_applied_once(bridge: RankPool, first: FirstPhases, tmp_path:
         assert same(one["end"]["moments"], other["begin"]["moments"])
         assert position(one) == (FIRST, FIRST * GLOBAL_BATCH)
         assert position(other) == (FIRST + 1, (FIRST + 1) * GLOBAL_BATCH)
+    # Started from its own end, the same phase begins anew.
+    end = Bridge(FIRST + 3, save=str(tmp_path / "next"), lr=LOWER)
+    anew = bridge.run(TRAIN, 2, run=end, resume={"policy": policy, "start": own.save})
+    assert "megatron_ext: TRANSITION APPLIED" in anew[0]["log"]
     report = json.loads((tmp_path / "r" / "resume-report.json").read_text())
     assert report["phase"]["state"] == "continued"
     assert report["scheduler"]["first_step"][0]["lr"] == continued[0]["steps"][0]["lr"][0]
@@ -182,3 +186,15 @@ def test_a_checkpoint_without_optimizer_state_is_an_error_with_a_way_out(
     new = Bridge(2, load=start, lr=LOWER, changes={"checkpoint.load_optim": False})
     (result,) = bridge.run(TRAIN, 1, run=new, resume={})
     assert position(result) == (1, GLOBAL_BATCH)
+
+
+def test_a_release_checkpoint_is_an_error_too(bridge: RankPool, tmp_path: Path) -> None:
+    bridge.run(TRAIN, 1, run=Bridge(1, save=str(tmp_path)))
+    (tmp_path / "iter_0000001").rename(tmp_path / "release")
+    (tmp_path / "latest_train_state.pt").unlink()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    run = Bridge(1, load=str(tmp_path), lr=LOWER)
+    (failure,) = bridge.run(TRAIN, 1, run=run, resume={}, allow_failure=True)
+    assert isinstance(failure, Failure)
+    assert failure.type == "CheckpointError"
+    assert "no optimizer state was loaded" in failure.message

@@ -7,6 +7,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .bridge_runs import Bridge, config
 
 
@@ -53,12 +55,26 @@ def calls(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
 
 
 def prepared(run: Bridge, resume: dict[str, Any]) -> dict[str, Any]:
-    """The section `checkpoint` of a config that `resume_with` has prepared."""
+    """The section `checkpoint` of a config that `resume_with` has prepared, and the request."""
     from megatron_ext import bridge
+    from megatron_ext.resume.session import current
 
     cfg = config(run)
     bridge.resume_with(cfg, **resume)
-    return {name: getattr(cfg.checkpoint, name) for name in ("load", "save", "ckpt_step")}
+    return {
+        **{name: getattr(cfg.checkpoint, name) for name in ("load", "save", "ckpt_step")},
+        "request": current.launched,
+    }
+
+
+def stock_optimizer(model_chunks: Any, config_overrides: Any, **kwargs: Any) -> Any:
+    """Build an optimizer as a recipe's own `provide` may, past every wrapper."""
+    core = importlib.import_module("megatron.core.optimizer")
+    name = "_get_megatron_optimizer_based_on_param_groups"
+    setattr(core, name, getattr(core, name).__megatron_ext_original__)
+    kinds = {"bf16": True, "params_dtype": torch.bfloat16, "use_distributed_optimizer": True}
+    config = core.OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=1e-4, **kinds)
+    return core.get_megatron_optimizer(config, model_chunks, config_overrides, **kwargs)
 
 
 def without(removed: list[tuple[str, str]]) -> list[str]:
