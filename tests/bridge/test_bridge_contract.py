@@ -71,7 +71,7 @@ def test_the_tests_install_the_version_that_is_named() -> None:
 def test_a_missing_extension_point_is_named_with_the_version(bridge: RankPool) -> None:
     kinds = [n for n in BRIDGE_CONTRACT if not n.instance]
     removed = [(n.module, n.attribute) for n in kinds]
-    (messages,) = bridge.run("tests.support.bridge_refused:without", 1, removed=removed)
+    (messages,) = bridge.run("tests.support.bridge_calls:without", 1, removed=removed)
     for name, message in zip(kinds, messages, strict=True):
         assert f"megatron-bridge {TESTED_BRIDGE} lacks" in message, name
         assert f"{name.module}.{name.attribute} is gone" in message, name

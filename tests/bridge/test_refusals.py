@@ -10,7 +10,7 @@ import pytest
 from megatron_ext import Preset, ResumePolicy
 from megatron_ext.policy.request import Request
 from tests.bridge.conftest import FIRST, TRAIN, FirstPhases
-from tests.support.bridge_refused import Case, stock_optimizer
+from tests.support.bridge_calls import Case, stock_optimizer
 from tests.support.bridge_runs import Bridge
 from tests.support.pool import Failure, RankPool
 
@@ -114,7 +114,7 @@ def test_every_refusal_names_the_field_and_changes_nothing(
 ) -> None:
     table = cases(first(1)[0], str(tmp_path))
     only = {name: case for name, (case, _, _) in table.items()}
-    (found,) = bridge.run("tests.support.bridge_refused:calls", 1, cases=only)
+    (found,) = bridge.run("tests.support.bridge_calls:calls", 1, cases=only)
     for name, (_, kind, said) in table.items():
         assert found[name]["type"] == kind, (name, found[name])
         assert [text for text in said if text not in found[name]["message"]] == [], found[name]
@@ -162,7 +162,7 @@ def test_the_directory_is_chosen_and_nothing_else(
     step = {"checkpoint.ckpt_step": 7}
 
     def prepared(run: Bridge, **resume: Any) -> dict[str, Any]:
-        (found,) = bridge.run("tests.support.bridge_refused:prepared", 1, run=run, resume=resume)
+        (found,) = bridge.run("tests.support.bridge_calls:prepared", 1, run=run, resume=resume)
         requests.append(found.pop("request"))
         return dict(found)
 

@@ -1,9 +1,11 @@
-"""Calls of `resume_with` that raise, and what they have changed by then."""
+"""Calls on a rank that do not train: of `resume_with`, and of commands."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,3 +96,13 @@ def without(removed: list[tuple[str, str]]) -> list[str]:
         messages.append(call(Case(Bridge(1)))["message"])
         setattr(owner, last, found)
     return messages
+
+
+def command(argv: list[str]) -> tuple[int, str]:
+    """Run ``python -m megatron_ext`` in this process; its status and what it printed."""
+    from megatron_ext import cli
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = cli.main(argv)
+    return status, out.getvalue()
