@@ -63,7 +63,6 @@ class Selective:
         self.resume = resume
         resume.join(self)
 
-    @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Make Megatron's step; the first one since the load is held against the plan.
 

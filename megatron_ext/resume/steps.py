@@ -55,7 +55,7 @@ def place_step(inner: Any, step: int | None) -> None:
     torch's Adam reads one tensor per parameter. Stock gives all parameters the same tensor, which
     then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam reads
     an int in each group. Before each step HybridDeviceOptimizer copies its groups into those of its
-    inner optimizers (core/optimizer/cpu_offloading/hybrid_optimizer.py:164, 0.19.2), so that with a
+    inner optimizers (core/optimizer/cpu_offloading/hybrid_optimizer.py:160, 0.19.2), so that with a
     step in its own groups FusedAdam would begin at the same step again each time.
     """
     if is_hybrid(inner):

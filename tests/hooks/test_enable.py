@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support.harness import Hyper, Layout
 from tests.support.pool import RankPool
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = "tests.support.enabled_cases"
 SECOND = replace(FIRST, lr=1e-3, min_lr=1e-4)
 LAYOUTS = {
@@ -118,3 +121,17 @@ def test_counters_are_the_same_on_every_rank_and_in_the_mark(
         assert json.loads(mark)["offset"] == 8 * STEPS
         assert "the counters" in rank["differs"]
         assert "iteration" in rank["differs"]
+
+
+def test_the_guides_own_loop_runs_as_it_is_written(
+    checkpoints: Checkpoints, ext: RankPool, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "guide" / "other-frameworks.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    code = [b for b in blocks if "def train(" in b or "def load(" in b]
+    assert len(code) == 2
+    at, _ = phase_2(checkpoints, Layout())
+    for rank in ext.run(
+        f"{CASES}:as_in_the_guide", 2, **at, target=str(tmp_path / "phase2"), code=code
+    ):
+        assert rank["iterations"] == [0, 1, 2, 3]

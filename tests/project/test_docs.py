@@ -57,6 +57,7 @@ STATE = [
 UPSTREAM = {
     "core/optimizer_param_scheduler.py:226": "max_lr = param_group.get('max_lr', self.max_lr)",
     "core/optimizer_param_scheduler.py:341": "def load_state_dict(self, state_dict: dict)",
+    "core/optimizer/cpu_offloading/hybrid_optimizer.py:160": "_sync_hdo_param_groups_to_sub",
     "core/optimizer/optimizer.py:139": "param_group_identifier_keys = (",
     "core/dist_checkpointing/strategies/torch.py:290": "sh_ten.data.zero_()",
     "training/checkpointing.py:2555": "not args.no_load_optim:",

@@ -118,3 +118,44 @@ def counters_agree(layout: Layout, hyper: Hyper, directory: str) -> dict[str, An
     }
     harness.train(run, 1)
     return {"counters": counters, "again": again, "marks": sorted(marks), "differs": differs}
+
+
+def as_in_the_guide(
+    layout: Layout, hyper: Hyper, directory: str, target: str, code: list[str]
+) -> dict[str, Any]:
+    """Run the guide's own loop and load; two iterations, a save, and the same again."""
+    from megatron.core import dist_checkpointing
+
+    guide: dict[str, Any] = {}
+    for block in code:
+        exec(block, guide)
+    run: Any = None
+    seen: list[int] = []
+
+    def build() -> Any:
+        nonlocal run
+        run = harness.build(layout, hyper, get_megatron_optimizer)
+        return run.optimizer
+
+    def load(source: str) -> Any:
+        def loaded(optimizer: Any) -> tuple[int, int]:
+            model = harness._model_sd(run.model, harness._metadata(layout))
+            guide["load"](model, optimizer, run.scheduler, source)
+            iteration = dist_checkpointing.load_common_state_dict(source)["iteration"]
+            return iteration, iteration * harness.GLOBAL_BATCH
+
+        return loaded
+
+    def step(optimizer: Any, iteration: int, samples: int) -> tuple[int, int]:
+        seen.append(iteration)
+        harness.train(run, 1)
+        return iteration + 1, samples + harness.GLOBAL_BATCH
+
+    def save(optimizer: Any, iteration: int, samples: int) -> None:
+        run.iteration = iteration
+        harness.save(run, target)
+
+    policy = yaml_file.loads("counters: {iteration: reset, dataloader: reset}")
+    guide["train"](policy, build, load(directory), save, step, 2)
+    guide["train"](policy, build, load(target), save, step, 4)
+    return {"iterations": seen, "lrs": run.lrs}
