@@ -59,7 +59,7 @@ test-with-%: bootstrap
 # Over .venv's own megatron-core, whatever MATRIX says.
 test-bridge: bootstrap ## the tests that train with Megatron-Bridge
 	@overlay=$$(.ci/overlay bridge) && PYTHONPATH=$$overlay \
-	    $(PYTHON_BIN) -m pytest -m bridge --require-bridge $(PYTEST_ARGS)
+	    $(PYTHON_BIN) -m pytest tests/bridge --require-bridge $(PYTEST_ARGS)
 
 SECONDS ?= 600
 PHASES ?= 100

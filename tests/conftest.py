@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-bridge",
         action="store_true",
-        help="fail the tests marked `bridge`, rather than skip them, without Megatron-Bridge",
+        help="fail the tests that need Megatron-Bridge, rather than skip them, without it",
     )
 
 

@@ -88,6 +88,12 @@ def refuse_unsupported(cfg: Any, policy: ResumePolicy, load: str | None) -> None
             "the directory as start to begin from it with its moments, and set "
             "pretrained_checkpoint to None; or train without resume_with"
         )
+    if cfg.inprocess_restart is not None and cfg.inprocess_restart.enabled:
+        raise HostError(
+            "inprocess_restart.enabled=True: Bridge then loads again in the same process, where "
+            "the directory of the phase was chosen before it had a checkpoint. Set it to False: a "
+            "restart of the job continues the phase"
+        )
     if cfg.dist.use_torch_fsdp2:
         raise HostError(
             "dist.use_torch_fsdp2=True: torch FSDP2 does not load through the optimizer's "

@@ -21,14 +21,16 @@ class FirstPhases:
     def __init__(self, pool: RankPool, directory: Path) -> None:
         self._pool = pool
         self._directory = directory
-        self._made: dict[tuple[int, bool], tuple[str, list[dict[str, Any]]]] = {}
+        self._made: dict[tuple[int, bool, str], tuple[str, list[dict[str, Any]]]] = {}
 
-    def __call__(self, world: int, reshardable: bool = False) -> tuple[str, list[dict[str, Any]]]:
+    def __call__(
+        self, world: int, reshardable: bool = False, parallel: str = ""
+    ) -> tuple[str, list[dict[str, Any]]]:
         """The checkpoint directory, and what `bridge_runs.train` returned on each rank."""
-        key = (world, reshardable)
+        key = (world, reshardable, parallel)
         if key not in self._made:
-            path = str(self._directory / f"phase1-{world}-{reshardable}")
-            run = Bridge(FIRST, save=path, reshardable=reshardable)
+            path = str(self._directory / f"phase1-{len(self._made)}")
+            run = Bridge(FIRST, save=path, reshardable=reshardable, parallel=parallel)
             self._made[key] = (path, self._pool.run(TRAIN, world, run=run))
         return self._made[key]
 

@@ -14,8 +14,6 @@ from megatron_ext.host import bridge_contract
 from megatron_ext.host.bridge_contract import BRIDGE_CONTRACT, TESTED_BRIDGE
 from tests.support.pool import RankPool
 
-pytestmark = pytest.mark.bridge
-
 PACKAGE = Path(megatron_ext.__file__).parent
 SOURCES = [path.read_text() for path in sorted((PACKAGE / "hooks").glob("bridge*.py"))]
 OVERLAY = (PACKAGE.parent / ".ci" / "overlay").read_text()

@@ -14,7 +14,7 @@ from tests.bridge.conftest import FIRST, TRAIN, FirstPhases
 from tests.support.bridge_runs import GLOBAL_BATCH, Bridge
 from tests.support.pool import RankPool
 
-pytestmark = [pytest.mark.bridge, pytest.mark.ranks]
+pytestmark = pytest.mark.ranks
 
 LOWER = 1e-3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.support.bridge_calls import Case, stock_optimizer
 from tests.support.bridge_runs import Bridge
 from tests.support.pool import Failure, RankPool
 
-pytestmark = [pytest.mark.bridge, pytest.mark.ranks]
+pytestmark = pytest.mark.ranks
 
 RESET = {"policy": ResumePolicy(preset=Preset("reset"))}
 
@@ -50,6 +51,11 @@ def cases(start: str, own: str) -> dict[str, tuple[Case, str, tuple[str, ...]]]:
             Case(changed(pretrained_checkpoint=start, load=own)),
             "HostError",
             (f"checkpoint.pretrained_checkpoint={start}", f"checkpoint.load={own}", "as start"),
+        ),
+        "a restart in the process": (
+            Case(Bridge(1, changes={"inprocess_restart": SimpleNamespace(enabled=True)})),
+            "HostError",
+            ("inprocess_restart.enabled=True", "Set it to False"),
         ),
         "torch FSDP2": (
             Case(Bridge(1, changes={"dist.use_torch_fsdp2": True})),
@@ -119,7 +125,7 @@ def test_every_refusal_names_the_field_and_changes_nothing(
         assert found[name]["type"] == kind, (name, found[name])
         assert [text for text in said if text not in found[name]["message"]] == [], found[name]
         assert found[name]["unchanged"], name
-    assert len(found) == 15
+    assert len(found) == 16
 
 
 def test_the_ways_out_that_the_errors_name_are_ways_out(

@@ -15,7 +15,7 @@ from tests.bridge.conftest import FIRST, TRAIN, FirstPhases
 from tests.support.bridge_runs import GLOBAL_BATCH, Bridge
 from tests.support.pool import Failure, RankPool
 
-pytestmark = [pytest.mark.bridge, pytest.mark.ranks]
+pytestmark = pytest.mark.ranks
 
 LOWER = 1e-3
 GUARDED = "guard: 1 step after the load the hyperparameters match the plan"
@@ -44,16 +44,18 @@ def test_a_lower_rate_keeps_the_moments_and_stock_bridge_goes_on(
     bridge: RankPool, first: FirstPhases, tmp_path: Path
 ) -> None:
     cells = []
-    for world, reshardable in itertools.product((1, 2), (False, True)):
-        start, saved = first(world, reshardable)
-        own = str(tmp_path / f"{world}{reshardable}")
-        run = Bridge(FIRST + 2, load=start, save=own, lr=LOWER, reshardable=reshardable)
+    layouts = ((1, ""), (2, ""), (2, "tensor"), (2, "pipeline"))
+    for (world, parallel), reshardable in itertools.product(layouts, (False, True)):
+        cell = (world, parallel, reshardable)
+        start, saved = first(world, reshardable, parallel)
+        own = str(tmp_path / str(len(cells)))
+        same_layout = {"lr": LOWER, "reshardable": reshardable, "parallel": parallel}
+        run = Bridge(FIRST + 2, load=start, save=own, **same_layout)
         resumed = bridge.run(TRAIN, world, run=run, resume={})
         # Stock Bridge reads the same directory with the same config.
-        more = Bridge(FIRST + 3, load=own, lr=LOWER, reshardable=reshardable)
+        more = Bridge(FIRST + 3, load=own, **same_layout)
         stock = bridge.run(TRAIN, world, run=more)
         for before, ours, after in zip(saved, resumed, stock, strict=True):
-            cell = (world, reshardable)
             assert ours["begin"]["class"] == "SelectiveAdam", cell
             assert after["begin"]["class"] == "DistributedOptimizer", cell
             assert same(before["end"]["moments"], ours["begin"]["moments"]), cell
@@ -71,8 +73,8 @@ def test_a_lower_rate_keeps_the_moments_and_stock_bridge_goes_on(
                 assert step["lr"] == pytest.approx([rate(iteration, run)] * 2), cell
         assert GUARDED in resumed[0]["log"], resumed[0]["log"]
         assert "megatron_ext" not in stock[0]["log"]
-        cells.append((world, reshardable))
-    assert len(cells) == 4
+        cells.append(cell)
+    assert len(cells) == 8
 
 
 def test_a_reset_is_applied_once(bridge: RankPool, first: FirstPhases, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Bridge:
         load: `checkpoint.load`.
         save: `checkpoint.save`.
         lr: `optimizer.lr`; `optimizer.min_lr` is a tenth of it.
+        parallel: The kind of model parallelism of size 2, ``tensor`` or ``pipeline``.
         reshardable: `checkpoint.dist_ckpt_optim_fully_reshardable`.
         decay_iters: `scheduler.lr_decay_iters`, which is that of all phases of a test.
         changes: Section and field, dotted -> value.
@@ -35,6 +36,7 @@ class Bridge:
     load: str | None = None
     save: str | None = None
     lr: float = 1e-2
+    parallel: str = ""
     reshardable: bool = False
     decay_iters: int = 20
     changes: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +119,8 @@ def config(run: Bridge) -> Any:
         ),
         mixed_precision="bf16_mixed",
     )
+    if run.parallel:
+        setattr(cfg.model, f"{run.parallel}_model_parallel_size", 2)
     for name, value in run.changes.items():
         section, _, attribute = name.rpartition(".")
         setattr(getattr(cfg, section) if section else cfg, attribute, value)

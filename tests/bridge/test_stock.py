@@ -9,7 +9,7 @@ import pytest
 from tests.support.bridge_runs import GLOBAL_BATCH, Bridge
 from tests.support.pool import Failure, RankPool
 
-pytestmark = [pytest.mark.bridge, pytest.mark.ranks]
+pytestmark = pytest.mark.ranks
 
 TRAIN = "tests.support.bridge_runs:train"
 
