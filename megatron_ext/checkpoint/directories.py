@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def choose(
     elsewhere: str | None = None,
     *,
     names: Names = FLAGS,
+    found: Callable[[Path], bool] | None = None,
 ) -> Directories:
     """Decide which directory to load, from the arguments and the files on disk.
 
@@ -68,6 +70,7 @@ def choose(
         start: ``--selective-from``.
         elsewhere: ``--non-persistent-global-ckpt-dir``.
         names: Their names in errors.
+        found: Whether the host finds a checkpoint in a directory; `holds` by default.
 
     Raises:
         PolicyError: The directories contradict each other.
@@ -101,7 +104,7 @@ def choose(
             "expected another one, where the phase's own checkpoints go. Or leave "
             f"{names.start} out"
         )
-    if own is not None and any(map(holds, (own, own / NON_PERSISTENT))):
+    if own is not None and any(map(found or holds, (own, own / NON_PERSISTENT))):
         return Directories(own, save_dir, "own", start_dir)
     if own is not None:
         require_tracked(own, names.save if load_dir is None else names.load)

@@ -17,7 +17,6 @@ from ..host.bridge_contract import CHECKPOINTING, INSTANTIATING, check_bridge
 from ..policy import yaml_file
 from ..policy.policy import ResumePolicy
 from ..policy.request import Request
-from ..resume.members import members_of
 from . import enabled
 from .bridge_config import MANAGER, choose, refuse_unsupported
 from .session import require_built
@@ -131,7 +130,7 @@ class CheckpointManager:
                 raise
             raise _no_optimizer_state(ctx.state.cfg.checkpoint.load) from e
         answers = enabled.Enabled()
-        if wanted and members_of(ctx.optimizer) and answers.report is None:
+        if wanted and answers.report is None:
             raise _no_optimizer_state(ctx.state.cfg.checkpoint.load)
         before = ctx.state.train_state
         after = answers.counters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import directories
@@ -35,9 +36,8 @@ def choose(checkpoint: Any, start: str | None) -> directories.Directories:
     load, save = checkpoint.load, checkpoint.save
     if start is not None and save is not None and load == start:
         load = None  # an earlier call has chosen it
-    chosen = directories.choose(
-        load, save, start, checkpoint.non_persistent_global_ckpt_dir, names=_NAMES
-    )
+    elsewhere = checkpoint.non_persistent_global_ckpt_dir
+    chosen = directories.choose(load, save, start, elsewhere, names=_NAMES, found=_exists)
     if chosen.where == "start" and not _exists(start):
         raise CheckpointError(
             f"start={start}: a phase begins from a checkpoint, and Megatron-Bridge finds none "
@@ -46,8 +46,10 @@ def choose(checkpoint: Any, start: str | None) -> directories.Directories:
     return chosen
 
 
-def _exists(directory: str | None) -> bool:
-    return bool(importlib.import_module(CHECKPOINT_FILES).checkpoint_exists(directory))
+def _exists(directory: str | Path | None) -> bool:
+    """Whether Bridge finds a checkpoint; Megatron's tracker file is the last that it writes."""
+    path = None if directory is None else str(directory)
+    return bool(importlib.import_module(CHECKPOINT_FILES).checkpoint_exists(path))
 
 
 def refuse_unsupported(cfg: Any, policy: ResumePolicy, load: str | None) -> None:

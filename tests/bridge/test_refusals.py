@@ -183,9 +183,15 @@ def test_the_directory_is_chosen_and_nothing_else(
     goes_on = {"load": start, "save": start, "ckpt_step": None}
     other = first(1, True)[0]
     assert prepared(Bridge(1, save=start, changes=step), start=other) == goes_on
+    # A job may end between Bridge's tracker file and Megatron's.
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    (interrupted / "latest_train_state.pt").touch()
+    found = prepared(Bridge(1, save=str(interrupted)), start=start)
+    assert found["load"] == str(interrupted)
     asked = {"policy": ResumePolicy(reset_iteration=True), "guard": False, "verify": True}
     assert prepared(Bridge(1), report_dir="r", **asked)["load"] is None
-    own_request, last = requests[-2:]
+    own_request, _, last = requests[-3:]
     assert (own_request.where, own_request.guard, own_request.verify) == ("own", True, False)
     assert last == Request(policy=asked["policy"], report_dir=Path("r"), guard=False, verify=True)
 
