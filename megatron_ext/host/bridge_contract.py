@@ -6,6 +6,7 @@ The files and lines in the references are those of megatron-bridge 0.6.2, below 
 from __future__ import annotations
 
 import importlib
+import warnings
 
 from packaging.version import Version
 
@@ -114,7 +115,7 @@ def bridge_version() -> str:
 
 
 def check_bridge() -> None:
-    """Compare `BRIDGE_CONTRACT` with the installed Megatron-Bridge.
+    """Compare `BRIDGE_CONTRACT` with the installed Megatron-Bridge; warn of an untested version.
 
     Raises:
         HostError: Bridge cannot be imported, or lacks a name or one of its parameters. The message
@@ -127,4 +128,10 @@ def check_bridge() -> None:
             f"megatron-bridge {found} lacks extension points that it uses:\n"
             + "\n".join(f"  {p}" for p in problems)
             + f"\nInstall megatron-bridge=={TESTED_BRIDGE}"
+        )
+    if found != TESTED_BRIDGE:
+        warnings.warn(
+            f"megatron-bridge {found} is not the version that megatron_ext.bridge is tested with "
+            f"({TESTED_BRIDGE}); every name that it uses is there",
+            stacklevel=3,
         )

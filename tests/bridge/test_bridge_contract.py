@@ -75,3 +75,12 @@ def test_a_missing_extension_point_is_named_with_the_version(bridge: RankPool) -
         assert f"{name.module}.{name.attribute} is gone" in message, name
         assert f"Install megatron-bridge=={TESTED_BRIDGE}" in message
     assert len(messages) >= 6
+
+
+@pytest.mark.ranks
+def test_another_version_that_has_every_name_is_a_warning(bridge: RankPool) -> None:
+    (said,) = bridge.run("tests.support.bridge_calls:warned", 1, version="0.7.0+local")
+    (warning,) = said
+    assert warning.startswith("megatron-bridge 0.7.0 is not the version")
+    assert TESTED_BRIDGE in warning
+    assert bridge.run("tests.support.bridge_calls:warned", 1, version=TESTED_BRIDGE) == [[]]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import io
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,3 +107,15 @@ def command(argv: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(out):
         status = cli.main(argv)
     return status, out.getvalue()
+
+
+def warned(version: str) -> list[str]:
+    """What `resume_with` warns of where Bridge has this version."""
+    from megatron_ext import bridge
+
+    found = importlib.import_module("megatron.bridge")
+    found.__version__ = version  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bridge.resume_with(config(Bridge(1)))
+    return [str(w.message) for w in caught if "megatron_ext" in str(w.message)]
