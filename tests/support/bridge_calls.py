@@ -119,3 +119,11 @@ def warned(version: str) -> list[str]:
         warnings.simplefilter("always")
         bridge.resume_with(config(Bridge(1)))
     return [str(w.message) for w in caught if "megatron_ext" in str(w.message)]
+
+
+def lines(code: str, directory: str, run: Bridge) -> str:
+    """Run the lines of a page in a directory; what they print."""
+    out = io.StringIO()
+    with contextlib.chdir(directory), contextlib.redirect_stdout(out):
+        exec(code, {"config_of_the_run": lambda: config(run)})
+    return out.getvalue()
