@@ -2,7 +2,7 @@
 
 PYTHON_BIN := .venv/bin/python
 # Versions of megatron-core that the tests also run against.
-MATRIX ?= 0.18.2 0.16.1
+MATRIX ?= 0.18.2 0.17.1 0.16.1
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 # More arguments for pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-bridge \
-    test-gpu soak faults pytest bench clean
+    test-gpu soak faults contract pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ PHASES ?= 100
 soak: export OMP_NUM_THREADS := 1
 soak: bootstrap ## damaged input for SECONDS=600, and a chain of PHASES=100 phases on two ranks
 	$(PYTHON_BIN) -m benchmarks.soak --seconds $(SECONDS) --phases $(PHASES)
+
+contract: bootstrap ## try a checkout of Megatron-LM: make contract MEGATRON_PATH=/path/to/it
+	$(PYTHON_BIN) -m tests.support.contract_check $(MEGATRON_PATH)
 
 faults: export OMP_NUM_THREADS := 1
 faults: bootstrap ## try every fault and write docs/reference/faults.md (30 minutes)

@@ -81,6 +81,8 @@ class Torch:
         self.version = re.search(r"__version__ = ['\"]([^'\"]+)", text)[1]
         found = re.search(r"^cuda(?:: [^=]+)? = ['\"]([^'\"]+)", text, re.MULTILINE)
         self.cuda = found[1] if found else None
+        found = re.search(r"^hip(?:: [^=]+)? = ['\"]([^'\"]+)", text, re.MULTILINE)
+        self.hip = found[1] if found else None
         if tuple(int(n) for n in self.version.split(".")[:2]) < (2, 10):
             raise Impossible(f"torch {self.version} is older than 2.10")
 
@@ -202,7 +204,12 @@ class Build(build_ext):
             link = torch.link("torch_cpu")
         else:
             if torch.cuda is None:
-                raise Impossible(f"torch {torch.version} is built without CUDA")
+                raise Impossible(
+                    f"torch {torch.version} is built with ROCm {torch.hip}, for which there is no "
+                    "compiled kernel"
+                    if torch.hip
+                    else f"torch {torch.version} is built without CUDA"
+                )
             toolkit = Toolkit()
             if torch.cuda.split(".")[0] != toolkit.version.split(".")[0]:
                 raise Impossible(

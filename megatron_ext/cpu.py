@@ -12,9 +12,9 @@ Call it in every rank before the training script runs::
     from megatron_ext import cpu
     cpu.install()
 
-Written for megatron-core 0.16.1, 0.18.2 and 0.19.2; paths below are relative to ``megatron/``,
-lines are those of 0.19.2. Nothing of this package is imported, so that the file can be loaded by
-its path where the package is not installed.
+Written for megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2; paths below are relative to
+``megatron/``, lines are those of 0.19.2. Nothing of this package is imported, so that the file can
+be loaded by its path where the package is not installed.
 
 Environment:
     TORCHDYNAMO_DISABLE, CUDA_DEVICE_MAX_CONNECTIONS: set to 1 by `install` where they are not set.

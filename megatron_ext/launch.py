@@ -2,8 +2,12 @@
 
 ``torchrun ... -m megatron_ext.launch [--cpu] SCRIPT.py [Megatron arguments]``
 
+The script runs on the Megatron that plain Python would give it: that of its own folder first, then
+that of ``PYTHONPATH``, then the installed one. The current directory, which ``-m`` puts first,
+comes last.
+
 Environment:
-    RANK: set by torchrun; rank 0 says which class is used.
+    RANK: set by torchrun; rank 0 says which Megatron and which class are used.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import sys
 from pathlib import Path
 
 from .errors import HostError, MegatronExtError
+from .host import megatron
 from .policy import flags
 
 
@@ -29,17 +34,21 @@ def main(argv: list[str] | None = None) -> None:
     script = Path(options.script)
     if not script.is_file():
         parser.error(f"{script}: no such script")
-    if options.cpu:
-        from . import cpu
-
-        cpu.install(adam=options.cpu_adam)
+    _order_path(script)
     arguments_ = [*_own_flags_before(argv, options), *options.arguments]
+    args = _peek(arguments_)
     try:
-        _prepare([options.script, *arguments_])
+        if options.cpu or args.optimizer_class is not None:
+            found = megatron.find()
+            _say(f"megatron-core {found.version} from {found.root}")
+        if options.cpu:
+            from . import cpu
+
+            cpu.install(adam=options.cpu_adam)
+        _prepare([options.script, *arguments_], args)
     except MegatronExtError as e:
         parser.error(str(e))
     sys.argv = [options.script, *arguments_]
-    sys.path.insert(0, str(script.resolve().parent))
     # With run_path, __main__ is the script: the process that a torch_dist save spawns imports it
     # as it would without the launcher, and nothing of what is rebound here.
     runpy.run_path(options.script, run_name="__main__")
@@ -83,13 +92,24 @@ def _own_flags_before(argv: list[str] | None, options: argparse.Namespace) -> li
     return launcher.parse_known_args(words)[1]
 
 
-def _prepare(argv: list[str]) -> None:
+def _order_path(script: Path) -> None:
+    """Order ``sys.path`` as Python does for a script; Megatron must not be imported before.
+
+    The current directory stays, as the last: a class or rule of one's own may be found there.
+    """
+    if getattr(sys.flags, "safe_path", False):  # python -P, from 3.11 on
+        return
+    if sys.path[0] == os.getcwd():
+        sys.path.append(sys.path.pop(0))
+    sys.path.insert(0, str(script.resolve().parent))
+
+
+def _prepare(argv: list[str], args: argparse.Namespace) -> None:
     """Check the request while nothing is built yet, and rebind Megatron for it."""
-    args = _peek(argv[1:])
     if args.optimizer_class is None:
         _refuse_without_class(args)
         return
-    from .hooks import installing, preflight, session
+    from .hooks import installing, preflight, session  # refuses a Megatron that cannot be served
     from .host import arguments, classes, contract
 
     if args.yaml_cfg is not None:
@@ -101,8 +121,13 @@ def _prepare(argv: list[str]) -> None:
     request = session.request_of(args)
     classes.resolve_class(request.optimizer_class)
     session.launch_request(request)
+    _say(f"--optimizer-class {request.optimizer_class}")
+
+
+def _say(text: str) -> None:
+    """Print on rank 0; there is no process group yet."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron_ext: --optimizer-class {request.optimizer_class}", flush=True)
+        print(f"megatron_ext: {text}", flush=True)
 
 
 def _peek(words: list[str]) -> argparse.Namespace:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 from benchmarks.kernel.environment import environment as facts_of
 from benchmarks.kernel.environment import slug
+from megatron_ext.host.contract import megatron_version
 
 from . import report, scale
 from .cases import DEFAULT, FULL, PUBLISHED, QUICK, Case
@@ -70,7 +70,7 @@ def measure(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
         "date": datetime.date.today().isoformat(),
-        "megatron-core": version("megatron-core"),
+        "megatron-core": megatron_version(),
         **facts_of(device),
     }
     content: dict[str, Any] = {

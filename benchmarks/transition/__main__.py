@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.kernel.environment import cpu_name, slug
+from megatron_ext.host.contract import megatron_version
 from megatron_ext.version import __version__
 
 from . import report
@@ -45,7 +46,7 @@ def main() -> int:
         facts = {
             "date": datetime.date.today().isoformat(),
             "megatron_ext": __version__,
-            "megatron-core": version("megatron-core"),
+            "megatron-core": megatron_version(),
             "torch": version("torch"),
             "python": platform.python_version(),
             "CPU": cpu_name(),

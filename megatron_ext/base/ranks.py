@@ -30,6 +30,9 @@ _NOTHING = -(1 << 62)
 #: Value of the last of the five integers if a rank failed; 1 stands for `flag`, 0 for neither.
 _FAILED = 2
 
+#: Backends that are known to reduce float64.
+_FLOAT64 = ("gloo", "nccl")
+
 
 def agree(
     what: str,
@@ -172,8 +175,17 @@ def broadcast_from_rank_0(evaluate: Callable[[], bool]) -> bool:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
-    """Add a tensor up over all ranks, in place; collective over the default group."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """Add a tensor up over all ranks, in place; collective over the default group.
+
+    gloo and NCCL, and RCCL under its name, reduce float64. Others need not (HCCL does not): for
+    them the numbers are gathered and added up in rank order, the same sum on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if tensor.dtype == torch.float64 and _backends().get(tensor.device.type) not in _FLOAT64:
+        first, *others = (torch.tensor(v, dtype=tensor.dtype) for v in gather(tensor.tolist()))
+        tensor.copy_(sum(others, first))
+    else:
         dist.all_reduce(tensor)
 
 
@@ -235,7 +247,19 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def device() -> torch.device:
-    """Device on which the default group's collectives expect their tensors."""
-    if "nccl" in str(dist.get_backend()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """Device on which the default group's collectives expect their tensors.
+
+    It is the current accelerator if the group has a backend of its own for it (NCCL, RCCL, HCCL,
+    XCCL), and the CPU if one backend serves both, as gloo does.
+    """
+    backends, accelerator = _backends(), torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator and torch.accelerator.is_available() else "cpu"
+    if backends.get(kind) in (None, backends.get("cpu")):
+        return torch.device("cpu")
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _backends() -> dict[str, str]:
+    """Return the default group's backend for each kind of device."""
+    pairs = (part.split(":") for part in dist.get_backend_config().split(","))
+    return {kind: name for kind, name in pairs}

@@ -16,6 +16,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from ..errors import HostError
 from ..version import __version__
 from . import output
 from .env_document import PACKAGES, SCHEMA, EnvDocument, InnerOptimizerDocument, MegatronDocument
@@ -72,22 +73,25 @@ def environment() -> EnvDocument:
     kernels = {device: native.kernel(device) for device in native.DEVICES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     asked = os.environ.get(ENVIRONMENT, "auto")
-    megatron = _megatron()
+    megatron, adam = _megatron()
     findings = list(_megatron_findings(megatron))
     for device, kernel in kernels.items():
-        if not kernel.native and asked == "auto" and (device == "cpu" or devices):
+        # ROCm's devices are named cuda, and there is no kernel that could be built for them.
+        can_be_built = device == "cpu" or (devices and torch.version.hip is None)
+        if not kernel.native and asked == "auto" and can_be_built:
             findings.append(f"no compiled {device} kernel: {kernel.reason}")
-    inner = _inner_optimizer(broken=megatron["version"] is None)
+    inner = _inner_optimizer(adam)
     findings += inner["not_importable"].values()
-    broken = megatron["version"] is None or bool(megatron["contract"])
     return {
         "schema": SCHEMA,
-        "status": 2 if broken else 1 if findings else 0,
+        "status": 2 if megatron["contract"] else 1 if findings else 0,
         "findings": findings,
         "versions": {
             "megatron_ext": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
+            # Not that of the wheel, where a checkout comes before it.
+            "megatron-core": megatron["version"],
         },
         "megatron": megatron,
         "inner_optimizer": inner,
@@ -100,8 +104,8 @@ def environment() -> EnvDocument:
     }
 
 
-def _megatron() -> MegatronDocument:
-    """Describe the installed Megatron; ``contract`` lists the problems with its names."""
+def _megatron() -> tuple[MegatronDocument, str | None]:
+    """Describe the Megatron on the path, and name its Adam; None if it cannot be used."""
     from ..host import contract
 
     found: MegatronDocument = {
@@ -112,6 +116,7 @@ def _megatron() -> MegatronDocument:
         "training": False,
         "contract": [],
     }
+    adam = None
     with _quiet():
         try:
             version = contract.megatron_version()
@@ -119,35 +124,39 @@ def _megatron() -> MegatronDocument:
                 "version": version,
                 "tested": version in contract.TESTED,
                 "in_tested_range": contract.in_tested_range(version),
+            }
+            contract.require_megatron()
+            adam = contract.inner_adam()
+            found |= {
                 "training": contract.has_training(),
                 "contract": contract.contract_problems(),
             }
+        except HostError as e:
+            found["contract"] = [str(e)]
         except Exception as e:  # an installation may be broken in any way
             found["contract"] = [f"megatron.core cannot be imported: {type(e).__name__}: {e}"]
-    return found
+    return found, adam
 
 
 def _megatron_findings(megatron: MegatronDocument) -> Iterator[str]:
     yield from megatron["contract"]
-    if megatron["version"] is not None and not megatron["in_tested_range"]:
-        first, *_, last = megatron["tested_versions"]
+    first, *_, last = megatron["tested_versions"]
+    newer = megatron["version"] is not None and Version(megatron["version"]) > Version(last)
+    if newer and not megatron["in_tested_range"]:
         yield (
             f"megatron-core {megatron['version']} is outside the range this package is tested "
             f"with, {first} to {last}"
         )
 
 
-def _inner_optimizer(broken: bool) -> InnerOptimizerDocument:
-    """Return the Adam inside Megatron's optimizers, and the reason if it is not a fused one."""
-    from ..host import contract
-
+def _inner_optimizer(name: str | None) -> InnerOptimizerDocument:
+    """Describe the Adam inside Megatron's optimizers, and the reason if it is not a fused one."""
     with _quiet():
         problems = {
             name: f"{name} is installed and cannot be imported: {problem}"
             for name, module in _FUSED.items()
             if _is_there(module) and (problem := _import_problem(module))
         }
-        name = None if broken else contract.inner_adam()
     if name is None or not name.startswith("torch."):
         reason = ""
     else:
@@ -183,7 +192,8 @@ def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
     versions = ", ".join(megatron["tested_versions"])
     yield "this megatron-core", f"{tested} (tested versions: {versions})"
     yield "megatron.training", "installed" if megatron["training"] else "not installed"
-    yield "Megatron API contract", _contract_row(megatron)
+    checked = inner["class"] is not None
+    yield "Megatron API contract", _contract_row(megatron) if checked else "not checked"
     reason = f": {inner['reason']}" if inner["reason"] else ""
     yield "inner optimizer", f"{inner['class'] or 'unknown'}{reason}"
     yield "CUDA devices", ", ".join(found["cuda_devices"]) or "none"
@@ -196,9 +206,7 @@ def _contract_row(megatron: MegatronDocument) -> str:
     """Count the names of the contract that the installed version should have and has."""
     from ..host import contract
 
-    if megatron["version"] is None:
-        return "not checked: megatron.core cannot be imported"
-    version = Version(megatron["version"])
+    version = Version(str(megatron["version"]))
     names = [
         name
         for name in contract.CONTRACT

@@ -16,13 +16,13 @@ class MegatronDocument(TypedDict):
     """The megatron-core that is imported.
 
     Attributes:
-        version: Without the local part; null where it cannot be imported.
+        version: Without the local part, from its own files; null where there is none.
         tested_versions: Those that this package's tests run against.
         tested: Whether it is one of them.
         in_tested_range: Whether it lies between the first and the last of them.
         training: Whether megatron.training, the training loop, is there.
-        contract: Names of Megatron that this package leans on and that are gone or have changed;
-            empty where all is well.
+        contract: Names of Megatron that this package leans on and that are gone or have changed, or
+            why it cannot be used at all; empty where all is well.
     """
 
     version: str | None

@@ -72,8 +72,10 @@ def _plan(options: argparse.Namespace) -> int:
 
         require_format(options.plot)
         output.require_package("matplotlib", "--plot")
+    from ..host.contract import require_megatron
     from ..offline.forecast import forecast
 
+    require_megatron()
     with warnings.catch_warnings():
         # Megatron warns about optional packages, which a plan does not need.
         warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..cli.output import require_package
 from ..errors import MegatronExtError
+from ..host.contract import megatron_version
 from . import corpus, plot, table
 from .runs import Run, run
 
@@ -127,7 +128,7 @@ def _write(out: Path, first: Run, runs: dict[str, Run]) -> None:
     results = {
         "python": platform.python_version(),
         "torch": version("torch"),
-        "megatron-core": version("megatron-core"),
+        "megatron-core": megatron_version(),
         "machine": platform.platform(),
         "runs": {
             key: {

@@ -1,6 +1,6 @@
 """Pretrain a GPT: Megatron's pretrain_gpt.py, reduced to what a small run needs.
 
-An ordinary training script for megatron-core 0.18 and 0.19; it knows nothing of this repository::
+An ordinary training script for megatron-core 0.17 and later; it knows nothing of this repository::
 
     torchrun --nproc-per-node 2 pretrain_gpt.py --mock-data --tokenizer-type NullTokenizer ...
 
@@ -22,15 +22,21 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, pretrain, print_rank_0
-from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
-    pretrain_cfg_container_from_args,
-)
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
+
+try:
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+except ImportError:  # 0.17 parses the arguments in pretrain
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    pretrain_cfg_container_from_args = None
 
 
 def model_provider(
@@ -128,9 +134,12 @@ train_valid_test_datasets_provider.is_distributed = True
 
 
 if __name__ == "__main__":
-    # All by name: 0.19 moved model_provider behind the other positional arguments.
+    arguments = []
+    if pretrain_cfg_container_from_args is not None:
+        arguments.append(pretrain_cfg_container_from_args(parse_and_validate_args()))
+    # All others by name: 0.19 moved model_provider behind the other positional arguments.
     pretrain(
-        pretrain_cfg_container_from_args(parse_and_validate_args()),
+        *arguments,
         train_valid_test_dataset_provider=train_valid_test_datasets_provider,
         model_provider=model_provider,
         model_type=ModelType.encoder_or_decoder,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if not dropped:
             _require_legacy_files(megatron_args, kwargs.get("load_arg", "load"))
         current.resumed = None if dropped else resume
-        with resume.loading():
+        with resume.loading(), _override_hidden(megatron_args):
             try:
                 result = original(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
             except KeyError as e:
@@ -108,6 +109,27 @@ def check_checkpoint_args(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(checkpoint_args, *args, **kwargs)
 
     return check_checkpoint_args
+
+
+@contextlib.contextmanager
+def _override_hidden(args: Any) -> Iterator[None]:
+    """Hide --override-opt_param-scheduler from Megatron's load.
+
+    With it, 0.20 writes --lr and --min-lr into every param_group after all is loaded, and the
+    consumed samples into the scheduler (training/checkpointing.py:3010 of its main branch, #3720).
+    Kept bounds, those of a group's own and a restarted schedule would be lost.
+
+    Args:
+        args: Megatron's arguments, or None.
+    """
+    given = getattr(args, "override_opt_param_scheduler", False)
+    if given:
+        args.override_opt_param_scheduler = False
+    try:
+        yield
+    finally:
+        if given:
+            args.override_opt_param_scheduler = given
 
 
 def _dropped(args: Any, load_arg: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 from packaging.version import Version
 
 from ..errors import HostError
+from . import megatron
 
 #: The versions that the tests run with. Outside of [first, last minor] a warning is given once.
-TESTED = ("0.16.1", "0.18.2", "0.19.2")
+TESTED = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 CORE = "megatron.core.optimizer"
 
@@ -75,7 +75,7 @@ CONTRACT = (
         CORE,
         "get_mup_config_overrides",
         ("config", "mup_width_mult", "optimizer_type"),
-        since="0.18.0",
+        since="0.17.0",
         reference="core/optimizer/__init__.py:130; the same with --use-mup",
     ),
     HostName(CORE, "OptimizerConfig", ("lr",), reference="core/optimizer/__init__.py:75; the same"),
@@ -211,7 +211,6 @@ CONTRACT = (
         "add_megatron_arguments",
         ("parser",),
         rebound=True,
-        since="0.18.0",
         reference="training/arguments.py:121; adds this package's flags",
     ),
     HostName(
@@ -219,7 +218,6 @@ CONTRACT = (
         "load_checkpoint",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
         rebound=True,
-        since="0.18.0",
         reference="training/checkpointing.py:2066; bound in training/training.py too",
     ),
     HostName(
@@ -227,7 +225,6 @@ CONTRACT = (
         "check_checkpoint_args",
         ("checkpoint_args",),
         rebound=True,
-        since="0.18.0",
         reference="training/checkpointing.py:143; reads the saved arguments",
     ),
     HostName(
@@ -235,20 +232,17 @@ CONTRACT = (
         "_load_base_checkpoint",
         ("load_dir", "args", "rank0"),
         rebound=True,
-        since="0.18.0",
         reference="training/checkpointing.py:1633; the counters and the phase, before "
         "Megatron applies them",
     ),
     HostName(
         f"{TRAINING}.global_vars",
         "get_tensorboard_writer",
-        since="0.18.0",
         reference="training/global_vars.py:42; scalars and the plan of a resume (writers.py)",
     ),
     HostName(
         f"{TRAINING}.global_vars",
         "get_wandb_writer",
-        since="0.18.0",
         reference="training/global_vars.py:48; the wandb module itself, on the last rank",
     ),
     HostName(
@@ -256,21 +250,18 @@ CONTRACT = (
         "build_train_valid_test_data_loaders",
         ("build_train_valid_test_datasets_provider",),
         rebound=True,
-        since="0.18.0",
         reference="training/training.py:4510; recomputes a data position of 0 (line 4523)",
     ),
     HostName(
         f"{TRAINING}.training",
         "get_train_valid_test_num_samples",
         rebound=True,
-        since="0.18.0",
         reference="training/training.py:4466; how much data the run needs",
     ),
     HostName(
         f"{TRAINING}.training",
         "train",
         rebound=True,
-        since="0.18.0",
         reference="training/training.py:3342; a dry run ends before it",
     ),
     HostName(
@@ -511,51 +502,43 @@ CONTRACT = (
     HostName(
         f"{TRAINING}.checkpointing",
         "get_checkpoint_name",
-        since="0.18.0",
         reference="training/checkpointing.py:195; the files of a legacy checkpoint",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
         "checkpoint_exists",
-        since="0.18.0",
         reference="training/checkpointing.py:346; whether --pretrained-checkpoint is loaded",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
         "get_checkpoint_tracker_filename",
-        since="0.18.0",
         reference="training/checkpointing.py:340; the iteration of a legacy checkpoint",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
         "get_distributed_optimizer_checkpoint_name",
-        since="0.18.0",
         reference="training/checkpointing.py:261; the file of all parameter state",
     ),
     HostName(
         f"{TRAINING}.checkpointing",
         "get_loaded_iteration",
-        since="0.18.0",
         reference="training/checkpointing.py:137; whether a checkpoint was loaded",
     ),
     HostName(
         f"{TRAINING}.arguments",
         "parse_args",
         ("ignore_unknown_args",),
-        since="0.18.0",
         reference="training/arguments.py:116; its own parsing of a command line",
     ),
     HostName(
         f"{TRAINING}.global_vars",
         "_GLOBAL_ARGS",
-        since="0.18.0",
         reference="training/global_vars.py:20; the parsed arguments, None before",
     ),
     HostName(
         f"{TRAINING}.training",
         "setup_model_and_optimizer",
         rebound=True,
-        since="0.18.0",
         reference="training/training.py:2017; all ranks agree on the preflight before a model "
         "is built "
         "training/training.py:2017; all ranks agree on the preflight before a model is built",
@@ -565,7 +548,6 @@ CONTRACT = (
         "load_checkpoint",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
         rebound=True,
-        since="0.18.0",
         reference="training/training.py; bound there at import",
     ),
     HostName(
@@ -589,9 +571,9 @@ CONTRACT = (
         reference="torch/distributed/checkpoint/api.py; is no Exception",
     ),
     HostName(
-        "megatron.core",
+        "megatron.core.package_info",
         "__version__",
-        reference="core/package_info.py; the version that is imported",
+        reference="core/package_info.py:18; the version that is imported",
     ),
     HostName(
         "megatron.core.distributed.distributed_data_parallel",
@@ -646,7 +628,6 @@ CONTRACT = (
         "_build_sharded_state_dict_metadata",
         ("args",),
         rebound=True,
-        since="0.18.0",
         reference="training/checkpointing.py:468; how a save stores layers",
     ),
     HostName(
@@ -670,31 +651,47 @@ CONTRACT = (
 
 
 def megatron_version() -> str:
-    """Return the version of the imported megatron-core (`megatron.core.package_info`).
+    """Return the version of the megatron-core that is imported, without its local part.
 
-    The local part is dropped, because upstream appends the commit of the repository in the current
-    directory.
+    Raises:
+        HostError: There is none.
     """
-    core = importlib.import_module("megatron.core")
-    version = getattr(core, "__version__", None) or importlib.metadata.version("megatron-core")
-    return Version(version).public
+    return str(megatron.find().version)
+
+
+def require_megatron() -> megatron.Megatron:
+    """Find the Megatron of this process and refuse what cannot be served. Imports nothing of it.
+
+    Raises:
+        HostError: There is none, it is older than the first tested version, or two are mixed.
+    """
+    found = megatron.find()
+    if found.version < Version(TESTED[0]):
+        raise HostError(
+            f"megatron-core {found.version} from {found.root} is too old: megatron_ext needs "
+            f"{TESTED[0]} or later (tested: {', '.join(TESTED)}). Use a newer one, such as "
+            f"megatron-core=={TESTED[-1]}, or run without --optimizer-class"
+        )
+    megatron.require_one_copy()
+    return found
 
 
 def check_contract() -> None:
     """Compare `CONTRACT` with the installed Megatron.
 
     Raises:
-        HostError: A name or one of its parameters is missing. The message has both versions.
+        HostError: As for `require_megatron`, or a name or one of its parameters is missing. The
+            message has both versions.
     """
-    found = Version(megatron_version())
+    found = require_megatron()
     if problems := contract_problems():
         raise HostError(
-            f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the installed "
-            f"megatron-core {found} lacks names that megatron_ext uses:\n"
+            f"megatron_ext works with megatron-core {TESTED[0]} to {TESTED[-1]}; the "
+            f"megatron-core {found.version} from {found.root} lacks names that megatron_ext uses:\n"
             + "\n".join(f"  {p}" for p in problems)
-            + f"\nInstall megatron-core=={TESTED[-1]}, or run without --optimizer-class"
+            + f"\nUse megatron-core=={TESTED[-1]}, or run without --optimizer-class"
         )
-    _warn_if_untested(found)
+    _warn_if_untested(found.version)
 
 
 def contract_problems() -> list[str]:
@@ -718,7 +715,7 @@ def inner_adam() -> str:
 
 @functools.cache
 def has_training() -> bool:
-    """Whether the wheel ships the training loop (0.18 and later, with its extra installed)."""
+    """Whether Megatron has its training loop (the wheel from 0.17 on, with its extra installed)."""
     try:
         importlib.import_module(f"{TRAINING}.arguments")
         importlib.import_module(f"{TRAINING}.checkpointing")

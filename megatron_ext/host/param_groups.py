@@ -2,7 +2,7 @@
 
 The function reads names, shapes and a few attributes of parameters. Tensors without storage (the
 meta device of torch) have all of it. The function has the same name and parameters in megatron-core
-0.16.1, 0.18.2 and 0.19.2.
+0.16.1, 0.17.1, 0.18.2 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _mup_overrides(core: Any, config: Any, args: Any) -> dict[Any, Any]:
     make = getattr(core, "get_mup_config_overrides", None)
     width = getattr(args, "hidden_size", None)
     if make is None or not width:
-        raise PlanError("--use-mup needs the hidden size, and megatron-core 0.18 or later")
+        raise PlanError("--use-mup needs the hidden size, and megatron-core 0.17 or later")
     base = getattr(args, "mup_base_hidden_size", None) or width
     found: dict[Any, Any] = make(config, width / base, config.optimizer)
     return found

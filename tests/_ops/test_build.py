@@ -146,6 +146,21 @@ def test_what_is_asked_for_and_cannot_be_built_is_an_error(
     assert message in built.output
 
 
+def test_a_torch_for_rocm_is_named(tmp_path: Path) -> None:
+    torch_ = tmp_path / "torch"
+    torch_.mkdir()
+    (torch_ / "__init__.py").touch()
+    (torch_ / "version.py").write_text(
+        "__version__ = '2.10.0+rocm6.4'\ncuda: Optional[str] = None\n"
+        "hip: Optional[str] = '6.4.43482'\n"
+    )
+    built = build(tmp_path, MEGATRON_EXT_BUILD_CPU="0", PYTHONPATH=str(tmp_path))
+    assert built.record["cuda"] == (
+        "not built: torch 2.10.0+rocm6.4 is built with ROCm 6.4.43482, for which there is no "
+        "compiled kernel"
+    )
+
+
 def env(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "megatron_ext", "env", "--json"],

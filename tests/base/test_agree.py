@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import functools
+import operator
+from types import SimpleNamespace
 
-from megatron_ext.base.ranks import BYTES_PER_RANK, agree, stop_together, total
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ext.base.ranks import BYTES_PER_RANK, agree, device, stop_together, total
 from megatron_ext.errors import PlanError
 from tests.support.pool import RankPool
 
@@ -177,3 +183,42 @@ def test_totals_are_summed_in_one_collective_of_eight_bytes_a_number(ext: RankPo
     found = ext.run("tests.support.agree_cases:total", 3)
     assert [f["values"] for f in found] == [[6, 30, -3, 3 * 2**40]] * 3
     assert [f["calls"] for f in found] == [[("all_reduce", 32)]] * 3
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "backends", "expected"),
+    [
+        ("cuda", "cpu:gloo,cuda:gloo", "cpu"),
+        ("cuda", "cpu:gloo", "cpu"),
+        ("cuda", "cpu:fake,cuda:fake,hpu:fake,xpu:fake", "cpu"),
+        ("cuda", "cuda:nccl", "cuda:3"),
+        ("cuda", "cpu:gloo,cuda:nccl", "cuda:3"),
+        ("npu", "npu:hccl", "npu:3"),
+        # What torch takes where no backend is named.
+        ("xpu", "cpu:gloo,cuda:nccl,xpu:xccl", "xpu:3"),
+        (None, "cpu:gloo,cuda:nccl,xpu:xccl", "cpu"),
+    ],
+)
+def test_the_device_of_a_collective_is_that_of_the_groups_backend(
+    accelerator: str | None, backends: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(
+        is_available=lambda: accelerator is not None,
+        current_accelerator=lambda: accelerator and SimpleNamespace(type=accelerator),
+    )
+    module = SimpleNamespace(current_device=lambda: 3)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(torch, "accelerator", found)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    # torch names a device of another vendor once its package is imported.
+    monkeypatch.setattr(torch, "device", lambda *parts: ":".join(map(str, parts)))
+    assert device() == expected
+
+
+@pytest.mark.ranks
+def test_float64_is_summed_where_the_backend_may_not_reduce_it(ext: RankPool) -> None:
+    values = [[1e300, 0.1, 3.0], [2.0**53, 0.2, -3.0], [1.0, 0.3, 0.5]]
+    found = ext.run("tests.support.agree_cases:sum_without_float64", 3, values=values)
+    # Rank by rank: Python's sum would carry what is rounded away.
+    expected = [functools.reduce(operator.add, column) for column in zip(*values, strict=True)]
+    assert found == [(expected, ["all_gather_object"])] * 3

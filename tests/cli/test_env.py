@@ -19,7 +19,7 @@ from packaging.version import Version
 from megatron_ext._ops import native as _native
 from megatron_ext._ops.native import Kernel
 from megatron_ext.cli import main
-from megatron_ext.host import contract
+from megatron_ext.host import contract, megatron
 from tests.support.pool import ROOT, RankPool
 
 SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/env.schema.json").read_text())
@@ -63,7 +63,7 @@ def test_every_megatron_of_the_matrix_is_told(ext: RankPool, megatron: Version) 
         "tested_versions": list(contract.TESTED),
         "tested": True,
         "in_tested_range": True,
-        "training": megatron >= Version("0.18"),
+        "training": megatron >= Version("0.17"),
         "contract": [],
     }
     assert found["status"] == 0
@@ -80,10 +80,15 @@ def test_a_broken_contract_is_status_2(ext: RankPool) -> None:
     assert found["findings"] == [problem]
 
 
+def is_there(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    found = megatron.Megatron(Version(version), Path("/opt/Megatron-LM"))
+    monkeypatch.setattr(megatron, "find", lambda: found)
+
+
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """What Megatron would say here, so that it need not be imported; all is as it should be."""
-    monkeypatch.setattr(contract, "megatron_version", lambda: contract.TESTED[-1])
+    is_there(monkeypatch, contract.TESTED[-1])
     monkeypatch.setattr(contract, "contract_problems", lambda: [])
     monkeypatch.setattr(contract, "has_training", lambda: True)
     monkeypatch.setattr(contract, "inner_adam", lambda: "torch.optim.adamw.AdamW")
@@ -104,7 +109,7 @@ def env(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("version", "tested", "status"),
-    [("0.19.2", True, 0), ("0.18.1", False, 0), ("0.20.0", False, 1), ("0.15.3", False, 1)],
+    [("0.19.2", True, 0), ("0.18.1", False, 0), ("0.20.0", False, 1)],
 )
 def test_a_version_outside_the_tested_range_is_a_finding(
     version: str,
@@ -113,11 +118,25 @@ def test_a_version_outside_the_tested_range_is_a_finding(
     answers: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    answers.setattr(contract, "megatron_version", lambda: version)
+    is_there(answers, version)
     found_status, found = env(capsys)
     assert (found_status, found["megatron"]["tested"]) == (status, tested)
     expected = f"megatron-core {version} is outside the range this package is tested with, 0.16.1"
     assert [f.startswith(expected) for f in found["findings"]] == [True] * status
+
+
+def test_a_version_that_is_too_old_is_status_2(
+    answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_there(answers, "0.15.3")
+    status, found = env(capsys)
+    (problem,) = found["findings"]
+    assert problem.startswith("megatron-core 0.15.3 from /opt/Megatron-LM is too old")
+    assert (status, found["megatron"]["contract"]) == (2, [problem])
+    assert found["versions"]["megatron-core"] == found["megatron"]["version"] == "0.15.3"
+    assert main(["env"]) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Megatron API contract not checked" in shown.replace("│ ", "")
 
 
 @pytest.mark.parametrize(
@@ -148,17 +167,30 @@ def test_a_missing_kernel_is_a_finding_where_the_device_is_there(
     assert found["cuda_devices"] == [f"GPU {n}" for n in range(devices)]
 
 
+def test_on_rocm_the_reference_kernel_is_named_and_is_no_problem(
+    answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "not built: torch 2.10.0+rocm6.4 is built with ROCm 6.4, for which there is no kernel"
+    answers.setattr(_native, "kernel", lambda d: Kernel(d, d == "cpu", reason))
+    answers.setattr(torch.cuda, "device_count", lambda: 2)
+    answers.setattr(torch.version, "hip", "6.4")
+    status, found = env(capsys)
+    assert (status, found["findings"]) == (0, [])
+    assert found["kernels"]["cuda"] == {"active": "reference", "reason": reason}
+
+
 def test_a_megatron_that_cannot_be_imported_is_status_2(
     answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> str:
         raise ImportError("libcudart.so: cannot open")
 
-    answers.setattr(contract, "megatron_version", broken)
+    answers.setattr(contract, "inner_adam", broken)
     status, found = env(capsys)
     problem = "megatron.core cannot be imported: ImportError: libcudart.so: cannot open"
     assert (status, found["findings"]) == (2, [problem])
-    assert (found["megatron"]["version"], found["inner_optimizer"]["class"]) == (None, None)
+    assert found["versions"]["megatron-core"] == contract.TESTED[-1]
+    assert found["inner_optimizer"]["class"] is None
 
 
 def test_a_fused_adam_that_cannot_be_imported_is_a_finding(
@@ -180,13 +212,13 @@ def test_the_table_says_what_is_active_and_why_not(
     answers: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers.setattr(contract, "has_training", lambda: False)
-    answers.setattr(contract, "megatron_version", lambda: "0.20.0")
+    is_there(answers, "0.20.0")
     answers.setattr(_native, "kernel", lambda d: Kernel(d, False, "[red]not built\x1b[2J"))
     core = sum(not name.module.startswith("megatron.training") for name in contract.CONTRACT)
     assert main(["env"]) == 1
     shown = capsys.readouterr().out
     for words in (
-        "not tested itself (tested versions: 0.16.1, 0.18.2, 0.19.2)",
+        "not tested itself (tested versions: 0.16.1, 0.17.1, 0.18.2, 0.19.2)",
         "not installed",
         f"{core} of {core} names found",
         "torch.optim.adamw.AdamW: neither transformer-engine nor apex is installed",

@@ -6,6 +6,7 @@ and each test reads what its runs printed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -536,8 +537,12 @@ BAD_STARTS = {
 
 @pytest.mark.parametrize("arguments", BAD_STARTS)
 def test_bad_arguments_stop_before_the_script(
-    arguments: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     script = tmp_path / "script.py"
     script.write_text("raise AssertionError('the script was started')\n")
     with pytest.raises(SystemExit) as exit_:

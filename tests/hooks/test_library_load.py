@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -71,6 +72,38 @@ def test_a_length_that_is_not_known_is_left_alone(
     assert counters.after_the_load(resume, args) == 0
     assert before == (None if args is None else vars(args))
     assert counters.length_of_run(resume, args)["train_iters"] is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("error", [None, CheckpointError("a file is missing")])
+def test_the_override_flag_is_hidden_from_the_load_and_restored(
+    given: bool,
+    error: CheckpointError | None,
+    resume: Resume,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 0.20 on Megatron's load ends with lr and min_lr of the arguments in every group."""
+    args = argparse.Namespace(override_opt_param_scheduler=given, no_load_optim=True)
+    monkeypatch.setattr(loading, "global_args", lambda: args)
+    resume.policy = ResumePolicy()
+    seen = []
+
+    def stock(model: Any, optimizer: Any, scheduler: Any) -> tuple[int, int]:
+        seen.append(args.override_opt_param_scheduler)
+        if error is not None:
+            raise error
+        return 10, 7
+
+    wrapped = loading.load_checkpoint(stock)
+    with contextlib.nullcontext() if error is None else pytest.raises(CheckpointError):
+        wrapped([], resume.members[0], None)
+    assert seen == [False]
+    assert args.override_opt_param_scheduler is given
+    # Without an optimizer of this package nothing is hidden.
+    seen.clear()
+    with contextlib.nullcontext() if error is None else pytest.raises(CheckpointError):
+        wrapped([], None, None)
+    assert seen == [given]
 
 
 def test_a_length_in_samples_is_set(resume: Resume) -> None:

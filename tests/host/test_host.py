@@ -28,7 +28,7 @@ def test_the_installed_megatron_keeps_the_contract(ext: RankPool, megatron: Vers
         if name.rebound
         and name.attribute != "add_megatron_arguments"  # the launcher's, not the library's
         and Version(name.since) <= megatron
-        and (not name.module.startswith("megatron.training") or megatron >= Version("0.18"))
+        and (not name.module.startswith("megatron.training") or megatron >= Version("0.17"))
     }
     assert set(found["rebound"]) == expected
     assert len(expected) >= 4

@@ -24,6 +24,7 @@ from megatron_ext.policy import from_flags, yaml_file
 from megatron_ext.policy.flags import add_flags
 from megatron_ext.policy.presets import forms
 from megatron_ext.rules import GRAMMAR
+from tests.support.hosts import HOSTS, Host
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -230,6 +231,19 @@ def test_every_line_of_megatron_is_the_one_that_is_meant() -> None:
         file, _, number = place.partition(":")
         lines = (Path(megatron) / file).read_text().splitlines()
         assert wanted in lines[int(number) - 1], place
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
+def test_the_tests_of_every_host_are_there_and_are_run(host: Host) -> None:
+    assert not host.runs or host.tests
+    for place in host.tests:
+        file, _, name = place.partition("::")
+        tree = ast.parse((ROOT / file).read_text())
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        of_host = [n for n in found if n.name == name or (not name and n.name.startswith("test_"))]
+        assert of_host, place
+        marks = {ast.unparse(d) for n in of_host for d in n.decorator_list}
+        assert "pytest.mark.all" not in marks, place
 
 
 @pytest.mark.parametrize("path", GUIDE, ids=lambda p: p.stem)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from packaging.version import Version
 
 import megatron_ext
+from megatron_ext.host.contract import TESTED
 from megatron_ext.version import __version__
 from tests.support import structure
 from tests.support.pool import RankPool
@@ -149,6 +151,13 @@ def test_there_is_one_version() -> None:
     written = re.compile(rf"[\"']{re.escape(__version__)}[\"']")
     places = [p.name for p in PACKAGE.rglob("*.py") if written.search(p.read_text())]
     assert places == ["version.py"]
+
+
+def test_megatron_is_an_extra_and_no_dependency() -> None:
+    """A wheel would be installed beside the checkout that a container has on PYTHONPATH."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [need for need in project["dependencies"] if "megatron" in need] == []
+    assert project["optional-dependencies"]["megatron"] == [f"megatron-core>={TESTED[0]}"]
 
 
 def test_the_package_says_it_is_typed() -> None:

@@ -37,6 +37,18 @@ def await_everyone(seconds: float, absent: list[int]) -> tuple[str, str] | None:
     return None
 
 
+def sum_without_float64(values: list[list[float]]) -> tuple[list[float], list[str]]:
+    """`base.ranks.sum_over_ranks` on a device whose backend is not known to reduce float64."""
+    before, dist.get_backend_config = dist.get_backend_config, lambda: "cpu:hccl"
+    try:
+        with Collectives() as collectives:
+            tensor = torch.tensor(values[dist.get_rank()], dtype=torch.float64)
+            agreement.sum_over_ranks(tensor)
+        return tensor.tolist(), [name for name, _ in collectives.calls]
+    finally:
+        dist.get_backend_config = before
+
+
 def stop_together(errors: dict[int, str], planning: tuple[int, ...] = ()) -> dict[str, Any]:
     """`base.ranks.stop_together` with this rank's error; `planning` ranks call `agree` instead."""
 

@@ -1,7 +1,7 @@
 """A real Megatron training run of a few thousand parameters, on the ranks of the current process
 group: build, train, save, load. Stock Megatron only; this package is never imported here.
 
-Works with megatron-core 0.14.0, 0.15.3, 0.16.1, 0.18.2 and 0.19.2.
+Works with megatron-core 0.14.0, 0.15.3, 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
 """
 
 from __future__ import annotations

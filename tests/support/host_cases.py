@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from dataclasses import replace
 from typing import Any
+
+from packaging.version import Version
 
 from megatron_ext.cli import env
 from megatron_ext.errors import HostError
@@ -58,7 +61,8 @@ def broken_contract(moved: list[tuple[str, str, tuple[str, ...]]]) -> str:
 
 def version_warnings(version: str) -> list[str]:
     """The warnings of two checks with a Megatron of this version."""
-    stock, names.megatron_version = names.megatron_version, lambda: version
+    stock, found = names.megatron.find, names.megatron.find()
+    names.megatron.find = lambda: replace(found, version=Version(version))
     names._warn_if_untested.cache_clear()
     # Only the version is another; the names of the installed one need not be those of that.
     contract, names.CONTRACT = names.CONTRACT, ()
@@ -69,7 +73,7 @@ def version_warnings(version: str) -> list[str]:
             check_contract()
         return [str(w.message) for w in caught]
     finally:
-        names.megatron_version = stock
+        names.megatron.find = stock
         names.CONTRACT = contract
         names._warn_if_untested.cache_clear()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .harness import Hyper, Layout
-from .pool import ROOT, RankPool
+from .pool import RankPool, overlay
 from .unsharded import State
 
 
@@ -59,10 +58,7 @@ class OldRanks:
 
     def _ranks(self, version: str) -> RankPool:
         if version not in self.pools:
-            overlay = subprocess.run(
-                [ROOT / ".ci" / "overlay", version], stdout=subprocess.PIPE, text=True, check=True
-            )
-            self.pools[version] = RankPool("stock", overlay.stdout.strip())
+            self.pools[version] = RankPool("stock", str(overlay(version)))
         return self.pools[version]
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ What a page says about a flag can then not be another thing than ``--help`` says
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from sphinx.ext.autodoc.mock import mock
 
@@ -30,6 +31,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "reference-policy-file": schemas.PolicyFile,
         "reference-schemas": schemas.Schemas,
         "reference-versions": compatibility.Versions,
+        "reference-hosts": compatibility.Hosts,
         "reference-refused": compatibility.Refused,
         "reference-contract": compatibility.Contract,
     }.items():
@@ -43,6 +45,8 @@ def _import_without_megatron(app: Sphinx) -> None:
     """Load the public names while Megatron is a stand-in: autodoc would load them without one."""
     import megatron_ext
 
-    with mock(app.config.autodoc_mock_imports):
+    # The stand-in has no version that could be too old.
+    version_check = patch("megatron_ext.host.contract.require_megatron")
+    with mock(app.config.autodoc_mock_imports), version_check:
         for name in megatron_ext.__all__:
             getattr(megatron_ext, name)

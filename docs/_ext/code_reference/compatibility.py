@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import tomllib
 from docutils import nodes
@@ -41,7 +43,8 @@ class Versions(SphinxDirective):
         from megatron_ext.host.contract import TESTED
 
         project = tomllib.loads(PYPROJECT.read_text())["project"]
-        bounds = (d.partition(">=") for d in project["dependencies"])
+        needs = [*project["dependencies"], *project["optional-dependencies"]["megatron"]]
+        bounds = (need.partition(">=") for need in needs)
         needed = {name: bound for name, _, bound in bounds}
         python = project["requires-python"]
         rows = [
@@ -51,6 +54,25 @@ class Versions(SphinxDirective):
             ("Python", f"`{python.removeprefix('>=')}` or later"),
         ]
         return [trees.table(("", ""), rows)]
+
+
+class Hosts(SphinxDirective):
+    """The programs that call Megatron, and what runs them."""
+
+    def run(self) -> list[nodes.Node]:
+        """From the table whose tests CI runs."""
+        sys.path.insert(0, str(PYPROJECT.parent))
+        from tests.support.hosts import HOSTS
+
+        def checked(host: Any) -> str:
+            tests = ", ".join(f"`{test}`" for test in host.tests)
+            if host.runs:
+                return f"run: {tests}"
+            like = f"; its imports and calls are run: {tests}" if tests else ""
+            return f"source read{like}"
+
+        rows = [(h.name, h.version, h.way_in, checked(h)) for h in HOSTS]
+        return [trees.table(("host", "version", "way in", "checked"), rows)]
 
 
 class Refused(SphinxDirective):
