@@ -72,6 +72,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _WHERE[name].startswith("resume."):  # its modules import Megatron
+        importlib.import_module(".host.contract", __name__).require_megatron()
     return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
 
 

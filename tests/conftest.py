@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests.support import bridge_stand_ins
 from tests.support.harness import Hyper, Layout
 from tests.support.old_ranks import OldRanks
 from tests.support.pool import RankPool
@@ -24,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all",
         action="store_true",
         help="also run the tests marked `all`: more of what the others have examples of",
+    )
+    parser.addoption(
+        "--require-bridge",
+        action="store_true",
+        help="fail the tests that need Megatron-Bridge, rather than skip them, without it",
     )
     parser.addoption(
         "--require-te",
@@ -62,6 +68,17 @@ def stock(pools: dict[str, RankPool]) -> RankPool:
 def ext(pools: dict[str, RankPool]) -> RankPool:
     """Ranks in which it can."""
     return pools["ext"]
+
+
+@pytest.fixture(scope="session")
+def bridge(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """Ranks that have imported Megatron-Bridge too, which `make test-bridge` puts on the path."""
+    if not bridge_stand_ins.available():
+        end = pytest.fail if request.config.getoption("--require-bridge") else pytest.skip
+        end("Megatron-Bridge cannot be imported; make test-bridge installs it and runs this test")
+    pool = RankPool("bridge")
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

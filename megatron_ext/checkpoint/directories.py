@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,35 @@ class Directories:
     start: Path | None = None
 
 
+@dataclass(frozen=True)
+class Names:
+    """What a user calls the directories, for errors.
+
+    Args:
+        load: The directory to load from.
+        save: The directory to save to.
+        start: The directory in which a phase starts.
+        elsewhere: The directory of non-persistent checkpoints.
+    """
+
+    load: str = "--load"
+    save: str = "--save"
+    start: str = "--selective-from"
+    elsewhere: str = "--non-persistent-global-ckpt-dir"
+
+
+#: What users of the launcher call them.
+FLAGS = Names()
+
+
 def choose(
-    load: str | None, save: str | None, start: str | None, elsewhere: str | None = None
+    load: str | None,
+    save: str | None,
+    start: str | None,
+    elsewhere: str | None = None,
+    *,
+    names: Names = FLAGS,
+    found: Callable[[Path], bool] | None = None,
 ) -> Directories:
     """Decide which directory to load, from the arguments and the files on disk.
 
@@ -41,6 +69,8 @@ def choose(
         save: ``--save``.
         start: ``--selective-from``.
         elsewhere: ``--non-persistent-global-ckpt-dir``.
+        names: Their names in errors.
+        found: Whether the host finds a checkpoint in a directory; `holds` by default.
 
     Raises:
         PolicyError: The directories contradict each other.
@@ -52,31 +82,32 @@ def choose(
         return Directories(load_dir, save_dir)
     if remote := [d for d in (load, save, start) if is_remote(d)]:
         raise PolicyError(
-            f"--selective-from {start}: {remote[0]} is in a remote storage; expected directories "
+            f"{names.start} {start}: {remote[0]} is in a remote storage; expected directories "
             "of a file system, to see which of them holds a checkpoint"
         )
     if elsewhere is not None:
         raise PolicyError(
-            f"--selective-from {start} with --non-persistent-global-ckpt-dir {elsewhere}: a "
-            "checkpoint there may be of the earlier phase or of the new one. Leave the second flag "
-            f"out: non-persistent checkpoints then go to {NON_PERSISTENT} below --save"
+            f"{names.start} {start} with {names.elsewhere} {elsewhere}: a checkpoint there may be "
+            "of the earlier phase or of the new one. Leave the second one out: non-persistent "
+            f"checkpoints then go to {NON_PERSISTENT} below {names.save}"
         )
     if load_dir is not None and save_dir is not None and not _same(load_dir, save_dir):
         raise PolicyError(
-            f"--selective-from {start} with --load {load} and --save {save}: expected one "
-            "directory for --load and --save, the phase's own, or a restart would not find what "
-            "was saved"
+            f"{names.start} {start} with {names.load} {load} and {names.save} {save}: expected one "
+            f"directory for {names.load} and {names.save}, the phase's own, or a restart would not "
+            "find what was saved"
         )
     own = load_dir or save_dir
     if own is not None and _same(own, start_dir):
         raise PolicyError(
-            f"--selective-from {start} is also the directory of --load or --save; expected another "
-            "one, where the phase's own checkpoints go. Or leave --selective-from out"
+            f"{names.start} {start} is also the directory of {names.load} or {names.save}; "
+            "expected another one, where the phase's own checkpoints go. Or leave "
+            f"{names.start} out"
         )
-    if own is not None and any(map(holds, (own, own / NON_PERSISTENT))):
+    if own is not None and any(map(found or holds, (own, own / NON_PERSISTENT))):
         return Directories(own, save_dir, "own", start_dir)
     if own is not None:
-        require_tracked(own, "--save" if load_dir is None else "--load")
+        require_tracked(own, names.save if load_dir is None else names.load)
     return Directories(start_dir, save_dir, "start", start_dir)
 
 

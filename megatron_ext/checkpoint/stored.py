@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 from ..errors import CheckpointError
 from . import torch_file
+from .run_config import arguments
 from .state import SavedOptimizer, read_optimizer
 from .store import (
     CONFIG,
@@ -45,8 +46,8 @@ class StoredCheckpoint:
         iteration: Its number, 0 for a release.
         release: Whether it is a release checkpoint.
         format: ``torch_dist``, or legacy ``torch``.
-        args: The saved arguments by name. An enum or another object that is not plain data is a
-            `Placeholder`. Empty if none were saved.
+        args: The saved arguments by name; Bridge's config by Megatron's names. An object that is
+            not plain data is a `Placeholder`. Empty if none were saved.
         sharding_type: Sharding of a distributed optimizer's state, such as ``dp_reshardable``;
             None for legacy ``torch``, without optimizer state and for other optimizers.
         optimizers: One for each Megatron optimizer of the chain; empty without optimizer state.
@@ -151,7 +152,7 @@ def open_checkpoint(root: str | Path, iteration: int | None = None) -> StoredChe
         iteration=number,
         release=release,
         format="torch" if store is None else "torch_dist",
-        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
+        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else arguments(directory),
         sharding_type=sharding_type if optimizers else None,
         optimizers=optimizers,
         scheduler=_scheduler(common, directory),

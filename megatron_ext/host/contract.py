@@ -697,7 +697,8 @@ def check_contract() -> None:
 def contract_problems() -> list[str]:
     """List the names of `CONTRACT` that the installed Megatron lacks. Imports their modules."""
     found = Version(megatron_version())
-    return [p for name in CONTRACT if (p := _problem(name, found))]
+    names = (name for name in CONTRACT if found >= Version(name.since))
+    return [p for name in names if (p := problem_of(name))]
 
 
 def in_tested_range(version: str | Version) -> bool:
@@ -723,9 +724,12 @@ def has_training() -> bool:
     return True
 
 
-def _problem(name: HostName, found: Version) -> str | None:
-    if found < Version(name.since):
-        return None
+def problem_of(name: HostName) -> str | None:
+    """Return what is wrong with a name of the installed host; None if nothing is.
+
+    Args:
+        name: The name. Its module is imported.
+    """
     if name.module.startswith(TRAINING) and not has_training():
         return None
     where = f"{name.module}.{name.attribute}"

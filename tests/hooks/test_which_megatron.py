@@ -172,6 +172,8 @@ ENTRANCES = {
     "launcher": [*CPU[:-1], "script.py", *OURS.split()],
     "library": ["-c", "import megatron_ext\nmegatron_ext.get_megatron_optimizer(None, [])"],
     "add_arguments": ["-c", "import megatron_ext\nmegatron_ext.add_arguments(None)"],
+    "enable": ["-c", "import megatron_ext\nmegatron_ext.enable()"],
+    "class": ["-c", "import megatron_ext\nmegatron_ext.SelectiveAdam"],
 }
 
 
@@ -182,7 +184,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode == 2:
         assert "Traceback" not in done.stderr
     else:
-        assert last.startswith("megatron_ext.errors.HostError: ")
+        assert last.startswith("megatron_ext.errors.HostError: "), done.stderr
     return last
 
 

@@ -59,7 +59,10 @@ def imported(node: ast.AST) -> str | None:
 
 
 def foreign(module: str | None) -> bool:
-    return module is not None and module.split(".")[0] in ("megatron", "torch")
+    """Whether a module is Megatron's or torch's; Bridge has a list of its own (`tests/bridge`)."""
+    if module is None or module.startswith("megatron.bridge"):
+        return False
+    return module.split(".")[0] in ("megatron", "torch")
 
 
 def chain_of(node: ast.AST) -> tuple[ast.AST, list[str]]:

@@ -30,7 +30,18 @@ ORDER = (
     "hooks",
 )
 #: Above all others; they may import each other.
-ENTRANCES = ("", "__main__", "api", "autoenable", "cli", "cpu", "demo", "launch", "schemas")
+ENTRANCES = (
+    "",
+    "__main__",
+    "api",
+    "autoenable",
+    "bridge",
+    "cli",
+    "cpu",
+    "demo",
+    "launch",
+    "schemas",
+)
 
 #: Lists rather than code.
 LISTS = ("cpu", "host.contract")

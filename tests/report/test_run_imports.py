@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,12 @@ def test_what_a_run_imports_does_without_what_makes_the_page() -> None:
         f"print(*sorted({draws!r} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MEGATRON_EXT_POLICY": "default"},  # megatron_ext.autoenable reads it
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+from pathlib import Path
 from typing import Any
 
 from megatron.core.optimizer import get_megatron_optimizer  # bound before `enable`, as in verl
@@ -126,6 +128,7 @@ def as_in_the_guide(
     """Run the guide's own loop and load; two iterations, a save, and the same again."""
     from megatron.core import dist_checkpointing
 
+    os.chdir(Path(target).parent)  # the guide's report_dir is relative
     guide: dict[str, Any] = {}
     for block in code:
         exec(block, guide)

@@ -53,7 +53,7 @@ class RankPool:
 
     Args:
         kind: ``"ext"``: this package can be imported. ``"stock"``: it cannot, so that what runs
-            there is stock Megatron for certain.
+            there is stock Megatron for certain. ``"bridge"``: it can, and Megatron-Bridge too.
         overlay: What goes before everything else on the ranks' PYTHONPATH: another megatron-core
             (`.ci/overlay`).
     """

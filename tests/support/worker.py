@@ -107,7 +107,13 @@ def main(address: str, kind: str) -> None:
     for name in _USED:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)
-    ready_to_fork(ours=kind == "ext")
+    if kind == "bridge":
+        from tests.support import bridge_stand_ins
+
+        bridge_stand_ins.install()
+        for name in ("pretrain", "gpt_step"):
+            importlib.import_module(f"megatron.bridge.training.{name}")
+    ready_to_fork(ours=kind != "stock")
     running: set[int] = set()
     while True:
         if connection.poll(0.05 if running else None):
