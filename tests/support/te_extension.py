@@ -9,6 +9,7 @@ transformer_engine/common/multi_tensor/adam.cu (2.20.2), with its arithmetic in 
 from __future__ import annotations
 
 import enum
+import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -138,6 +139,7 @@ def install() -> None:
         multi_tensor_adam,
         multi_tensor_adam_param_remainder,
         multi_tensor_scale,
+        multi_tensor_scale_tensor,
         multi_tensor_l2norm,
         create_empty_quantized_tensor,
         quantize,
@@ -147,6 +149,13 @@ def install() -> None:
     sys.modules[_NAME] = module
     sys.modules[_ONNX] = _Module(_ONNX)
     sys.meta_path.insert(0, _Common())  # type: ignore[arg-type]
+
+
+def keep_torch_norms() -> None:
+    """Let Megatron's blocks end with torch's norm, as their layers do; TE's is compiled."""
+    block = importlib.import_module("megatron.core.transformer.transformer_block")
+    norm = importlib.import_module("megatron.core.transformer.torch_norm")
+    block.LayerNormImpl = norm.WrappedTorchNorm
 
 
 @torch.no_grad()
@@ -232,6 +241,16 @@ def multi_tensor_scale(
         target.copy_(source * scale)
         if not bool(source.isfinite().all()):
             noop.fill_(1)
+
+
+def multi_tensor_scale_tensor(
+    chunk_size: int,
+    noop: torch.Tensor,
+    lists: Sequence[Sequence[torch.Tensor]],
+    scale: torch.Tensor,
+) -> None:
+    """The same with the scale in a tensor."""
+    multi_tensor_scale(chunk_size, noop, lists, float(scale))
 
 
 @torch.no_grad()
