@@ -229,12 +229,14 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         made = frozenset() if load is None else load.made(model_param)
         self._tally.add(tensors, made)
         shard = self._get_model_param_range_map(model_param)["param"]
-        if self._masters_from_model or "param" in made:
+        from_model = self._masters_from_model or "param" in made
+        if from_model:
             weight = model_param.data.view(-1)[shard.start : shard.end]
             tensors = {**tensors, "param": weight.float()}
-        masters = precision.fit_masters(self, model_param, tensors["param"], self._proof)
+        proof = Proof() if from_model else self._proof
+        masters = precision.fit_masters(self, model_param, tensors["param"], proof)
         tensors = {**precision.store_scaled(self, model_param, tensors), "param": masters}
-        if self._masters_from_model or "param" in made:
+        if from_model:
             self._proof.done.add(id(model_param))
         elif model_param.dtype == self.config.main_params_dtype == torch.float32:
             # It is its own master weight, and is overwritten.

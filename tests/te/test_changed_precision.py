@@ -98,6 +98,24 @@ def test_master_weights_of_other_weights_do_not_become_remainders(
     assert "master weights are not the weights that the model has loaded" in message
     assert "output_layer.weight" in message
     (found, *_) = ext.run(RESUMED, 2, policy="{master_weights: model}", **run)
+    assert found["proven"] == 0
     for tensors in found["state"].values():
         whole = tensors["param"].view(np.uint32)
         assert not (whole & 0xFFFF).any()
+
+
+@pytest.mark.parametrize("after", ["", "remainders"])
+def test_fp16_master_weights_are_refused_elsewhere_and_the_way_out_works(
+    after: str, ext: RankPool, written: Written
+) -> None:
+    layout = Layout(precision="fp16 masters", format="fully_reshardable")
+    directory, saved = written(layout, 1)
+    run: dict[str, Any] = dict(layout=replace(layout, precision=after), hyper=SECOND)
+    run |= {"directory": directory, "more": 1}
+    (refused,) = ext.run(RESUMED, 1, allow_failure=True, **run)
+    assert refused.type == "CheckpointError"
+    assert "had --main-params-dtype fp16 and rounded its weights twice" in refused.message
+    assert "--selective-master-weights model" in refused.message
+    (found,) = ext.run(RESUMED, 1, policy="{master_weights: model}", **run)
+    for name, tensors in saved["state"].items():
+        np.testing.assert_allclose(found["state"][name]["param"], tensors["param"], rtol=2.0**-7)
