@@ -228,7 +228,8 @@ class Selective:
         mark = {} if plan.mark is None else {MARK_KEY: plan.mark}
         values = [{**g.values, **mark} for g in plan.groups]
         merge.write_groups(values, self.optimizer.param_groups)
-        place_step(self.optimizer, plan.step)
+        if is_adam(self.optimizer):  # SOAP counts in its state, and a group has no step
+            place_step(self.optimizer, plan.step)
         if plan.clip_grad is not None:
             # The members of a chain may share the config.
             self.config = copy.copy(self.config)

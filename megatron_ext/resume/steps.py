@@ -14,9 +14,17 @@ def is_torch_adam(inner: Any) -> bool:
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
+#: Classes whose exp_avg and exp_avg_sq are Adam's: those of torch, apex and TE, the stand-in of
+#: `megatron_ext.cpu`, and CPU offload.
+_ADAM = ("Adam", "AdamW", "FusedAdam", "FusedAdamStandIn", "HybridDeviceOptimizer")
+
+
 def is_adam(inner: Any) -> bool:
-    """Whether the inner optimizer is an Adam: its groups have betas, and Muon's have none."""
-    return all("betas" in group for group in inner.param_groups)
+    """Whether the inner optimizer is an Adam, or a subclass of one.
+
+    Others have betas too, and even an exp_avg: SOAP and Lion of emerging-optimizers.
+    """
+    return any(base.__name__ in _ADAM for base in type(inner).__mro__)
 
 
 def is_hybrid(inner: Any) -> bool:

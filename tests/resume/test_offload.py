@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from tests.support.harness import Layout
 from tests.support.pool import RankPool
@@ -34,8 +35,13 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
 def phase_1(
-    request: pytest.FixtureRequest, stock: RankPool, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    stock: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    megatron: Version,
 ) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
+    if megatron < Version("0.17"):
+        pytest.skip("its OptimizerConfig asks for the version of TE, which is not installed")
     layout, world = LAYOUTS[request.param]
     directory = str(tmp_path_factory.mktemp("offload") / "phase1")
     at = {"layout": layout, "directory": directory}

@@ -436,15 +436,20 @@ def test_all_hyperparameters_from_the_checkpoint_but_one(
     assert second.lr < first <= FIRST.lr
 
 
-MUON = Layout(distributed=False, optimizer="muon")
+#: Optimizer of Megatron's chain with Adam -> the class of emerging-optimizers that it builds.
+BESIDE_ADAM = {"muon": "TensorParallelMuon", "soap": "SOAP"}
+#: Stock cannot save SOAP's factors in torch_dist: their shapes are not the parameter's.
+FORMATS = {"muon": "dp_reshardable", "soap": "torch"}
 
 
-def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
-    stock: RankPool, ext: RankPool, checkpoints: Checkpoints
+@pytest.mark.parametrize("optimizer", BESIDE_ADAM)
+def test_of_another_optimizer_and_adam_the_adam_part_follows_the_policy(
+    optimizer: str, stock: RankPool, ext: RankPool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Megatron's own chain; before 0.19 it is built in another way."""
-    directory, _ = checkpoints.phase_1(MUON, 2)
-    arguments: dict[str, Any] = {"layout": MUON, "directory": directory}
+    layout = Layout(distributed=False, optimizer=optimizer, format=FORMATS[optimizer])
+    directory, _ = checkpoints.phase_1(layout, 2)
+    arguments: dict[str, Any] = {"layout": layout, "directory": directory}
     before = stock.run("tests.support.policies_stock:with_muon", 2, hyper=FIRST, **arguments)[0]
     second = Hyper(lr=1e-3, min_lr=1e-4)
     larger = "preset: {name: batch-size, old: 8, new: 16, decline: [exp_avg_sq]}"
@@ -454,9 +459,21 @@ def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
         ("preset: reset-momentum", False),
         ("moments: [{match: '* optimizer=adam', exp_avg: reset}]", False),
     ]:
+        saved = str(tmp_path / f"phase2-{hash(policy)}")
         found = ext.run(
-            "tests.support.policies:chained_with_muon", 2, hyper=second, policy=policy, **arguments
+            "tests.support.policies:chained_with_muon",
+            2,
+            hyper=second,
+            policy=policy,
+            target=saved,
+            **arguments,
         )[0]
+        if policy != larger:  # stock finds a group by its max_lr
+            again = {"layout": layout, "hyper": second, "directory": saved}
+            stocks = stock.run("tests.support.policies_stock:with_muon", 2, **again)[0]
+            assert stocks["steps"] == found["steps"]
+            for ours, theirs in zip(found["saved"], stocks["momenta"], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
         assert len(found["momenta"]) == len(before["momenta"]) > 0
         for ours, theirs in zip(found["momenta"], before["momenta"], strict=True):
             assert theirs.any()
@@ -465,31 +482,37 @@ def test_of_a_muon_stand_in_and_adam_the_adam_part_follows_the_policy(
             ours = found["state"][name]
             np.testing.assert_array_equal(ours["param"], tensors["param"])
             np.testing.assert_array_equal(ours["exp_avg_sq"], tensors["exp_avg_sq"])
+            # SOAP has an exp_avg of its own.
+            not_adams = any(np.array_equal(tensors["exp_avg"], m) for m in before["momenta"])
             np.testing.assert_array_equal(
-                ours["exp_avg"], tensors["exp_avg"] if kept else 0 * tensors["exp_avg"]
+                ours["exp_avg"], tensors["exp_avg"] if kept or not_adams else 0 * ours["exp_avg"]
             )
         assert any(t["exp_avg"].any() for t in before["state"].values())
         of_adam = pytest.approx(1e-3 * (2**0.5 if policy == larger else 1))
         for group in found["groups"]:
-            assert group["max_lr"] == (of_adam if "betas" in group else 1e-3)
+            # Muon's groups have no betas, and SOAP's a shampoo_beta.
+            is_adams = "betas" in group and "shampoo_beta" not in group
+            assert group["max_lr"] == (of_adam if is_adams else 1e-3)
         assert any("state (not Adam's): using checkpoint value" in s for s in found["lines"])
 
 
-def test_a_rule_for_what_a_muon_stand_in_updates_is_refused(
-    ext: RankPool, checkpoints: Checkpoints
+@pytest.mark.parametrize("optimizer", BESIDE_ADAM)
+def test_a_rule_for_what_another_optimizer_updates_is_refused(
+    optimizer: str, ext: RankPool, checkpoints: Checkpoints
 ) -> None:
-    directory, _ = checkpoints.phase_1(MUON, 2)
+    layout = Layout(distributed=False, optimizer=optimizer, format=FORMATS[optimizer])
+    directory, _ = checkpoints.phase_1(layout, 2)
     results = ext.run(
         "tests.support.policies:refused",
         2,
-        layout=MUON,
+        layout=layout,
         hyper=FIRST,
         directory=directory,
         policies=["moments: [{match: '*', exp_avg: reset}]"],
     )
     for (result,) in results:
         assert result["type"] == "PlanError"
-        assert "MuonStandIn updates" in result["message"]
+        assert f"{BESIDE_ADAM[optimizer]} updates" in result["message"]
         assert "optimizer=adam" in result["message"]
         assert result["in step"]
 

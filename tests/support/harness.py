@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import muon, offload, te_extension
+from . import offload, te_extension
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 64, 8, 8, 2
 
@@ -129,8 +129,6 @@ def build(
     # Every rank builds a model from its own place in the layout, so parameters are set by name.
     model = _model(layout)
     config = _optimizer_config(layout, hyper)
-    if layout.optimizer == "muon":
-        muon.install()
     with inner_adam(layout.adam):
         optimizer = (get_optimizer or get_megatron_optimizer)(
             config, model, **_overrides(config, hyper)

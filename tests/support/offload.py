@@ -34,8 +34,12 @@ def _plain(found: Any, known: dict[int, torch.Tensor]) -> Any:
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
     """Let HybridDeviceOptimizer take the parameters of this machine for a GPU's."""
+    from megatron.core.optimizer import Adam
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+    # Its param_groups name them, and up to 0.18 a load unpickles only what is named here; verl does
+    # the same.
+    torch.serialization.add_safe_globals([torch.optim.AdamW, Adam])
     stock = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
     @functools.wraps(stock)

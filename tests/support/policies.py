@@ -189,13 +189,22 @@ def reductions(layout: Layout, hyper: Hyper, directory: str, policy: str) -> lis
     return seen
 
 
-def chained_with_muon(layout: Layout, hyper: Hyper, directory: str, policy: str) -> dict[str, Any]:
+def chained_with_muon(
+    layout: Layout, hyper: Hyper, directory: str, policy: str, target: str
+) -> dict[str, Any]:
     """A resume of a chain of Muon and Adam: the Adam part's state, Muon's momenta, the log."""
     run = build(layout, hyper, policy)
     harness.load(run, directory)
-    loaded = {"state": gather(run), "momenta": muon.momenta(run.optimizer)}
+    loaded = {"state": gather(run), "momenta": muon.state_beside_adam(run.optimizer)}
     harness.train(run, 1)
-    return {**loaded, "lines": _report(run).lines(), "groups": harness.snapshot_groups(run)}
+    harness.save(run, target)
+    return {
+        **loaded,
+        "lines": _report(run).lines(),
+        "groups": harness.snapshot_groups(run),
+        "steps": harness.snapshot(run)["steps"],
+        "saved": muon.state_beside_adam(run.optimizer),
+    }
 
 
 def _members(run: harness.Run) -> list[Any]:

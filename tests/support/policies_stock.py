@@ -56,4 +56,8 @@ def with_muon(layout: Layout, hyper: Hyper, directory: str) -> dict[str, Any]:
     """What stock loads of a chain of Muon and Adam."""
     run = harness.build(layout, hyper)
     harness.load(run, directory)
-    return {"state": gather(run), "momenta": muon.momenta(run.optimizer)}
+    return {
+        "state": gather(run),
+        "momenta": muon.state_beside_adam(run.optimizer),
+        "steps": harness.snapshot(run)["steps"],
+    }

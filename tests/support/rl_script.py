@@ -24,8 +24,8 @@ from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training import arguments as megatron_arguments
 from megatron.training import get_args
-from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import (
@@ -98,7 +98,8 @@ def train_step(model, optimizer, scheduler, samples):
 
 
 def main():
-    parse_and_validate_args()
+    if hasattr(megatron_arguments, "parse_and_validate_args"):  # 0.17 parses them below
+        megatron_arguments.parse_and_validate_args()
     initialize_megatron()
     args = get_args()
     late = os.environ.get("ENABLE") == "late"
