@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-bridge \
-    test-gpu soak faults contract pytest bench clean
+    test-te test-gpu soak faults contract pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ test-with-%: bootstrap
 test-bridge: bootstrap ## the tests that train with Megatron-Bridge
 	@overlay=$$(.ci/overlay bridge) && PYTHONPATH=$$overlay \
 	    $(PYTHON_BIN) -m pytest tests/bridge --require-bridge $(PYTEST_ARGS)
+
+test-te: bootstrap ## the tests with the optimizer classes of Transformer Engine
+	@overlay=$$(.ci/overlay te) && PYTHONPATH=$$overlay \
+	    $(PYTEST) tests/te --require-te $(PYTEST_ARGS)
 
 SECONDS ?= 600
 PHASES ?= 100

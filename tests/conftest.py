@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail the tests that need Megatron-Bridge, rather than skip them, without it",
     )
+    parser.addoption(
+        "--require-te",
+        action="store_true",
+        help="fail the tests that need Transformer Engine, rather than skip them, without it",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -18,7 +19,7 @@ from ..checkpoint.state import does_not_fit, misfits, other_precision
 from ..checkpoint.stored import open_checkpoint
 from ..errors import CheckpointError, MegatronExtError
 from ..policy.phase import Mark, decide
-from ..resume import selective_read, vocabulary
+from ..resume import precision, selective_read, vocabulary
 from ..resume.other_optimizer import fit_chain
 from ..resume.parameter_map import Rewritten, separate
 from ..resume.session import Resume, current
@@ -57,6 +58,10 @@ def _load(original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         rows.clear()
     optimizers = dict(call["sharded_state_dict"].get("optimizer") or {})
     removed = _remove_overwritten(call)
+    if current.load is not None:
+        precision.load_whole_masters(
+            optimizers, functools.partial(_stored_dtypes, call["checkpoint_dir"])
+        )
     if rewritten is not None:
         separate(call["sharded_state_dict"], rewritten)
     try:
@@ -254,6 +259,18 @@ def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
     entries = FileSystemReader(directory).read_metadata().state_dict_metadata
     return {
         key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+    }
+
+
+def _stored_dtypes(directory: str | Path) -> dict[str, torch.dtype]:
+    """Read the dtype of each tensor of a torch_dist checkpoint from its ``.metadata`` file."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {
+        key: entry.properties.dtype
+        for key, entry in entries.items()
+        if hasattr(entry, "properties")
     }
 
 

@@ -22,7 +22,7 @@ from ..rules.elementwise import KEEP
 from .moments import Survey, survey
 from .parameters import Shard, held_parameters, names_of
 from .prepare_rules import MomentWork
-from .scaled import values
+from .scaled import is_scaled, store, values
 from .steps import is_adam
 
 _REMEDY = (
@@ -236,5 +236,5 @@ def _reset(inner: Any, key: torch.Tensor) -> None:
     wrong = ~(m.isfinite() & v.isfinite() & (v >= 0.0))
     for name, found in moments.items():
         found.masked_fill_(wrong, 0.0)
-        if found.data_ptr() != inner.state[key][name].data_ptr():
-            inner.set_scaled_state(key, name, found)
+        if is_scaled(inner, name):
+            store(inner, key, name, found)

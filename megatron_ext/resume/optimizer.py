@@ -27,7 +27,7 @@ from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
-from . import merge, saving, selective_read, vocabulary
+from . import merge, precision, saving, selective_read
 from .other_optimizer import for_distributed
 from .parameter_map import Slot
 from .proof import Proof
@@ -67,7 +67,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self.join(Resume(policy or ResumePolicy()))
         self.resume_chunks = self.model_chunks
         self._tally, self._proof = LoadedState(), Proof()
-        self._masters_from_model = False
+        self._masters_from_model = self._whole_masters = False
         self._gathered: list[Any] | None = None
         self._awaiting_parameter_state: ResumePlan | None = None
 
@@ -96,8 +96,11 @@ class SelectiveAdam(Selective, DistributedOptimizer):
                 raise (self._request_error() or e) from e
         require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         load = self.resume.enter("allocate", self)
+        new = not self.is_stub_optimizer and not self.optimizer.state
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
+        if new:
+            precision.initialise_masters(self)
         load.awaits_tensors = True
         load.slots += (
             Slot(param, key, entries, key)
@@ -123,8 +126,15 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         return state
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the stock state by buffer, and remember it for a save by parameter."""
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        """Return the stock state by buffer, and remember it for a save by parameter.
+
+        TE's remainders are saved as master weights, because stock's buffers are fp32.
+        """
+        self._whole_masters = True
+        try:
+            state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        finally:
+            self._whole_masters = False
         if self._gathered is not None:
             self._gathered.append(state)
         return state
@@ -195,11 +205,12 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             self._finish(plan, self._tally, self._proof)
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
-        """Return one parameter's shard without torch AdamW's 0-dim ``step``.
-
-        The param_groups have the step.
-        """
+        """Return one parameter's shard without torch AdamW's ``step``, which the groups have."""
         tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if self._whole_masters and tensors["param"].dtype == torch.int16:
+            shard = self._get_model_param_range_map(model_param)["param"]
+            weight = model_param.data.view(-1)[shard.start : shard.end]
+            tensors["param"] = precision.joined(weight, tensors["param"])
         if is_torch_adam(self.optimizer):
             tensors.pop("step", None)
         return tensors
@@ -217,11 +228,15 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         load = self.resume.load
         made = frozenset() if load is None else load.made(model_param)
         self._tally.add(tensors, made)
-        tensors = self._with_new_rows(model_param, tensors)
         shard = self._get_model_param_range_map(model_param)["param"]
-        if self._masters_from_model or "param" in made:
+        from_model = self._masters_from_model or "param" in made
+        if from_model:
             weight = model_param.data.view(-1)[shard.start : shard.end]
-            tensors = {**tensors, "param": weight.to(tensors["param"].dtype)}
+            tensors = {**tensors, "param": weight.float()}
+        proof = Proof() if from_model else self._proof
+        masters = precision.fit_masters(self, model_param, tensors["param"], proof)
+        tensors = {**precision.store_scaled(self, model_param, tensors), "param": masters}
+        if from_model:
             self._proof.done.add(id(model_param))
         elif model_param.dtype == self.config.main_params_dtype == torch.float32:
             # It is its own master weight, and is overwritten.
@@ -231,22 +246,6 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             main_param = self.optimizer.param_groups[group]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
         super()._set_main_param_and_optimizer_states(model_param, tensors)
-
-    def _with_new_rows(
-        self, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Return the loaded shard with the live master weights in rows the checkpoint lacks."""
-        rows = vocabulary.rows_of(self)
-        first = None if rows is None else rows.first_new_element(model_param)
-        if first is None:
-            return tensors
-        at = max(first - self._get_model_param_range_map(model_param)["param"].start, 0)
-        if at >= tensors["param"].numel():
-            return tensors
-        loaded = tensors["param"].clone()
-        live = self._get_main_param_and_optimizer_states(model_param)["param"]
-        loaded.view(-1)[at:] = live.view(-1)[at:]
-        return {**tensors, "param": loaded}
 
     def _state_dict_without_shards(self) -> dict[str, Any]:
         # A rank that trains nothing may have the others' step (`saving.set_step`).

@@ -179,7 +179,8 @@ def refuse_differences(proof: Proof, optimizer: Any, model_chunks: Sequence[Any]
         error = CheckpointError(
             "the checkpoint's master weights are not the weights that the model has loaded. "
             f"Elements that differ: {first_of(found)}. {_BY_POSITION if by_position else _BY_NAME} "
-            "If the moments belong to this model and only its weights were edited, pass "
+            "If the moments belong to this model and only its weights were edited, or the run "
+            "before had --main-params-dtype fp16 and rounded its weights twice, pass "
             "--selective-master-weights model: the master weights are made from the model's "
             "weights. Otherwise load another checkpoint, or pass --no-load-optim to start with a "
             "new optimizer (the Adam moments are then lost)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ from ..errors import PlanError
 from ..rules.base import ElementRule
 from ..rules.elementwise import KEEP
 from .shard_rules import FillColumns, MomentShard
+
+#: The largest value that TE stores in a dtype (`FusedAdam.dtype_to_range_map`).
+_LARGEST_STORED = {torch.float16: 65504.0 / 2.0, torch.uint8: 448.0}
+_E4M3_NAN = 0x7F
 
 
 def values(inner: Any, param: torch.Tensor, key: str) -> torch.Tensor:
@@ -61,13 +66,68 @@ def open_moment(shard: MomentShard, which: int) -> OpenMoment:
         return OpenMoment(unscaled, rescale, only_scale=True)
     if all(r == KEEP for r in rules):
         return OpenMoment(unscaled, only_scale=True)
-    return OpenMoment(unscaled, lambda: shard.inner.set_scaled_state(shard.param, key, unscaled()))
+    return OpenMoment(unscaled, lambda: store(shard.inner, shard.param, key, unscaled()))
 
 
 def is_scaled(inner: Any, key: str) -> bool:
     """Whether TE keeps this moment in fp16 or fp8 with a scale per tensor."""
     dtypes = getattr(inner, "name_to_dtype_map", {})
     return dtypes.get(key) in (torch.float16, torch.uint8)
+
+
+@torch.no_grad()
+def store(inner: Any, param: torch.Tensor, key: str, values: torch.Tensor) -> None:
+    """Write a scaled moment, which may be zero or not finite.
+
+    TE's ``set_scaled_state`` divides by the largest value. One NaN or infinite element makes the
+    whole tensor NaN. So do zeros in fp8, and values so small that fp32 does not have the scale's
+    reciprocal. Here such an element does not count for the scale, and values that small become 0.
+
+    Args:
+        inner: TE's FusedAdam, which has state for the parameter.
+        param: The key of its state.
+        key: ``exp_avg`` or ``exp_avg_sq``.
+        values: fp32, of the parameter's shape. Their content is lost.
+    """
+    if not values.numel():
+        return
+    smallest = _LARGEST_STORED[inner.name_to_dtype_map[key]] * torch.finfo(torch.float32).tiny
+    if smallest <= _largest(values) < math.inf:
+        inner.set_scaled_state(param, key, values)
+        return
+    finite = values.isfinite()
+    usable = values.where(finite, 0.0)
+    stored = inner.state[param][key]
+    if _largest(usable) >= smallest:
+        inner.set_scaled_state(param, key, usable)
+    else:
+        _store_zeros(inner, param, key)
+    if not finite.all():
+        _put_nonfinite(stored, values, ~finite)
+
+
+def _largest(values: torch.Tensor) -> float:
+    low, high = torch.aminmax(values)
+    return float(torch.maximum(-low, high))
+
+
+def _store_zeros(inner: Any, param: torch.Tensor, key: str) -> None:
+    stored = inner.state[param][key]
+    inner._scales[param][key].fill_(1.0)
+    if hasattr(stored, "_scale_inv"):
+        stored._data.zero_()
+        stored._scale_inv.fill_(1.0)
+        stored._quantizer.scale.fill_(1.0)
+    else:
+        stored.zero_()
+
+
+def _put_nonfinite(stored: Any, values: torch.Tensor, where: torch.Tensor) -> None:
+    if hasattr(stored, "_data"):
+        stored._data.masked_fill_(where.view(stored._data.shape), _E4M3_NAN)  # it has no infinity
+    else:
+        there = where.view(stored.shape)
+        stored[there] = values.view(stored.shape)[there].to(stored.dtype)
 
 
 def rules_of(shard: MomentShard, which: int) -> list[ElementRule | FillColumns]:

@@ -140,4 +140,4 @@ def test_no_function_rebinds_a_global_of_its_module() -> None:
 
 def test_the_tests_lie_in_the_folders_of_the_package() -> None:
     folders = {p.parent.name for p in Path(__file__).parents[1].rglob("test_*.py")}
-    assert folders - {room(name) for name in MODULES} == {"project", "benchmarks"}
+    assert folders - {room(name) for name in MODULES} == {"project", "benchmarks", "te"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -333,3 +334,29 @@ def test_each_rule_equals_float64_on_the_unsharded_state(
     ]
     for name, (_, oracle, exact) in MORE_POLICIES.items():
         assert assert_is(found[name]["state"], before, oracle, exact) > 0, name
+
+
+@pytest.mark.ranks
+def test_a_rank_with_an_empty_group_is_changed_like_the_others(
+    stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    """The stand-in, apex and TE before 2.19 do not count the steps of a group without parameters.
+
+    Rank 1 holds a part of the embedding, and nothing of the group without weight decay.
+    """
+    layout = Layout(trained="word_embeddings|final_layernorm")
+    directory = str(tmp_path / f"iter_{STEPS:07d}")
+    run: dict[str, Any] = dict(layout=layout, hyper=FIRST)
+    stock.run("tests.support.old:written", 2, steps=STEPS, directory=directory, **run)
+    half = f"moments: [{rule('*', 'scale 0.5', 'scale 0.25')}]"
+    for path, begun in ((None, 0), (directory, STEPS)):
+        found = ext.run(
+            "tests.support.te_runs:transformed",
+            2,
+            directory=path,
+            live=[half, half],
+            steps=2,
+            more=1,
+            **run,
+        )
+        assert [one["steps"] for one in found] == [[begun + 4]] * 2

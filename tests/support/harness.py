@@ -21,11 +21,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import offload
+from . import offload, te_extension
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 64, 8, 8, 2
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+#: How --use-precision-aware-optimizer stores the state, which needs Transformer Engine's FusedAdam.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16 exp_avg": {"exp_avg_dtype": torch.bfloat16},
+    "bf16": {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
+    "fp16": {"exp_avg_dtype": torch.float16, "exp_avg_sq_dtype": torch.float16},
+    "fp8 and fp16": {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.float16},
+    "fp16 masters": {"main_params_dtype": torch.float16},
+    "remainders": {"store_param_remainders": True},
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class Layout:
     rope: bool = False
     bias: bool = True
     by_layer: bool = False  # layers are stored separately
+    precision: str = ""  # of PRECISIONS
 
 
 @dataclass
@@ -272,14 +284,25 @@ def snapshot(run: Run) -> dict[str, Any]:
                 state = inner.state.get(param, {})
                 if "step" in state:
                     steps.add(int(state["step"]))
-                shard = {k: state[k] for k in ("exp_avg", "exp_avg_sq") if k in state}
-                shard["param"] = param
+                shard = values_of(inner, param)
                 shards.append({k: v.detach().float().clone().numpy() for k, v in shard.items()})
     weights = [
         p.detach().float().clone().numpy() for chunk in run.model for p in chunk.parameters()
     ]
     groups = snapshot_groups(run)
     return {"groups": groups, "shards": shards, "steps": sorted(steps), "weights": weights}
+
+
+def values_of(inner: Any, param: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Master weights and moments of a key of the state, as values, however they are stored."""
+    state = inner.state.get(param, {})
+    keys = [k for k in ("exp_avg", "exp_avg_sq", "master_param") if k in state]
+    read = getattr(inner, "get_unscaled_state", None)
+    found = {k: state[k] if read is None else read(param, k) for k in keys}
+    master = found.pop("master_param", param)
+    if master.dtype == torch.int16:
+        master = te_extension.joined(param, master)
+    return {**found, "param": master}
 
 
 def snapshot_groups(run: Run) -> list[dict[str, Any]]:
@@ -478,8 +501,10 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         optimizer_cpu_offload=layout.adam == "offload",
         optimizer_offload_fraction=0.5,
         overlap_cpu_optimizer_d2h_h2d=False,
-        use_precision_aware_optimizer=layout.adam == "offload",
+        use_precision_aware_optimizer=layout.adam == "offload" or bool(layout.precision),
     )
+    if layout.precision:
+        wanted |= {"store_param_remainders": False, **PRECISIONS[layout.precision]}
     return OptimizerConfig(**{k: v for k, v in wanted.items() if k in known})
 
 

@@ -27,7 +27,7 @@ def uninterrupted(
     """Train phase 1 and go on with phase 2's hyperparameters in one process, groups edited."""
     run = harness.build(layout, first)
     harness.train(run, steps)
-    return _second_phase(run, second, more)
+    return second_phase(run, second, more)
 
 
 def corrected_load(
@@ -36,7 +36,7 @@ def corrected_load(
     """Load phase 1 with stock Megatron and its own arguments, then edit the groups by hand."""
     run = harness.build(layout, first)
     harness.load(run, directory)
-    return _second_phase(run, second, more)
+    return second_phase(run, second, more)
 
 
 def stock_resume(
@@ -78,7 +78,7 @@ def importable(name: str) -> bool:
     return True
 
 
-def _second_phase(run: harness.Run, second: Hyper, more: int) -> dict[str, Any]:
+def second_phase(run: harness.Run, second: Hyper, more: int) -> dict[str, Any]:
     for inner in harness.inner_optimizers(run.optimizer):
         for group in inner.param_groups:
             _edit(group, run.hyper, second)

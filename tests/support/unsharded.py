@@ -41,6 +41,13 @@ def gather(run: harness.Run) -> State:
     return state
 
 
+def held_values(run: harness.Run, state: State) -> Iterator[tuple[Any, Any, dict[str, np.ndarray]]]:
+    """This rank's part of an unsharded state: the torch optimizer, the key, and the values."""
+    for optimizer, main, name, where, _ in _located(run):
+        values = {k: v.reshape(-1)[where] for k, v in state[name].items()}
+        yield optimizer.optimizer, main, values
+
+
 def weights(run: harness.Run) -> dict[str, np.ndarray]:
     """Global name -> the model's own weights, unsharded; fails unless all copies are equal."""
     from megatron.core import parallel_state
@@ -73,6 +80,16 @@ def weights(run: harness.Run) -> dict[str, np.ndarray]:
 def _pieces(
     run: harness.Run,
 ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray, dict[str, np.ndarray]]]:
+    for optimizer, main, name, where, shape in _located(run):
+        tensors = harness.values_of(optimizer.optimizer, main)
+        values = {k: t.detach().float().numpy().reshape(-1) for k, t in tensors.items()}
+        yield name, shape, where, {k: v.copy() for k, v in values.items()}
+
+
+def _located(
+    run: harness.Run,
+) -> Iterator[tuple[Any, Any, str, np.ndarray, tuple[int, ...]]]:
+    """Each optimizer, a key of its state, its name, its indices and the unsharded shape."""
     from megatron.core import parallel_state
 
     names = {id(p): name for chunk in run.model for name, p in _named(chunk)}
@@ -83,15 +100,7 @@ def _pieces(
             name = names[id(model_param)]
             split = 1 if ".experts." in name else size  # no tensor parallelism for experts here
             shape, index = _cut(name, tuple(model_param.shape), split, rank, _gated(run, name))
-            state = optimizer.optimizer.state[main]
-            tensors = {"param": main, **{k: state[k] for k in KEYS if k in state}}
-            values = {k: t.detach().float().numpy().reshape(-1) for k, t in tensors.items()}
-            yield (
-                name,
-                shape,
-                index.reshape(-1)[begin:end],
-                {k: v.copy() for k, v in values.items()},
-            )
+            yield optimizer, main, name, index.reshape(-1)[begin:end], shape
 
 
 def _gated(run: harness.Run, name: str) -> bool:

@@ -19,6 +19,8 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+from tests.support import te_extension
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -99,7 +101,11 @@ def main(address: str, kind: str) -> None:
         sys.meta_path.insert(0, _Forbidden())
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    if with_te := te_extension.available():
+        te_extension.install()
     adapt_to_cpu()
+    if with_te:
+        te_extension.keep_torch_norms()
     for name in _USED:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)

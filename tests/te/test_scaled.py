@@ -1,0 +1,98 @@
+"""Moments with a scale that are zero, not finite, or too small for the scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import FIRST, STEPS
+from tests.resume.test_policies import SECOND
+from tests.support.harness import Layout
+from tests.support.pool import Failure, RankPool
+
+pytestmark = pytest.mark.ranks
+
+RESUMED = "tests.support.te_runs:resumed"
+RESET = "moments: [{match: '*', exp_avg: reset, exp_avg_sq: reset}]"
+NAMES = "output_layer.weight", "embedding.word_embeddings.weight"
+#: NaN in one moment of one parameter, an infinite element of another.
+DAMAGES = {NAMES[0]: {"exp_avg": float("nan")}, NAMES[1]: {"exp_avg_sq": float("inf")}}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8 and fp16", "bf16"])
+def test_a_live_optimizer_whose_moments_are_reset_trains_on(precision: str, ext: RankPool) -> None:
+    (found, *_) = ext.run(
+        "tests.support.te_runs:transformed",
+        1,
+        layout=Layout(precision=precision),
+        hyper=FIRST,
+        directory=None,
+        live=[RESET, "moments: [{match: '*', exp_avg: scale 0.5}]"],
+        steps=2,
+        more=2,
+    )
+    assert found["finite"]
+    assert np.isfinite(found["losses"]).all()
+    assert found["losses"][-1] < found["losses"][0] + 0.5
+    for tensors in found["state"].values():
+        assert all(np.isfinite(value).all() for value in tensors.values())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8 and fp16"])
+@pytest.mark.parametrize("rule", ["fill 0.25", "fill 0.0", "fill 1e-40"])
+def test_a_whole_moment_is_filled(
+    precision: str, rule: str, ext: RankPool, stock: RankPool, tmp_path: Any
+) -> None:
+    layout = Layout(precision=precision)
+    directory = str(tmp_path / "iter_0000004")
+    run: dict[str, Any] = dict(layout=layout, directory=directory)
+    stock.run("tests.support.old:written", 1, hyper=FIRST, steps=STEPS, **run)
+    policy = f"moments: [{{match: '*', exp_avg: {rule}, exp_avg_sq: {rule}}}]"
+    (found,) = ext.run(RESUMED, 1, hyper=SECOND, policy=policy, more=1, **run)
+    number = float(rule.split()[1])
+    for tensors in found["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            np.testing.assert_allclose(tensors[key], number, rtol=1e-3, atol=1e-30)
+    assert found["finite"]
+    assert found["checked"]
+
+
+@pytest.mark.parametrize("form", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.parametrize("precision", ["fp16", "fp8 and fp16", "bf16"])
+def test_elements_that_are_not_finite_are_counted_and_reset_alone(
+    precision: str, form: str, stock: RankPool, ext: RankPool, tmp_path: Any
+) -> None:
+    layout = Layout(precision=precision, format=form)
+    directory = str(tmp_path / "iter_0000004")
+    run: dict[str, Any] = dict(layout=layout, directory=directory)
+    (saved,) = stock.run(
+        "tests.support.te_stock:damaged", 1, hyper=FIRST, steps=STEPS, changes=DAMAGES, **run
+    )
+    assert saved["changed"] == len(DAMAGES)
+    run |= {"hyper": SECOND}
+    (refused,) = ext.run(RESUMED, 1, allow_failure=True, **run)
+    assert isinstance(refused, Failure)
+    assert refused.type == "CheckpointError"
+    assert f"{NAMES[0]}: 1 of exp_avg not finite" in refused.message
+    assert f"{NAMES[1]}: 1 of exp_avg_sq not finite" in refused.message
+    (found,) = ext.run(RESUMED, 1, policy="{nonfinite: reset}", more=1, **run)
+    assert found["nonfinite"] == 2
+    assert "2 elements of the moments" in "\n".join(found["lines"])
+    assert found["finite"]
+    for name, tensors in saved["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            wanted = tensors[key].copy()
+            if name in NAMES:
+                wanted.reshape(-1)[0] = 0.0
+            ours = found["state"][name][key]
+            atol = 2.0**-9 * np.abs(wanted).max()
+            np.testing.assert_allclose(ours, wanted, 2.0**-3, atol, err_msg=name)
+            assert (ours == wanted).mean() > 0.9
+    (kept,) = ext.run(RESUMED, 1, policy="{nonfinite: keep}", **run)
+    wrong = [
+        int((~np.isfinite(kept["state"][name][key])).sum())
+        for name, key in ((NAMES[0], "exp_avg"), (NAMES[1], "exp_avg_sq"))
+    ]
+    assert wrong == [1, 1]
