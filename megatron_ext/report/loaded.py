@@ -25,6 +25,9 @@ class LoadedState:
             negative in exp_avg_sq.
         proven: Number of elements of the master weights that are the model's weights.
         differing: Number of elements of the master weights that are not.
+        masters: Number of elements that are master weights and no remainders
+            (`megatron_ext.resume.precision`).
+        remainders: Number of elements that were taken for remainders.
         keys: The keys to count. An optimizer other than Adam has ``param`` and ``state``, which is
             everything else.
     """
@@ -35,6 +38,8 @@ class LoadedState:
     nonfinite: int = 0
     proven: int = 0
     differing: int = 0
+    masters: int = 0
+    remainders: int = 0
     keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
 
     def add(self, tensors: Mapping[str, Any], made: Collection[str] = ()) -> None:
@@ -61,14 +66,17 @@ class LoadedState:
         keys, n = self.keys, len(self.keys)
         counts = (self.tensors, self.elements, self.made)
         flat = [of_kind.get(key, 0) for of_kind in counts for key in keys]
-        sums = ranks.total([*flat, self.nonfinite, self.proven, self.differing])
+        others = (self.nonfinite, self.proven, self.differing, self.masters, self.remainders)
+        sums = ranks.total([*flat, *others])
         return LoadedState(
             tensors=dict(zip(keys, sums[:n], strict=True)),
             elements=dict(zip(keys, sums[n : 2 * n], strict=True)),
             made=dict(zip(keys, sums[2 * n : 3 * n], strict=True)),
-            nonfinite=sums[-3],
-            proven=sums[-2],
-            differing=sums[-1],
+            nonfinite=sums[-5],
+            proven=sums[-4],
+            differing=sums[-3],
+            masters=sums[-2],
+            remainders=sums[-1],
             keys=keys,
         )
 

@@ -52,7 +52,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     Note:
         ``load_state_dict`` and ``load_parameter_state`` are collective over the default process
         group: one all_reduce of 40 bytes per rank before any change (see
-        `megatron_ext.base.ranks`), and one of 96 bytes for the report. Before a torch_dist load
+        `megatron_ext.base.ranks`), and one of 112 bytes for the report. Before a torch_dist load
         one of 24 bytes compares the parameters. The training step adds no collective.
 
     Raises (at load):

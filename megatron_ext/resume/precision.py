@@ -18,7 +18,7 @@ import torch
 from ..checkpoint.state import MOMENT_KEYS
 from .parameters import held_parameters
 from .paths import walk
-from .proof import Proof
+from .proof import Difference, Proof
 from .scaled import is_scaled, store
 from .steps import is_hybrid
 from .vocabulary import rows_of
@@ -93,7 +93,7 @@ def fit_masters(
     first = None if rows is None else rows.first_new_element(model_param)
     at = size if first is None else min(max(first - shard.start, 0), size)
     weight = model_param.data.view(-1)[shard.start : shard.start + at]
-    old = _converted(held.dtype, flat[:at], weight)
+    old = _converted(held.dtype, flat[:at], weight, proof, id(model_param))
     if held.dtype == _REMAINDER and old.dtype != _REMAINDER:
         proof.compare(model_param, flat[:at], shard.start, shard.start + at)
         old = _remainders(flat[:at], weight)
@@ -105,13 +105,27 @@ def fit_masters(
     return torch.cat([old, live.detach().view(-1)[at:].to(old.dtype)])
 
 
-def _converted(wanted: torch.dtype, loaded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return remainders as they are wanted; what is not a remainder is returned unchanged."""
+def _converted(
+    wanted: torch.dtype, loaded: torch.Tensor, weight: torch.Tensor, proof: Proof, number: int
+) -> torch.Tensor:
+    """Return remainders as they are wanted; what is not a remainder is returned unchanged.
+
+    Whole numbers that are not the weights are taken for remainders. The state of an optimizer has
+    either remainders or master weights, so that `Proof` notes both for all ranks to compare.
+    """
     if weight.dtype != torch.bfloat16 or type(weight) is not torch.Tensor:
         return loaded
     here = weight.to(loaded.device)
-    if loaded.dtype != _REMAINDER and not _are_remainders(loaded, here):
-        return loaded
+    if loaded.dtype != _REMAINDER:
+        if not (_integers(loaded[:_FEW]) and _integers(loaded)):
+            proof.masters += loaded.numel()
+            return loaded
+        if _rounds(loaded, here):
+            return loaded  # such as norms that are all 1: either
+        distance = (loaded.float() - here.float()).abs()
+        proof.remainders[number] = Difference(
+            int((distance > 0).sum()), loaded.numel(), float(distance.max())
+        )
     remainder = loaded.to(_REMAINDER)
     return remainder if wanted == _REMAINDER else joined(here, remainder)
 
@@ -160,12 +174,6 @@ def _upper(weight: torch.Tensor) -> torch.Tensor:
 
 def _rounds(master: torch.Tensor, weight: torch.Tensor) -> bool:
     return bool((master.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)).all())
-
-
-def _are_remainders(loaded: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether floats are remainders: integers of 16 bits that are not the master weights."""
-    few = _integers(loaded[:_FEW]) and _integers(loaded)
-    return few and not _rounds(loaded, weight)
 
 
 def _integers(values: torch.Tensor) -> bool:

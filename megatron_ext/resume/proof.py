@@ -72,16 +72,25 @@ class Proof:
         proven: Number of elements that round to the model's weights.
         differences: Id of a model parameter -> how its shard differs.
         done: Ids of the model parameters that need no comparison any more.
+        masters: Number of elements that are master weights for certain.
+        remainders: Id of a model parameter -> how its shard would differ if the whole numbers that
+            were taken for remainders were master weights.
     """
 
     proven: int = 0
     differences: dict[int, Difference] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    masters: int = 0
+    remainders: dict[int, Difference] = field(default_factory=dict)
 
     @property
     def differing(self) -> int:
         """The number of elements that differ on this rank."""
         return sum(d.elements for d in self.differences.values())
+
+    def refuse_remainders(self) -> None:
+        """Count what was taken for remainders as master weights that differ."""
+        self.differences.update(self.remainders)
 
     def compare(self, model_param: torch.Tensor, master: Any, begin: int, end: int) -> None:
         """Compare the master weights of one shard with the model's weights.

@@ -187,9 +187,13 @@ class Selective:
         if plan.policy.master_weights != "model" and self.config.main_params_dtype == torch.float32:
             proof.compare_all(self)
         loaded.proven, loaded.differing = proof.proven, proof.differing
+        loaded.masters = proof.masters
+        loaded.remainders = sum(d.of for d in proof.remainders.values())
         summed = loaded.summed()
         summed.require_moments()
-        if summed.differing:
+        if contradictory := bool(summed.masters and summed.remainders):
+            proof.refuse_remainders()
+        if summed.differing or contradictory:
             refuse_differences(proof, self, self.resume_chunks)
         notes: tuple[str, ...] = ()
         if summed.nonfinite:

@@ -396,7 +396,7 @@ def test_collectives_of_a_load(ext: RankPool, checkpoints: Checkpoints) -> None:
         hyper=SECOND,
         directory=directory,
     )[0]
-    assert counts["load"] == [40, 40, 40, 40, 96]
+    assert counts["load"] == [40, 40, 40, 40, 112]
     assert counts["step"] == counts["stock step"] > 0
 
 

@@ -373,7 +373,7 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
         "broadcast 8",
         rest,
         "all_reduce 40",
-        "all_reduce 96",
+        "all_reduce 112",
         f"all_reduce {report}",
     ]
     assert seen("preset: gradient-scale 0.5")[0] == "all_reduce 40"
@@ -384,7 +384,7 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     )
     means = (1 + BF16.hidden) * 33 * 8
     histograms = [f"all_reduce {bins * 8}" for bins in (2048, 1024, 1024)]
-    assert fills[:5] == [state, rest, "all_reduce 40", "gather", "all_reduce 96"]
+    assert fills[:5] == [state, rest, "all_reduce 40", "gather", "all_reduce 112"]
     assert fills[5] == f"all_reduce {means}"
     assert len(fills[6:-1]) == len(histograms)
     assert fills[-1] == f"all_reduce {report + 16}"

@@ -205,6 +205,19 @@ def test_a_flipped_bit_of_a_weight_is_noticed(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("number", ["0", "1", "3"])
+def test_whole_numbers_are_no_remainders_where_others_are_master_weights(
+    number: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    """Norms of another place are all 1, and shifted state ends in zeros."""
+    directory, _ = checkpoints.phase_1(BF16, 1)
+    at = {"layout": BF16, "hyper": SECOND, "directory": directory}
+    (error,) = ext.run("tests.support.proof_cases:flipped", 1, **at, what=number)
+    assert error["type"] == "CheckpointError"
+    assert "the checkpoint's master weights are not the weights" in error["message"]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "layout",
     [

@@ -447,9 +447,9 @@ def test_only_a_resized_vocabulary_costs_a_gather(ext: RankPool, phase_1: PhaseO
         return list(found[0])
 
     state, rest = "all_reduce 40", "all_reduce 40"  # what each rank has read by then
-    assert seen(source) == [state, "all_reduce 24", rest, "all_reduce 40", "all_reduce 96"]
+    assert seen(source) == [state, "all_reduce 24", rest, "all_reduce 40", "all_reduce 112"]
     more = [state, "all_reduce 24", "gather", rest]  # there are other elements than are stored
-    assert seen(target) == [*more, "all_reduce 40", "gather", "all_reduce 96"]
+    assert seen(target) == [*more, "all_reduce 40", "gather", "all_reduce 112"]
 
 
 @pytest.mark.ranks

@@ -19,7 +19,8 @@ def flipped(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str
         layout: The run's layout, on one rank.
         hyper: Its hyperparameters.
         directory: A checkpoint.
-        what: ``master``, ``weight`` or ``exp_avg``. The bit is one that a bf16 value has.
+        what: ``master``, ``weight`` or ``exp_avg``. The bit is one that a bf16 value has. With a
+            number all master weights of the parameter are that.
     """
     run = subject.build(layout, hyper)
     (member,) = members_of(run.optimizer)
@@ -29,7 +30,9 @@ def flipped(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str
     def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         nonlocal seen
         seen += 1
-        if seen == 3:
+        if seen == 3 and what.isdigit():
+            tensors["param"].fill_(float(what))
+        elif seen == 3:
             target = {"master": tensors["param"], "weight": model_param.data}.get(what)
             target = tensors[what] if target is None else target
             bits = target.view(-1)[5:6].view(torch.int16 if target.itemsize == 2 else torch.int32)
