@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,9 @@ def main() -> None:
     from megatron_ext import cpu
 
     cpu.install()
+    # emerging-optimizers, which Megatron has imported now, logs through absl and thereby configures
+    # the root logger before Megatron's training does: its lines would be lost.
+    logging.root.handlers.clear()
     for name in _USED:
         importlib.import_module(name)
     ready_to_fork(ours=True)
