@@ -8,6 +8,7 @@ messages.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,21 @@ def stop_together(what: str, error: MegatronExtError | None) -> None:
         AgreementError: On the other ranks, with the failing ranks and their messages.
     """
     agree(what, _NO_DIGEST, error)
+
+
+def agree_on(what: str, facts: Mapping[str, str], error: MegatronExtError | None = None) -> None:
+    """Raise on every rank if a rank failed or the ranks have other values; as for `agree`.
+
+    Args:
+        what: The subject of the agreement, for the message.
+        facts: Names and values, in the same order on every rank.
+        error: This rank's error.
+
+    Raises:
+        MegatronExtError: As for `agree`.
+    """
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    agree(what, digest, error, facts=lambda: facts)
 
 
 def await_everyone(what: str, seconds: float = 60.0) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -192,9 +191,7 @@ def _agreed_request() -> Request | None:
     except MegatronExtError as e:
         error = e
     if request is not None or error is not None:
-        facts = _facts(request)
-        digest = hashlib.sha256(repr(facts).encode()).hexdigest()
-        ranks.agree("the policy", digest, error, facts=lambda: facts)
+        ranks.agree_on("the policy", _facts(request), error)
         current.agreed = True
     return request
 

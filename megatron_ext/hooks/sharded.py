@@ -254,24 +254,26 @@ def _stored_entries(directory: str | Path) -> dict[str, tuple[int, ...] | None]:
     Returns:
         Checkpoint key -> global shape in elements, or None for an object that is not a tensor.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
     return {
-        key: tuple(entry.size) if hasattr(entry, "size") else None for key, entry in entries.items()
+        key: tuple(entry.size) if hasattr(entry, "size") else None
+        for key, entry in _stored_metadata(directory).items()
     }
 
 
 def _stored_dtypes(directory: str | Path) -> dict[str, torch.dtype]:
     """Read the dtype of each tensor of a torch_dist checkpoint from its ``.metadata`` file."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
     return {
         key: entry.properties.dtype
-        for key, entry in entries.items()
+        for key, entry in _stored_metadata(directory).items()
         if hasattr(entry, "properties")
     }
+
+
+def _stored_metadata(directory: str | Path) -> Mapping[str, Any]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    entries: Mapping[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return entries
 
 
 def no_optimizer_state(where: Any) -> CheckpointError:

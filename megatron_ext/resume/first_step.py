@@ -19,7 +19,7 @@ from ..policy.policy import ResumePolicy
 from ..report.resume_report import ResumeReport
 from . import guard
 from .moments import survey
-from .steps import is_adam
+from .steps import is_adam, parameters_of
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def checked(member: Any, step: Callable[[], bool]) -> bool:
     result = step()
     if gradient is not None:
         _check_moments(number, member, gradient)
-    member.moments_checked = gradient is not None or not _parameters(member)
+    member.moments_checked = gradient is not None or not parameters_of(member.optimizer)
     if resume.guard and all(one.stepped for one in resume.members):
         moments = (
             "and the moment norms can result from an Adam update of the loaded moments"
@@ -151,7 +151,7 @@ def _gradient_norm(member: Any) -> float | None:
         return None
     if not getattr(member.config, "decoupled_weight_decay", True) or _betas(inner) is None:
         return None
-    params = _parameters(member)
+    params = parameters_of(inner)
     # With --use-precision-aware-optimizer the gradient is not in .grad, whose dtype is the
     # parameter's (core/optimizer/distrib_optimizer.py:2780, 0.19.2).
     found = [g if (g := getattr(p, "decoupled_grad", None)) is not None else p.grad for p in params]
@@ -160,12 +160,6 @@ def _gradient_norm(member: Any) -> float | None:
         return None
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
-
-
-def _parameters(member: Any) -> list[torch.Tensor]:
-    """List the parameters of an optimizer on this rank; there may be none."""
-    groups = () if member.optimizer is None else member.optimizer.param_groups
-    return [param for group in groups for param in group["params"]]
 
 
 def _betas(inner: Any) -> tuple[float, float] | None:

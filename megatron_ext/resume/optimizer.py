@@ -30,6 +30,7 @@ from ..report.loaded import LoadedState
 from . import merge, precision, saving, selective_read
 from .other_optimizer import for_distributed
 from .parameter_map import Slot
+from .parameters import state_key
 from .proof import Proof
 from .selective import Selective, allocate_torch_adam_state, moments_of
 from .session import Resume
@@ -242,9 +243,8 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             # It is its own master weight, and is overwritten.
             self._proof.compare(model_param, tensors["param"], shard.start, shard.end)
         if is_torch_adam(self.optimizer):
-            group, order = self.model_param_group_index_map[model_param]
-            main_param = self.optimizer.param_groups[group]["params"][order]
-            tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
+            key = state_key(self, model_param)
+            tensors = {**tensors, "step": self.optimizer.state[key]["step"]}
         super()._set_main_param_and_optimizer_states(model_param, tensors)
 
     def _state_dict_without_shards(self) -> dict[str, Any]:

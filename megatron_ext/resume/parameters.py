@@ -140,10 +140,17 @@ def held_parameters(optimizer: Any) -> list[Held]:
     ]
 
 
-def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
+def state_key(optimizer: Any, model_param: torch.Tensor) -> torch.Tensor:
+    """Return the key of a model parameter's state in a distributed optimizer."""
     group, order = optimizer.model_param_group_index_map[model_param]
+    key: torch.Tensor = optimizer.optimizer.param_groups[group]["params"][order]
+    return key
+
+
+def _distributed(optimizer: Any, model_param: torch.Tensor) -> Held:
+    group, _ = optimizer.model_param_group_index_map[model_param]
     of_shard = optimizer._get_model_param_range_map(model_param)["param"]
-    key = optimizer.optimizer.param_groups[group]["params"][order]
+    key = state_key(optimizer, model_param)
     return Held(model_param, key, group, of_shard.start, of_shard.end)
 
 

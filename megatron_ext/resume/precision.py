@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.state import MOMENT_KEYS
-from .parameters import held_parameters
+from .parameters import held_parameters, state_key
 from .paths import walk
 from .proof import Difference, Proof
 from .scaled import is_scaled, store
@@ -28,13 +28,6 @@ _MASTER = "master_param"
 _REMAINDER = torch.int16
 #: So many elements tell most master weights from remainders.
 _FEW = 1024
-
-
-def state_key(optimizer: Any, model_param: torch.Tensor) -> torch.Tensor:
-    """Return the key of a model parameter's state in a distributed optimizer."""
-    group, order = optimizer.model_param_group_index_map[model_param]
-    key: torch.Tensor = optimizer.optimizer.param_groups[group]["params"][order]
-    return key
 
 
 def store_scaled(

@@ -26,7 +26,7 @@ from . import apply_rules, first_step, merge, nonfinite, prepare_rules
 from .proof import Proof, refuse_differences
 from .resized import resized_of
 from .session import Load, Resume
-from .steps import is_adam, place_step
+from .steps import is_adam, parameters_of, place_step
 
 
 class Selective:
@@ -78,8 +78,7 @@ class Selective:
     def _requests_load(self, is_loading: bool) -> bool:
         """Remember how a sharded state dict was asked for; returns `is_loading`."""
         state = {} if self.optimizer is None else self.optimizer.state
-        params = () if self.optimizer is None else self.optimizer.param_groups
-        trained = [p for group in params for p in group["params"]]
+        trained = parameters_of(self.optimizer)
         self._lacks_moments = not is_loading and any(not state.get(p) for p in trained)
         return is_loading
 

@@ -32,6 +32,16 @@ def is_hybrid(inner: Any) -> bool:
     return type(inner).__name__ == "HybridDeviceOptimizer"
 
 
+def parameters_of(inner: Any) -> list[torch.Tensor]:
+    """List the parameters of an inner optimizer on this rank; there may be none, and no optimizer.
+
+    Args:
+        inner: The torch optimizer, or None.
+    """
+    groups = () if inner is None else inner.param_groups
+    return [param for group in groups for param in group["params"]]
+
+
 def step_of(inner: Any) -> int | None:
     """Return the step of a live optimizer; None before the first step.
 
