@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <sstream>
 #include <stdexcept>
@@ -66,7 +67,7 @@ class TensorCheck {
   void* operator()(const Tensor& x, const char* list, size_t index, Type& type,
                    int64_t& numel) const {
     int32_t device_type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
     if (device_type != device_type_) {
       fail(list, "[", index, "] is not on the ", device_name(cuda_), " as the others are");
     }
@@ -78,7 +79,7 @@ class TensorCheck {
       fail(list, "[", index, "] is not contiguous");
     }
     int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
     const auto* found = std::find(std::begin(dtypes_), std::end(dtypes_), dtype);
     if (found == std::end(dtypes_)) {
       fail(list, "[", index, "] is neither float32, bfloat16 nor float16");
@@ -169,7 +170,7 @@ Statistics read_statistics(int64_t statistics) {
 }
 
 Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
-                  const Tensor& coefficients, bool cuda, int32_t device_index, bool known) {
+                  const Tensor& coefficients, bool cuda, int32_t device_index) {
   const size_t count = exp_avg.size();
   if (exp_avg_sq.size() != count) {
     fail("exp_avg has ", count, " tensors, exp_avg_sq ", exp_avg_sq.size());
@@ -191,7 +192,7 @@ Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tenso
     if (pair.numel != numel_v) {
       fail("exp_avg[", i, "] has ", pair.numel, " elements, exp_avg_sq[", i, "] ", numel_v);
     }
-    if (pair.numel > 0 && !known) {
+    if (pair.numel > 0) {
       for (int moment = 0; moment < kMoments; ++moment) {
         const char* begin = static_cast<const char*>(pair.data[moment]);
         const int64_t size = pair.type[moment] == Type::float32 ? 4 : 2;
@@ -276,6 +277,47 @@ Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tenso
   return launch;
 }
 
+TableHeader header_of(const Launch& launch, int32_t device_index) {
+  return {kTableMark, static_cast<int64_t>(launch.records.size()),
+          static_cast<int64_t>(launch.first_chunk.size()) - 1, launch.total_chunks(), device_index};
+}
+
+Tensor to_tensor(const TableHeader& header) {
+  Tensor out = torch::stable::empty({kHeaderWords}, ScalarType::Long);
+  std::memcpy(out.data_ptr(), &header, sizeof(header));
+  return out;
+}
+
+void write_table(const Launch& launch, const TableHeader& header, unsigned char* bytes) {
+  std::memset(bytes, 0, Table::partials_at(header));
+  std::memcpy(bytes, &header, sizeof(header));
+  if (header.records > 0) {
+    std::memcpy(bytes + Table::kRecordsAt, launch.records.data(), header.records * sizeof(Record));
+  }
+  std::memcpy(bytes + Table::first_chunk_at(header), launch.first_chunk.data(),
+              launch.first_chunk.size() * sizeof(int64_t));
+  int32_t* of_chunk = reinterpret_cast<int32_t*>(bytes + Table::record_of_chunk_at(header));
+  for (int64_t i = 0; i < header.records; ++i) {
+    of_chunk = std::fill_n(of_chunk, chunks(launch.records[i]), static_cast<int32_t>(i));
+  }
+}
+
+TableHeader read_header(const Tensor& header, const Tensor& table, bool cuda) {
+  TableHeader out{};
+  const bool is_header = header.is_cpu() && header.scalar_type() == ScalarType::Long &&
+                         header.is_contiguous() && header.numel() == kHeaderWords;
+  if (is_header) {
+    std::memcpy(&out, header.data_ptr(), sizeof(out));
+  }
+  const bool is_table = table.scalar_type() == ScalarType::Byte && table.is_contiguous() &&
+                        (cuda ? table.is_cuda() && table.get_device_index() == out.device
+                              : table.is_cpu() && out.device == -1);
+  if (out.mark != kTableMark || !is_table || table.numel() != Table::size(out)) {
+    fail("table and header are not what launch_table returned for the ", device_name(cuda));
+  }
+  return out;
+}
+
 WeightPairs read_weights(const Tensors& master, const Tensors& weights, bool cuda,
                          int32_t device_index) {
   if (master.size() != weights.size()) {
@@ -314,9 +356,11 @@ HistogramLaunch read_histogram(const Tensors& tensors, const Tensor& ranges, con
     whole[i].data = check_tensor(tensors[i], "tensors", i, whole[i].type, numel[i]);
   }
   check_table(ranges, "ranges", ScalarType::Long, "int64", 4);
+  const bool is_here =
+      cuda ? prefixes.is_cuda() && prefixes.get_device_index() == device_index : prefixes.is_cpu();
   if (prefixes.scalar_type() != ScalarType::Long || prefixes.dim() != 1 ||
-      !prefixes.is_contiguous() || (cuda ? !prefixes.is_cuda() : !prefixes.is_cpu())) {
-    fail("prefixes must be a contiguous int64 tensor of one dimension on the ", device_name(cuda));
+      !prefixes.is_contiguous() || !is_here) {
+    fail("prefixes must be a contiguous int64 tensor of one dimension on the device of the others");
   }
   const int64_t groups = prefixes.size(0);
   HistogramLaunch launch{{}, 0};

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "segment_table.h"
+#include "launch_table.h"
 
 namespace megatron_ext {
 
@@ -22,10 +22,19 @@ struct Launch {
 // Throws std::runtime_error before any write if the lists have different lengths, if a tensor is
 // not contiguous, is on another device than `cuda` and `device_index` say or has another dtype, if
 // tensors share memory, if a table has another shape or dtype, if a rule is unknown, if a range is
-// outside its tensor, or if ranges overlap. If `known` is set, the check for shared memory is
-// skipped, because the result is only compared with that of an earlier call.
+// outside its tensor, or if ranges overlap.
 Launch read_table(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
-                  const Tensor& coefficients, bool cuda, int32_t device_index, bool known = false);
+                  const Tensor& coefficients, bool cuda, int32_t device_index);
+
+// The header of a launch's table, also as the int64 CPU tensor that launch_table returns.
+TableHeader header_of(const Launch& launch, int32_t device_index);
+Tensor to_tensor(const TableHeader& header);
+
+// Writes the table without its partial results: Table::partials_at(header) bytes.
+void write_table(const Launch& launch, const TableHeader& header, unsigned char* bytes);
+
+// Reads what launch_table returned. Throws if it is something else, or for another device.
+TableHeader read_header(const Tensor& header, const Tensor& table, bool cuda);
 
 struct WeightPairs {
   std::vector<WeightPair> list;  // none is empty

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -43,24 +42,14 @@ const Kernels& kernels() {
   return best;
 }
 
-Tensor empty_like_statistics(int64_t tensors) {
-  return torch::stable::empty({tensors, kMoments, kColumns}, ScalarType::Double);
-}
-
-// A chunk's partial results. They are summed in the order of the chunks, so that the result does
-// not depend on the number of threads.
-struct Partial {
-  Tally tally[kMoments];
-};
-
-void add_up(const Launch& launch, const std::vector<Partial>& partials, Statistics statistics,
-            double* out) {
-  const size_t tensors = launch.first_chunk.size() - 1;
-  for (size_t t = 0; t < tensors; ++t) {
+// The partial results are summed in the order of the chunks, so that the result does not depend on
+// the number of threads.
+void add_up(const Table& table, int64_t tensors, Statistics statistics, double* out) {
+  for (int64_t t = 0; t < tensors; ++t) {
     for (int moment = 0; moment < kMoments; ++moment, out += kColumns) {
       double sums[kColumns] = {};
-      for (int64_t c = launch.first_chunk[t]; c < launch.first_chunk[t + 1]; ++c) {
-        const Tally& tally = partials[c].tally[moment];
+      for (int64_t c = table.first_chunk[t]; c < table.first_chunk[t + 1]; ++c) {
+        const Tally& tally = table.partials[c].tally[moment];
         sums[0] += tally.before;
         sums[1] += tally.after;
         sums[2] = std::max(sums[2], static_cast<double>(tally.largest));
@@ -75,40 +64,53 @@ void add_up(const Launch& launch, const std::vector<Partial>& partials, Statisti
   }
 }
 
-Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
-                          const Tensor& coefficients, int64_t statistics_code,
-                          std::optional<Tensor> /*device_table*/,
-                          std::optional<Tensor> /*host_table*/) {
+Tensor make_table(const Launch& launch, const TableHeader& header) {
+  Tensor table = torch::stable::empty({Table::size(header)}, ScalarType::Byte);
+  write_table(launch, header, static_cast<unsigned char*>(table.data_ptr()));
+  return table;
+}
+
+Tensor run(const Tensor& bytes, const TableHeader& header, Statistics statistics) {
   const TransformChunk transform_chunk = kernels().transform;
-  const Statistics statistics = read_statistics(statistics_code);
-  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const Table table(static_cast<unsigned char*>(bytes.data_ptr()), header);
   const bool counts = statistics != Statistics::none;
-  std::vector<Partial> partials(counts ? launch.total_chunks() : 0);
-  const int64_t count = static_cast<int64_t>(launch.records.size());
-  torch::stable::parallel_for(0, launch.total_chunks(), 1, [&](int64_t begin, int64_t end) {
-    int64_t record = find(launch.records.data(), count, begin);
+  torch::stable::parallel_for(0, header.chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      while (record + 1 < count && launch.records[record + 1].first_chunk <= chunk) {
-        ++record;
+      const Record& r = table.records[table.record_of_chunk[chunk]];
+      Partial partial;
+      transform_chunk(r, range(r, chunk), statistics, partial.tally);
+      if (counts) {
+        table.partials[chunk] = partial;
       }
-      const Record& r = launch.records[record];
-      Partial unused;
-      transform_chunk(r, range(r, chunk), statistics,
-                      counts ? partials[chunk].tally : unused.tally);
     }
   });
-  Tensor out = empty_like_statistics(counts ? static_cast<int64_t>(exp_avg.size()) : 0);
+  Tensor out =
+      torch::stable::empty({counts ? header.tensors : 0, kMoments, kColumns}, ScalarType::Double);
   if (counts) {
-    add_up(launch, partials, statistics, static_cast<double*>(out.data_ptr()));
+    add_up(table, header.tensors, statistics, static_cast<double*>(out.data_ptr()));
   }
   return out;
 }
 
-// Only checks the table, because the CPU kernel needs no copy.
+Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                          const Tensor& coefficients, int64_t statistics_code) {
+  const Statistics statistics = read_statistics(statistics_code);
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const TableHeader header = header_of(launch, -1);
+  return run(make_table(launch, header), header, statistics);
+}
+
 std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
                                         const Tensor& segments, const Tensor& coefficients) {
-  read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
-  return {torch::stable::empty({0}, ScalarType::Byte), torch::stable::empty({0}, ScalarType::Byte)};
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const TableHeader header = header_of(launch, -1);
+  return {make_table(launch, header), to_tensor(header)};
+}
+
+Tensor transform_prepared_(const Tensor& table, const Tensor& header_words,
+                           int64_t statistics_code) {
+  const Statistics statistics = read_statistics(statistics_code);
+  return run(table, read_header(header_words, table, false), statistics);
 }
 
 Tensor compare_weights(const Tensors& master, const Tensors& weights) {
@@ -179,6 +181,7 @@ Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const T
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CPU, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
   library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("transform_prepared_", TORCH_BOX(&transform_prepared_));
   library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }

@@ -88,7 +88,7 @@ cudaError_t launch_compare(const WeightPair* pairs, int64_t count, int64_t chunk
                            cudaStream_t stream) {
   static_assert(sizeof(unsigned long long) == sizeof(int64_t));
   unsigned blocks = 0;
-  const cudaError_t error = grid_size(compare_kernel, chunks, &blocks);
+  const cudaError_t error = grid_size<compare_kernel>(chunks, &blocks);
   if (error != cudaSuccess || blocks == 0) {
     return error;
   }

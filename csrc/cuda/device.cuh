@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace megatron_ext {
@@ -59,20 +60,27 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// Computes the number of blocks: as many as the device holds at once, at most one per chunk.
-template <typename Kernel>
-cudaError_t grid_size(Kernel kernel, int64_t chunks, unsigned* blocks) {
+// Computes the number of blocks: as many as the device holds at once, at most one per chunk. The
+// device is asked once for each kernel, because a launch takes no longer than the question.
+template <auto kKernel>
+cudaError_t grid_size(int64_t chunks, unsigned* blocks) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
   int device = 0;
-  int processors = 0;
-  int resident = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
+  int most = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (error == cudaSuccess && most == 0) {
+    int processors = 0;
+    int resident = 0;
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernel, kThreads, 0);
+    }
+    most = processors * resident;
+    if (device < kDevices) {
+      known[device].store(most, std::memory_order_relaxed);
+    }
   }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
-  }
-  const int64_t most = static_cast<int64_t>(processors) * resident;
   *blocks = static_cast<unsigned>(chunks < most ? chunks : most);
   return error;
 }

@@ -64,7 +64,7 @@ cudaError_t launch_histogram(const DeviceRange* ranges, int64_t count, int64_t c
                              int64_t bins, cudaStream_t stream) {
   static_assert(sizeof(unsigned long long) == sizeof(int64_t));
   unsigned blocks = 0;
-  const cudaError_t error = grid_size(histogram_kernel, chunks, &blocks);
+  const cudaError_t error = grid_size<histogram_kernel>(chunks, &blocks);
   if (error != cudaSuccess || blocks == 0) {
     return error;
   }

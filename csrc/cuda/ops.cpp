@@ -24,9 +24,6 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
-// These sizes are TABLE_BYTES in megatron_ext/_ops/schema.py.
-static_assert(sizeof(TableHeader) == 16 && sizeof(Record) == 160);
-
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
@@ -35,7 +32,7 @@ void check(cudaError_t error, const char* what) {
 
 cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -72,69 +69,62 @@ Tensor to_device(const Tensor& host, int32_t device_index) {
   return torch::stable::to(host, cuda_device(device_index), true);
 }
 
-Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
-                          const Tensor& coefficients, int64_t statistics_code,
-                          std::optional<Tensor> device_table, std::optional<Tensor> host_table) {
-  const Statistics statistics = read_statistics(statistics_code);
-  const int32_t device_index = device_of(exp_avg, exp_avg_sq);
-  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, true, device_index,
-                                   host_table.has_value());
-  const std::vector<unsigned char> bytes =
-      table_bytes(launch.records, launch.first_chunk, segments.size(0));
-
-  const DeviceGuard guard(device_index);
-  const cudaStream_t stream = current_stream(device_index);
-  if (device_table.has_value() != host_table.has_value()) {
-    throw std::runtime_error("device_table and host_table come together, from launch_table");
-  }
-  if (device_table.has_value()) {
-    const bool same = device_table->is_cuda() && device_table->get_device_index() == device_index &&
-                      device_table->numel() == static_cast<int64_t>(bytes.size()) &&
-                      host_table->is_cpu() &&
-                      host_table->numel() == static_cast<int64_t>(bytes.size()) &&
-                      std::memcmp(host_table->data_ptr(), bytes.data(), bytes.size()) == 0;
-    if (!same) {
-      throw std::runtime_error(
-          "the launch table was made for other tensors or other segments: call launch_table again");
-    }
-  } else if (is_capturing(stream)) {
+// Makes the table of a launch in device memory, on the current stream.
+Tensor make_table(const Launch& launch, const TableHeader& header, int32_t device_index) {
+  if (is_capturing(current_stream(device_index))) {
     throw std::runtime_error(
-        "a CUDA graph is being captured and the launch table is not on the device: call "
-        "launch_table before and pass what it returns");
-  } else {
-    device_table = to_device(pinned(bytes.data(), bytes.size()), device_index);
+        "a CUDA graph is being captured, which would read the launch table after it is gone: "
+        "prepare the transform before the capture");
   }
+  const int64_t size = Table::partials_at(header);
+  Tensor host = torch::stable::empty({size}, ScalarType::Byte, std::nullopt,
+                                     torch::stable::Device(DeviceType::CPU), true);
+  write_table(launch, header, static_cast<unsigned char*>(host.data_ptr()));
+  Tensor table = torch::stable::empty({Table::size(header)}, ScalarType::Byte, std::nullopt,
+                                      cuda_device(device_index));
+  Tensor copied = torch::stable::narrow(table, 0, 0, size);
+  torch::stable::copy_(copied, host, true);
+  return table;
+}
 
-  const int64_t tensors = static_cast<int64_t>(exp_avg.size());
-  const bool counts = statistics != Statistics::none;
-  const auto device = cuda_device(device_index);
-  auto allocate = [&](int64_t size) {
-    return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, device);
-  };
-  Tensor out = torch::stable::empty({counts ? tensors : 0, kMoments, kColumns}, ScalarType::Double,
-                                    std::nullopt, device);
-  Tensor partials =
-      allocate(counts ? launch.total_chunks() * static_cast<int64_t>(sizeof(Partial)) : 0);
-  Tensor done = allocate(counts ? tensors * static_cast<int64_t>(sizeof(uint32_t)) : 0);
-  check(launch_transform(static_cast<const unsigned char*>(device_table->data_ptr()),
-                         launch.total_chunks(), tensors, statistics,
-                         static_cast<uint32_t*>(done.data_ptr()),
-                         static_cast<Partial*>(partials.data_ptr()),
-                         static_cast<double*>(out.data_ptr()), stream),
+Tensor run(const Tensor& table, const TableHeader& header, Statistics statistics,
+           int32_t device_index) {
+  const int64_t rows = statistics == Statistics::none ? 0 : header.tensors;
+  Tensor out = torch::stable::empty({rows, kMoments, kColumns}, ScalarType::Double, std::nullopt,
+                                    cuda_device(device_index));
+  check(launch_transform(Table(static_cast<unsigned char*>(table.data_ptr()), header), header,
+                         statistics, static_cast<double*>(out.data_ptr()),
+                         current_stream(device_index)),
         "transform_moments_");
   return out;
+}
+
+Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                          const Tensor& coefficients, int64_t statistics_code) {
+  const Statistics statistics = read_statistics(statistics_code);
+  const int32_t device_index = device_of(exp_avg, exp_avg_sq);
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, true, device_index);
+  const TableHeader header = header_of(launch, device_index);
+  const DeviceGuard guard(device_index);
+  return run(make_table(launch, header, device_index), header, statistics, device_index);
 }
 
 std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
                                         const Tensor& segments, const Tensor& coefficients) {
   const int32_t device_index = device_of(exp_avg, exp_avg_sq);
   const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, true, device_index);
-  const std::vector<unsigned char> bytes =
-      table_bytes(launch.records, launch.first_chunk, segments.size(0));
+  const TableHeader header = header_of(launch, device_index);
   const DeviceGuard guard(device_index);
-  Tensor host = pinned(bytes.data(), bytes.size());
-  Tensor device = to_device(host, device_index);
-  return {device, host};
+  return {make_table(launch, header, device_index), to_tensor(header)};
+}
+
+Tensor transform_prepared_(const Tensor& table, const Tensor& header_words,
+                           int64_t statistics_code) {
+  const Statistics statistics = read_statistics(statistics_code);
+  const TableHeader header = read_header(header_words, table, true);
+  const int32_t device_index = static_cast<int32_t>(header.device);
+  const DeviceGuard guard(device_index);
+  return run(table, header, statistics, device_index);
 }
 
 Tensor compare_weights(const Tensors& master, const Tensors& weights) {
@@ -196,6 +186,7 @@ Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const T
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext, CUDA, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
   library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("transform_prepared_", TORCH_BOX(&transform_prepared_));
   library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }

@@ -1,6 +1,8 @@
 // The CUDA kernel of transform_moments_. Its blocks are persistent and process one chunk of one
 // segment at a time.
 
+#include <cstdio>
+
 #include "device.cuh"
 #include "launch.h"
 
@@ -373,13 +375,12 @@ __device__ __forceinline__ void write_total(const Partial* partials, int64_t fir
 // order of the chunks.
 template <Statistics S>
 __device__ __forceinline__ void hand_in(const Tally* sums, int chunk, int tensor,
-                                        const int64_t* first_chunk, uint32_t* done,
-                                        Partial* partials, double* out) {
+                                        const Table& table, double* out) {
   __shared__ bool is_last;
   const Tally& m = sums[0];
   const Tally& v = sums[1];
-  const int64_t first = first_chunk[tensor];
-  const int64_t last = first_chunk[tensor + 1];
+  const int64_t first = table.first_chunk[tensor];
+  const int64_t last = table.first_chunk[tensor + 1];
   if (last - first == 1) {
     if (threadIdx.x == 0) {
       write_row<S>(out, tensor, 0, m.before, m.after, m.largest, m.nonfinite, m.changed);
@@ -388,16 +389,19 @@ __device__ __forceinline__ void hand_in(const Tally* sums, int chunk, int tensor
     return;
   }
   if (threadIdx.x == 0) {
-    partials[chunk].tally[0] = m;
-    partials[chunk].tally[1] = v;
+    table.partials[chunk].tally[0] = m;
+    table.partials[chunk].tally[1] = v;
     __threadfence();
-    is_last = atomicAdd(done + tensor, 1u) == static_cast<uint32_t>(last - first - 1);
+    is_last = atomicAdd(table.done + tensor, 1u) == static_cast<uint32_t>(last - first - 1);
   }
   __syncthreads();
   if (is_last) {
     __threadfence();
-    write_total<S>(partials, first, last, tensor, 0, out);
-    write_total<S>(partials, first, last, tensor, 1, out);
+    write_total<S>(table.partials, first, last, tensor, 0, out);
+    write_total<S>(table.partials, first, last, tensor, 1, out);
+    if (threadIdx.x == 0) {
+      table.done[tensor] = 0;  // for the next launch
+    }
   }
   __syncthreads();
 }
@@ -414,64 +418,67 @@ __device__ __forceinline__ void write_empty(const int64_t* first_chunk, int64_t 
   }
 }
 
+// A graph that was captured with a table can outlive it. Its moments are gone as well then.
+__device__ __noinline__ void stop_without_table() {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    printf(
+        "megatron_ext: a CUDA graph ran a transform that no longer exists. Keep the prepared "
+        "Transform as long as the graph.\n");
+  }
+  __trap();
+}
+
 template <Statistics S>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    transform_kernel(const unsigned char* __restrict__ table, int chunks, uint32_t* done,
-                     Partial* partials, double* out) {
-  const TableHeader& header = *reinterpret_cast<const TableHeader*>(table);
-  const Record* const records = reinterpret_cast<const Record*>(table + sizeof(TableHeader));
-  const int64_t* const first_chunk = reinterpret_cast<const int64_t*>(records + header.records);
+    transform_kernel(const Table table, int64_t tensors, int chunks, double* out) {
+  if (*table.mark != kTableMark) {
+    stop_without_table();
+  }
   if (S != Statistics::none && blockIdx.x == 0) {
-    write_empty<S>(first_chunk, header.tensors, out);
+    write_empty<S>(table.first_chunk, tensors, out);
   }
   __shared__ Tally sums[kMoments];  // of thread 0
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const Record& r = records[find(records, header.records, chunk)];
+    const Record& r = table.records[table.record_of_chunk[chunk]];
     const Range elements = range(r, chunk);
     const int64_t origin = elements.begin / kChunk * kChunk;
     const Chunk c{origin, r.begin - origin, static_cast<int>(elements.begin - origin),
                   static_cast<int>(elements.end - origin)};
     transform_record<S>(r, c, sums);
     if constexpr (S != Statistics::none) {
-      hand_in<S>(sums, chunk, r.tensor, first_chunk, done, partials, out);
+      hand_in<S>(sums, chunk, r.tensor, table, out);
     }
   }
 }
 
 template <Statistics S>
-cudaError_t launch(const unsigned char* table, int64_t chunks, uint32_t* done, Partial* partials,
-                   double* out, cudaStream_t stream) {
+cudaError_t launch(const Table& table, const TableHeader& header, double* out,
+                   cudaStream_t stream) {
   unsigned blocks = 0;
-  const cudaError_t error = grid_size(transform_kernel<S>, chunks > 0 ? chunks : 1, &blocks);
+  const int64_t chunks = header.chunks > 0 ? header.chunks : 1;  // one block writes empty rows
+  const cudaError_t error = grid_size<transform_kernel<S>>(chunks, &blocks);
   if (error != cudaSuccess || blocks == 0) {
     return error;
   }
-  transform_kernel<S>
-      <<<blocks, kThreads, 0, stream>>>(table, static_cast<int>(chunks), done, partials, out);
+  transform_kernel<S><<<blocks, kThreads, 0, stream>>>(table, header.tensors,
+                                                       static_cast<int>(header.chunks), out);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_transform(const unsigned char* table, int64_t chunks, int64_t tensors,
-                             Statistics statistics, uint32_t* done, Partial* partials, double* out,
-                             cudaStream_t stream) {
-  if (statistics == Statistics::none ? chunks == 0 : tensors == 0) {
+cudaError_t launch_transform(const Table& table, const TableHeader& header, Statistics statistics,
+                             double* out, cudaStream_t stream) {
+  if (statistics == Statistics::none ? header.chunks == 0 : header.tensors == 0) {
     return cudaSuccess;
-  }
-  if (statistics != Statistics::none) {
-    const cudaError_t error = cudaMemsetAsync(done, 0, tensors * sizeof(uint32_t), stream);
-    if (error != cudaSuccess) {
-      return error;
-    }
   }
   switch (statistics) {
     case Statistics::none:
-      return launch<Statistics::none>(table, chunks, done, partials, out, stream);
+      return launch<Statistics::none>(table, header, out, stream);
     case Statistics::after:
-      return launch<Statistics::after>(table, chunks, done, partials, out, stream);
+      return launch<Statistics::after>(table, header, out, stream);
     case Statistics::before_and_after:
-      return launch<Statistics::before_and_after>(table, chunks, done, partials, out, stream);
+      return launch<Statistics::before_and_after>(table, header, out, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -32,8 +32,6 @@ def transform_moments_(
     segments: torch.Tensor,
     coefficients: torch.Tensor,
     statistics: int,
-    device_table: torch.Tensor | None = None,
-    host_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the segment table in place; see `.schema`."""
     if statistics not in tuple(Statistics):
@@ -75,7 +73,16 @@ def launch_table(
     _check_lists(exp_avg, exp_avg_sq)
     _check_table(exp_avg, segments, coefficients)
     device = exp_avg[0].device if exp_avg else segments.device
-    return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.int64)
+
+
+def transform_prepared_(
+    table: torch.Tensor, header: torch.Tensor, statistics: int
+) -> torch.Tensor:
+    """Refuse: a table has addresses, which plain torch cannot use."""
+    raise RuntimeError(
+        f"there is no compiled kernel for {table.device.type}, and the reference needs the tensors"
+    )
 
 
 def compare_weights(

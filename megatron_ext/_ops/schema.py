@@ -8,13 +8,17 @@ transform_moments\_
     tensors are float32, bfloat16 or float16, contiguous and on one device, and the two of a pair
     have the same length. Returns float64 ``[tensors, 2, 5]`` on their device
     (`.segments.STATISTICS_COLUMNS` for exp_avg and exp_avg_sq), or ``[0, 2, 5]`` if ``statistics``
-    is `Statistics.NONE`. Only elements of segments count. ``device_table`` and ``host_table`` are
-    the results of ``launch_table`` for the same arguments. Without them the call makes the table,
-    which a CUDA graph cannot capture.
+    is `Statistics.NONE`. Only elements of segments count. The call makes its table each time, which
+    a CUDA graph cannot capture.
 launch_table
-    Build the table that the CUDA kernel reads, uint8, on the device and on the host (empty on the
-    CPU). It contains the tensors' addresses, so that ``transform_moments_`` refuses it for other
-    tensors.
+    Check the same arguments once and build the table that the kernel reads: uint8 on the tensors'
+    device, and its header, int64 ``[5]`` on the CPU. The table has the tensors' addresses. Whoever
+    keeps it has to keep the tensors, as `.transform.Transform` does. Both are empty for the
+    reference, which needs none.
+transform_prepared\_
+    Do the same by a table and its header. There is no list of tensors, no copy and no
+    synchronization: the call is one launch, which a CUDA graph can capture. The tensors that it
+    writes are no arguments. For torch it changes ``table``.
 compare_weights
     Round each element of ``master`` to the dtype of ``weights`` and compare the bits; a NaN equals
     every other. The lists have tensors as above, in pairs of one length. Returns int64
@@ -45,21 +49,18 @@ NAMESPACE = "megatron_ext"
 OPS = {
     "transform_moments_": (
         "(Tensor(a!)[] exp_avg, Tensor(b!)[] exp_avg_sq, Tensor segments, Tensor coefficients, "
-        "int statistics, Tensor? device_table=None, Tensor? host_table=None) -> Tensor"
+        "int statistics) -> Tensor"
     ),
     "launch_table": (
         "(Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor segments, Tensor coefficients) "
         "-> (Tensor, Tensor)"
     ),
+    "transform_prepared_": "(Tensor(a!) table, Tensor header, int statistics) -> Tensor",
     "compare_weights": "(Tensor[] master, Tensor[] weights) -> Tensor",
     "magnitude_histogram": (
         "(Tensor[] tensors, Tensor ranges, Tensor prefixes, int level) -> Tensor"
     ),
 }
-
-#: Bytes of the launch table: a header, a record per segment and a chunk number per tensor
-#: (static_assert in csrc/cuda/ops.cpp).
-TABLE_BYTES = {"header": 16, "segment": 160, "tensor": 8}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in OPS.items():
@@ -73,29 +74,10 @@ def _fake_transform_moments(
     segments: torch.Tensor,
     coefficients: torch.Tensor,
     statistics: int,
-    device_table: torch.Tensor | None = None,
-    host_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     like = exp_avg[0] if exp_avg else segments
     rows = len(exp_avg) if statistics else 0
     return like.new_empty((rows, 2, len(STATISTICS_COLUMNS)), dtype=torch.float64)
-
-
-def _fake_launch_table(
-    exp_avg: list[torch.Tensor],
-    exp_avg_sq: list[torch.Tensor],
-    segments: torch.Tensor,
-    coefficients: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    size = 0
-    if exp_avg and exp_avg[0].device.type == "cuda":
-        b = TABLE_BYTES
-        size = b["header"] + b["segment"] * segments.shape[0] + b["tensor"] * (len(exp_avg) + 1)
-    device = exp_avg[0].device if exp_avg else segments.device
-    return (
-        torch.empty(size, dtype=torch.uint8, device=device),
-        torch.empty(size, dtype=torch.uint8, device=segments.device),
-    )
 
 
 def _fake_compare_weights(master: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
@@ -111,7 +93,6 @@ def _fake_magnitude_histogram(
 
 for _name, _fake in (
     ("transform_moments_", _fake_transform_moments),
-    ("launch_table", _fake_launch_table),
     ("compare_weights", _fake_compare_weights),
     ("magnitude_histogram", _fake_magnitude_histogram),
 ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,8 +17,10 @@ from .segments import COLUMNS, Segment, Statistics, encode
 class Transform:
     """A segment table bound to its tensors, which can be applied any number of times.
 
-    `prepare` copies the table to the device once. Each application is then one launch without a
-    copy or a synchronization, which a CUDA graph can capture.
+    `prepare` checks the table and copies it to the device once. Each application is then one launch
+    without a list of tensors, a copy or a synchronization, which a CUDA graph can capture. Keep the
+    prepared transform as long as the graph. A graph that outlives it stops with an error on the
+    device.
 
     Args:
         exp_avg: The first moments. They are written in place.
@@ -25,14 +28,14 @@ class Transform:
             written in place.
         segments: The int64 table (`encode`).
         coefficients: The float64 table.
-        tables: The result of ``launch_table``; None to make the table at every call.
+        prepared: The result of ``launch_table``; None to make the table at every call.
     """
 
     exp_avg: tuple[torch.Tensor, ...]
     exp_avg_sq: tuple[torch.Tensor, ...]
     segments: torch.Tensor
     coefficients: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor] | None = None
+    prepared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(
@@ -54,13 +57,15 @@ class Transform:
         return cls(tuple(exp_avg), tuple(exp_avg_sq), table, coefficients)
 
     def prepare(self) -> Transform:
-        """Return the transform with its table on the device."""
-        tables = torch.ops.megatron_ext.launch_table(
+        """Return the transform with its table on the device.
+
+        Raises:
+            RuntimeError: An argument is invalid (see `.schema`), or a CUDA graph is being captured.
+        """
+        made = torch.ops.megatron_ext.launch_table(
             self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients
         )
-        return Transform(
-            self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients, tuple(tables)
-        )
+        return replace(self, prepared=tuple(made))
 
     def __call__(self, statistics: Statistics = Statistics.NONE) -> torch.Tensor:
         """Apply the rules in place.
@@ -72,12 +77,19 @@ class Transform:
         Raises:
             RuntimeError: An argument is invalid (see `.schema`). No element has been written.
         """
-        out: torch.Tensor = torch.ops.megatron_ext.transform_moments_(
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.segments,
-            self.coefficients,
-            int(statistics),
-            *(self.tables or ()),
-        )
+        out: torch.Tensor
+        if self.prepared is None or not len(self.prepared[1]):
+            out = torch.ops.megatron_ext.transform_moments_(
+                self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients, int(statistics)
+            )
+            return out
+        table, header = self.prepared
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            weakref.finalize(self, _end, table).atexit = False
+        out = torch.ops.megatron_ext.transform_prepared_(table, header, int(statistics))
         return out
+
+
+def _end(table: torch.Tensor) -> None:
+    """Take the mark off a table, so that a graph that is replayed without its transform stops."""
+    table[:8].zero_()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ext import _ops
-from megatron_ext._ops.segments import Segment, Statistics
+from megatron_ext._ops.segments import Segment, Statistics, encode
 from megatron_ext.base.placement import GlobalIndex
 from megatron_ext.rules.elementwise import Keep, Scale
 from tests.support import emulation
@@ -77,6 +77,21 @@ def test_every_rule_in_every_pair_of_dtypes(kernel: Kernel, name: str) -> None:
     assert len(pairs) == 18
     segments = [Segment(i, i % 2, len(m) - 1, *RULES[name]) for i, (m, _) in enumerate(pairs)]
     assert_equal(kernel, segments, *pairs)
+
+
+def test_a_launch_leaves_its_table_as_it_found_it(kernel: Kernel) -> None:
+    """The counters of the chunks are zero again, whatever was counted."""
+    ops = torch.ops.megatron_ext_emulated
+    pairs = [moments(n, torch.float32, torch.bfloat16, n) for n in (70_001, 9, 0, 40_000)]
+    mine, theirs = ([[x.clone() for x in xs] for xs in zip(*pairs, strict=True)] for _ in range(2))
+    segments = [Segment(i, 0, len(x), Scale(0.5), Scale(0.25)) for i, x in enumerate(mine[0])]
+    table, header = ops.launch_table(*mine, *encode(segments))
+    for statistics in (*Statistics, *Statistics):
+        found = ops.transform_prepared_(table, header, int(statistics))
+        expected = REFERENCE.run(*theirs, segments, statistics)
+        for a, b in zip(itertools.chain(*mine), itertools.chain(*theirs), strict=True):
+            assert same_bits(a, b)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0, equal_nan=True)
 
 
 def test_neither_the_address_nor_repetition_shows_in_a_bit(kernel: Kernel) -> None:

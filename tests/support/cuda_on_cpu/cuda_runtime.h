@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
@@ -21,6 +22,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 #define __launch_bounds__(...)
 
@@ -91,6 +93,8 @@ inline void run_thread() {
 
 }  // namespace emulation
 
+[[noreturn]] inline void __trap() { std::abort(); }
+
 inline void __syncthreads() { emulation::wait(emulation::block); }
 
 template <typename T>
@@ -131,10 +135,6 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t) {
-  std::memset(p, value, size);
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
-#include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "read_table.h"
 
@@ -16,27 +16,41 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
-                          const Tensor& coefficients, int64_t statistics_code,
-                          std::optional<Tensor>, std::optional<Tensor>) {
-  const Statistics statistics = read_statistics(statistics_code);
-  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
-  const std::vector<unsigned char> bytes = table_bytes(launch.records, launch.first_chunk,
-                                                       segments.size(0));
-  const int64_t tensors = static_cast<int64_t>(exp_avg.size());
-  const bool counts = statistics != Statistics::none;
-  Tensor out = torch::stable::empty({counts ? tensors : 0, kMoments, kColumns}, ScalarType::Double);
+Tensor make_table(const Launch& launch, const TableHeader& header) {
+  Tensor table = torch::stable::empty({Table::size(header)}, ScalarType::Byte);
   // What the device's allocator hands out is not zero.
+  std::memset(table.data_ptr(), 0xFF, table.numel());
+  write_table(launch, header, static_cast<unsigned char*>(table.data_ptr()));
+  return table;
+}
+
+Tensor run(const Tensor& table, const TableHeader& header, Statistics statistics) {
+  const int64_t rows = statistics == Statistics::none ? 0 : header.tensors;
+  Tensor out = torch::stable::empty({rows, kMoments, kColumns}, ScalarType::Double);
   std::memset(out.data_ptr(), 0xFF, out.numel() * sizeof(double));
-  std::vector<Partial> partials(launch.total_chunks());
-  std::memset(static_cast<void*>(partials.data()), 0xFF, partials.size() * sizeof(Partial));
-  std::vector<uint32_t> done(tensors, 0xFFFFFFFFu);
-  if (launch_transform(bytes.data(), launch.total_chunks(), tensors, statistics, done.data(),
-                       partials.data(), static_cast<double*>(out.data_ptr()), nullptr) !=
-      cudaSuccess) {
+  if (launch_transform(Table(static_cast<unsigned char*>(table.data_ptr()), header), header,
+                       statistics, static_cast<double*>(out.data_ptr()), nullptr) != cudaSuccess) {
     throw std::runtime_error("launch_transform failed");
   }
   return out;
+}
+
+Tensor transform_moments_(const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& segments,
+                          const Tensor& coefficients, int64_t statistics) {
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const TableHeader header = header_of(launch, -1);
+  return run(make_table(launch, header), header, read_statistics(statistics));
+}
+
+std::tuple<Tensor, Tensor> launch_table(const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                                        const Tensor& segments, const Tensor& coefficients) {
+  const Launch launch = read_table(exp_avg, exp_avg_sq, segments, coefficients, false, -1);
+  const TableHeader header = header_of(launch, -1);
+  return {make_table(launch, header), to_tensor(header)};
+}
+
+Tensor transform_prepared_(const Tensor& table, const Tensor& header, int64_t statistics) {
+  return run(table, read_header(header, table, false), read_statistics(statistics));
 }
 
 Tensor compare_weights(const Tensors& master, const Tensors& weights) {
@@ -74,8 +88,11 @@ Tensor magnitude_histogram(const Tensors& tensors, const Tensor& ranges, const T
 STABLE_TORCH_LIBRARY(megatron_ext_emulated, library) {
   library.def(
       "transform_moments_(Tensor(a!)[] exp_avg, Tensor(b!)[] exp_avg_sq, Tensor segments, "
-      "Tensor coefficients, int statistics, Tensor? device_table=None, Tensor? host_table=None) "
-      "-> Tensor");
+      "Tensor coefficients, int statistics) -> Tensor");
+  library.def(
+      "launch_table(Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor segments, Tensor coefficients) "
+      "-> (Tensor, Tensor)");
+  library.def("transform_prepared_(Tensor(a!) table, Tensor header, int statistics) -> Tensor");
   library.def(
       "magnitude_histogram(Tensor[] tensors, Tensor ranges, Tensor prefixes, int level) -> Tensor");
   library.def("compare_weights(Tensor[] master, Tensor[] weights) -> Tensor");
@@ -83,6 +100,8 @@ STABLE_TORCH_LIBRARY(megatron_ext_emulated, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_ext_emulated, CPU, library) {
   library.impl("transform_moments_", TORCH_BOX(&transform_moments_));
+  library.impl("launch_table", TORCH_BOX(&launch_table));
+  library.impl("transform_prepared_", TORCH_BOX(&transform_prepared_));
   library.impl("compare_weights", TORCH_BOX(&compare_weights));
   library.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
 }
