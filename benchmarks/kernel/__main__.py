@@ -16,7 +16,7 @@ import torch
 from . import report, shapes
 from .environment import busy_elsewhere, environment, slug
 from .measure import measure
-from .operations import OPERATIONS, THRESHOLDS, Operation, State
+from .operations import BATCH_SIZE, OPERATIONS, THRESHOLDS, Operation, State
 from .optional import absent, optional_peers
 from .peers import peers
 from .shapes import Shape
@@ -98,13 +98,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "groups": [],
     }
     for shape in todo:
-        state = State.make(shape.sizes, args.device, args.seed)
+        state = State.make(shape.sizes, args.device, args.seed, shape.dtype)
+        is_fp32 = shape.dtype == "float32"
         for operation in operations:
             if not _fits(operation, shape):
                 continue
             candidates = [
-                *peers(operation, args.device),
-                *optional_peers(operation, args.device, args.compile),
+                *peers(operation, args.device, shape.dtype),
+                *(optional_peers(operation, args.device, args.compile) if is_fp32 else ()),
             ]
             rows = measure(operation, state, candidates, args.rounds, args.round_seconds)
             group = {
@@ -124,8 +125,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 def _shapes(args: argparse.Namespace) -> list[Shape]:
     most = args.max_elements
     huge = CPU_ELEMENTS if args.device == "cpu" else GPU_ELEMENTS
+    tensor = shapes.huge_tensor(huge)
     whole = [
-        shapes.huge_tensor(huge),
+        tensor,
+        *(shapes.in_dtype(tensor, dtype) for dtype in ("bfloat16", "float16")),
         shapes.single_tensor(QUANTILE_ELEMENTS),
         shapes.small_tensors(),
         shapes.llama_3_8b(),
@@ -136,10 +139,15 @@ def _shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def _fits(operation: Operation, shape: Shape) -> bool:
-    """The thresholds want one tensor, and only they want the one that is not huge."""
+    """The thresholds want one tensor, and only they want the one that is not huge.
+
+    torch's composition of the batch-size rule rounds each of its passes in 16 bits.
+    """
     if operation.kind == THRESHOLDS:
-        return len(shape.sizes) == 1
-    return len(shape.sizes) > 1 or shape.name == shapes.HUGE_TENSOR
+        return len(shape.sizes) == 1 and shape.dtype == "float32"
+    if operation.kind == BATCH_SIZE and shape.dtype != "float32":
+        return False
+    return len(shape.sizes) > 1 or shape.name.startswith(shapes.HUGE_TENSOR)
 
 
 def _wanted(name: str, parts: list[str] | None) -> bool:
@@ -149,7 +157,7 @@ def _wanted(name: str, parts: list[str] | None) -> bool:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("rounds", "round_seconds", "max_elements", "seed", "compile", "quick")
     out = {name.replace("_", " "): getattr(args, name) for name in names}
-    return out | {"operations": args.operations, "shapes": args.shapes, "dtype": "float32"}
+    return out | {"operations": args.operations, "shapes": args.shapes}
 
 
 def _described(shape: Shape) -> dict[str, Any]:
@@ -160,6 +168,7 @@ def _described(shape: Shape) -> dict[str, Any]:
         "tensors": len(shape.sizes),
         "elements": shape.elements,
         "whole": shape.whole,
+        "dtype": shape.dtype,
         "single": len(shape.sizes) == 1,
         "largest": max(shape.sizes),
         "smallest": min(shape.sizes),

@@ -29,7 +29,7 @@ def environment(device: str) -> dict[str, Any]:
         "megatron_ext": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("MEGATRON_EXT_COMMIT") or _git("rev-parse", "HEAD"),
         "uncommitted changes": bool(_git("status", "--porcelain", "--", "megatron_ext", "csrc")),
         "kernel": "native" if kernel.native else "reference",
         "kernel, build record": without_paths(kernel.reason),
@@ -46,6 +46,9 @@ def environment(device: str) -> dict[str, Any]:
             "GPU": properties.name,
             "GPU memory, GiB": round(properties.total_memory / 2**30, 1),
             "GPU multiprocessors": properties.multi_processor_count,
+            "GPU driver": _output(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+            ),
             "CUDA of torch": torch.version.cuda,
         }
     return out
@@ -82,10 +85,12 @@ def slug(name: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -68,14 +68,12 @@ def measure(
         round_seconds: About how long each is called in a round, at least once.
     """
     cuda = state.exp_avg[0].is_cuda
-    rows = [
-        Row(p.name, p.limit, list(p.traffic) if p.traffic else None, p.note) for p in candidates
-    ]
+    rows = [Row(p.name, p.limit, _traffic(p, state), p.note) for p in candidates]
     runs: list[tuple[Row, Step, count[int]]] = []
     for peer, row in zip(candidates, rows, strict=True):
         try:
             if not peer.limit:
-                check(operation, peer, str(state.exp_avg[0].device))
+                check(operation, peer, state.exp_avg[0])
             step, calls = peer.build(state, operation, TURNS), count()
             _warm(row, step, calls, cuda, round_seconds)
         except Exception as e:
@@ -98,7 +96,14 @@ def measure(
     return rows
 
 
-def check(operation: Operation, peer: Peer, device: str) -> None:
+def _traffic(peer: Peer, state: State) -> list[tuple[str, int]] | None:
+    if peer.traffic is None:
+        return None
+    size = state.exp_avg[0].element_size()
+    return [(name, n * size // 4) for name, n in peer.traffic]
+
+
+def check(operation: Operation, peer: Peer, like: torch.Tensor) -> None:
     """Run an implementation on small tensors and compare with the reference kernel.
 
     Where it counts values that are not finite, once more with some that are not.
@@ -107,7 +112,8 @@ def check(operation: Operation, peer: Peer, device: str) -> None:
         AssertionError: They differ.
     """
     sizes = _CHECKED_SIZES[-1:] if operation.kind == THRESHOLDS else _CHECKED_SIZES
-    state = State.make(sizes, device, seed=7, scratch=False)
+    dtype = str(like.dtype).removeprefix("torch.")
+    state = State.make(sizes, str(like.device), seed=7, dtype=dtype, scratch=False)
     if operation.kind == THRESHOLDS:
         magnitudes = state.exp_avg[0].abs().sort().values
         threshold = magnitudes[math.floor(QUANTILE * (len(magnitudes) - 1))].item()

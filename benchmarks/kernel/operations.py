@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,17 +39,29 @@ class State:
     scratch: tuple[torch.Tensor, ...] = ()
 
     @classmethod
-    def make(cls, sizes: Sequence[int], device: str, seed: int, scratch: bool = True) -> State:
-        """Moments of gradients of about 1e-3, some of them with more signal than noise."""
+    def make(
+        cls,
+        sizes: Sequence[int],
+        device: str,
+        seed: int,
+        dtype: str = "float32",
+        scratch: bool = True,
+    ) -> State:
+        """Moments of gradients of about 1e-3, some of them with more signal than noise.
+
+        In float16 they are about 1, because it has no square of 1e-3.
+        """
         generator = torch.Generator(device).manual_seed(seed)
+        stored, width = getattr(torch, dtype), 1.0 if dtype == "float16" else 1e-3
 
         def normal(n: int) -> torch.Tensor:
-            return torch.empty(n, device=device).normal_(0.0, 1e-3, generator=generator)
+            x = torch.empty(n, dtype=stored, device=device)
+            return x.normal_(0.0, width, generator=generator)
 
         m = [normal(n) for n in sizes]
         v = [normal(n).square_() for n in sizes]
-        rooms = tuple(torch.ones(sum(sizes), device=device) for _ in range(2 * scratch))
-        return cls(m, v, rooms)
+        room = functools.partial(torch.ones, sum(sizes), dtype=stored, device=device)
+        return cls(m, v, tuple(room() for _ in range(2 * scratch)))
 
     def clone(self) -> State:
         """A copy without scratch."""
@@ -67,8 +80,8 @@ class Operation:
     Args:
         kind: `RESCALE`, `RESET`, `BATCH_SIZE` or `THRESHOLDS`.
         statistics: What is counted meanwhile.
-        traffic: Bytes that have to move, for one element of exp_avg and one of exp_avg_sq (of
-            exp_avg alone for `THRESHOLDS`), by name.
+        traffic: Bytes that have to move in fp32, for one element of exp_avg and one of exp_avg_sq
+            (of exp_avg alone for `THRESHOLDS`), by name.
         rules: Rules for a factor; None for `THRESHOLDS`, which changes nothing.
     """
 

@@ -33,7 +33,7 @@ from .operations import (
 #: exp_avg_sq's), or the threshold.
 Step = Callable[[int], Any]
 Build = Callable[[State, Operation, Sequence[float]], Step]
-#: Bytes by name, for one element of exp_avg and one of exp_avg_sq (`Operation.traffic`).
+#: Bytes in fp32 by name, for one element of exp_avg and one of exp_avg_sq (`Operation.traffic`).
 Traffic = tuple[tuple[str, int], ...]
 
 OURS, UNPREPARED = "ours", "ours, unprepared"
@@ -60,8 +60,18 @@ class Peer:
     note: str = ""
 
 
-def peers(operation: Operation, device: str) -> list[Peer]:
-    """Ours, those that need torch only, and the limits."""
+def peers(operation: Operation, device: str, dtype: str) -> list[Peer]:
+    """Ours, those that need torch only, and the limits.
+
+    In 16 bits torch's norms are no statistics, so that only the limits are left beside ours there.
+    """
+    found = _peers(operation, device)
+    if dtype == "float32" or operation.statistics == Statistics.NONE:
+        return found
+    return [p for p in found if p.limit or p.name in (OURS, UNPREPARED)]
+
+
+def _peers(operation: Operation, device: str) -> list[Peer]:
     ours = [Peer(OURS, _ours, operation.traffic)]
     if operation.kind == THRESHOLDS:
         # On the CPU a sort takes several times as long as kthvalue; on CUDA it is the other way.

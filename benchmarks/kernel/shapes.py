@@ -26,6 +26,7 @@ class Shape:
         layout: Which rank of which run.
         source: Where the numbers come from.
         whole: Elements before `cut`.
+        dtype: Of both moments, as torch calls it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Shape:
     layout: str
     source: str
     whole: int
+    dtype: str = "float32"
 
     @property
     def elements(self) -> int:
@@ -104,6 +106,11 @@ def small_tensors(count: int = 10_000) -> Shape:
 def huge_tensor(elements: int) -> Shape:
     """One tensor that no cache holds."""
     return _shape(HUGE_TENSOR, [elements], "one tensor", "made up")
+
+
+def in_dtype(shape: Shape, dtype: str) -> Shape:
+    """The same tensors in another dtype."""
+    return replace(shape, name=f"{shape.name}, {dtype}", dtype=dtype)
 
 
 def single_tensor(elements: int) -> Shape:

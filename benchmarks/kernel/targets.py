@@ -78,10 +78,12 @@ def _gpu(result: dict[str, Any]) -> Iterator[Verdict]:
     yield _ratio(result, f"{what}: time against its shortcut", _COUNTED, huge, SHORTCUT, None, why)
     what = "GPU, batch-size rule, 1e9 elements"
     yield _ratio(result, f"{what}: time against foreach", BATCH_SIZE, huge, FOREACH, 3.0, why)
+    yield _ratio(result, f"{what}: bandwidth against copy_", BATCH_SIZE, huge, COPY, 0.92, why)
     yield _temporaries(result, f"{what}: bytes of temporaries", BATCH_SIZE, huge, why)
+    yield from _dtypes(result, "GPU", COPY, (0.92, 0.92), GPU_ELEMENTS, why)
     for shape in result["shapes"]:
         if shape["single"] and shape["name"] != HUGE_TENSOR:
-            continue
+            continue  # those in another dtype are above
         least = 5.0 if shape["name"] == SMALL_TENSORS else 1.0
         whole = (shape["name"], shape["whole"])
         figure = f"GPU, rescale without statistics, {shape['name']}: time against foreach"
@@ -100,6 +102,28 @@ def _cpu(result: dict[str, Any]) -> Iterator[Verdict]:
     yield _ratio(result, f"{what}: time against foreach", _COUNTED, huge, FOREACH, 4.0, why)
     yield _ratio(result, f"{what}: time against its shortcut", _COUNTED, huge, SHORTCUT, None, why)
     yield _ratio(result, f"{what}: bandwidth against mul_", _COUNTED, huge, MUL, 0.8, why)
+    yield from _dtypes(result, "CPU", MUL, (0.8, 0.5), CPU_ELEMENTS, why)
+    small = (SMALL_TENSORS, 10_240_000)
+    for operation in (RESCALE, RESET):
+        figure = f"CPU, {operation}, 2 threads, 10,000 tensors of 1,024: time against foreach"
+        yield _ratio(result, figure, operation, small, FOREACH, 3.0, why)
+
+
+def _dtypes(
+    result: dict[str, Any],
+    device: str,
+    limit: str,
+    least: tuple[float, float],
+    elements: int,
+    why: str,
+) -> Iterator[Verdict]:
+    """16 bits, without statistics and with them."""
+    name = limit.removeprefix("limit: ")
+    for dtype in ("bfloat16", "float16"):
+        shape = (f"{HUGE_TENSOR}, {dtype}", elements)
+        for operation, at_least in zip((RESCALE, _COUNTED), least, strict=True):
+            figure = f"{device}, {operation}, {dtype}: bandwidth against {name}"
+            yield _ratio(result, figure, operation, shape, limit, at_least, why)
 
 
 def _ratio(
@@ -111,7 +135,7 @@ def _ratio(
     least: float | None,
     why: str,
 ) -> Verdict:
-    """A ratio of times; with a limit as the peer, that of the bandwidths, its bytes being ours.
+    """A ratio of times; with a limit as the peer, that of the bandwidths.
 
     Without a least ratio it is shown beside one that has a target.
     """
@@ -127,6 +151,8 @@ def _ratio(
         return Verdict(figure, "-", "-", "-", "-", target, f"not run ({why})")
     measured = median(peer) / median(ours)
     predicted = (traffic(peer) or 0) / (traffic(ours) or 1)
+    if peer["limit"]:
+        measured, predicted = measured / predicted, 1.0
     return Verdict(
         figure,
         _speed(ours, group["elements"]),

@@ -25,6 +25,7 @@ template <typename M, typename W>
 __device__ __forceinline__ void compare_range(const WeightPair& p, Range range, Difference& out) {
   const M* const master = static_cast<const M*>(p.data[0]);
   const W* const weights = static_cast<const W*>(p.data[1]);
+  __builtin_assume(__isGlobal(master) && __isGlobal(weights));
   int64_t i = range.begin;
   if (aligned(master + i) && aligned(weights + i)) {
     for (int64_t at = i + threadIdx.x * kVector; at + kVector <= range.end;

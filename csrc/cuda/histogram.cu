@@ -13,6 +13,7 @@ template <typename T>
 __device__ __forceinline__ void count_range(const void* data, int64_t begin, int64_t end,
                                             uint32_t prefix, int shift, int bits, uint32_t* bins) {
   const T* const x = static_cast<const T*>(data);
+  __builtin_assume(__isGlobal(x));
   const uint32_t mask = (1u << bits) - 1u;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const uint32_t key = __float_as_uint(load(x[i])) & 0x7FFFFFFFu;

@@ -87,10 +87,12 @@ __device__ __forceinline__ void apply(Rule rule, float (&x)[C], const Coefficien
   }
 }
 
+// What a thread needs of a segment, in its registers: by a reference into the table the compiler
+// would read it again after every store, which might have changed it.
 struct Unary {
   Rule rule;
-  const Coefficients& k;
-  const GlobalIndex& where;
+  Coefficients k;
+  GlobalIndex where;
   int64_t segment_begin;
   float lowest;  // of the moment
 };
@@ -170,6 +172,7 @@ __device__ __forceinline__ void transform_moment(void* data, const Chunk& c, con
                                                  Tally& tally) {
   constexpr int N = 16 / sizeof(T);
   T* const x = static_cast<T*>(data) + c.origin;
+  __builtin_assume(__isGlobal(x));
   const int begin = min((c.begin + N - 1) / N * N, c.end);
   const int end = max(c.end / N * N, begin);
   for (int at = c.begin + threadIdx.x; at < begin; at += kThreads) {
@@ -245,7 +248,8 @@ __device__ __forceinline__ void batch_size_moments(const Record& r, const Chunk&
   constexpr int N = sizeof(M) == 4 && sizeof(V) == 4 ? 4 : 8;
   const M* const m = static_cast<const M*>(r.data[0]) + c.origin;
   V* const v = static_cast<V*>(r.data[1]) + c.origin;
-  const Coefficients& k = r.coefficients[1];
+  __builtin_assume(__isGlobal(m) && __isGlobal(v));
+  const Coefficients k = r.coefficients[1];
   const int begin = min((c.begin + N - 1) / N * N, c.end);
   const int end = max(c.end / N * N, begin);
   for (int at = c.begin + threadIdx.x; at < begin; at += kThreads) {

@@ -76,9 +76,7 @@ def launch_table(
     return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.int64)
 
 
-def transform_prepared_(
-    table: torch.Tensor, header: torch.Tensor, statistics: int
-) -> torch.Tensor:
+def transform_prepared_(table: torch.Tensor, header: torch.Tensor, statistics: int) -> torch.Tensor:
     """Refuse: a table has addresses, which plain torch cannot use."""
     raise RuntimeError(
         f"there is no compiled kernel for {table.device.type}, and the reference needs the tensors"

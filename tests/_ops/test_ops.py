@@ -780,16 +780,14 @@ def other_words(header: torch.Tensor, index: int, value: int) -> torch.Tensor:
         lambda table, header: (table, other_words(header, 4, 7)),
         lambda table, header: (table[:-1], header),
         lambda table, header: (table.view(torch.int8), header),
-        lambda table, header: (table.to("meta"), header),
+        lambda table, header: (table[:0], header),
     ],
 )
 def test_what_is_no_launch_table_is_refused(kernel: Kernel, change: Callable[..., tuple]) -> None:
     m, v = torch.ones(8, device=kernel.device), torch.ones(8, device=kernel.device)
     made = Transform.of([m], [v], [Segment(0, 0, 8, Scale(2.0), Keep())]).prepare().prepared
     table, header = change(*made)
-    if table.is_meta:
-        table = table.new_empty(table.shape, device="cpu") if kernel.device == "cuda" else made[0][:0]
-    with pytest.raises(RuntimeError, match="not what launch_table returned|no compiled kernel"):
+    with pytest.raises(RuntimeError, match="not what launch_table returned"):
         torch.ops.megatron_ext.transform_prepared_(table, header, 0)
     assert m.eq(1.0).all()
 

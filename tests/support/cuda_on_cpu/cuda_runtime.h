@@ -23,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
+#define __builtin_assume(condition)
 #define __shared__ static
 #define __launch_bounds__(...)
 
