@@ -31,18 +31,25 @@ MEGATRON_EXT_INLINE bool is_changed(float before, float after) {
 // The smallest value of a moment that Adam can use. It takes the square root of exp_avg_sq.
 MEGATRON_EXT_INLINE float lowest_of(int moment) { return moment == 0 ? -FLT_MAX : 0.0f; }
 
+template <Statistics S>
+MEGATRON_EXT_INLINE void count_squares(Tally& t, float before, float after) {
+  t.after += static_cast<double>(after) * static_cast<double>(after);
+  if constexpr (S == Statistics::before_and_after) {
+    t.before += static_cast<double>(before) * static_cast<double>(before);
+  }
+}
+
 // `lowest` is that of the moment. A smaller value counts with the non-finite ones; -0 is not below
 // 0, and a NaN passes neither comparison.
 template <Statistics S>
 MEGATRON_EXT_INLINE void count(Tally& t, float before, float after, float lowest) {
   if constexpr (S != Statistics::none) {
     const float magnitude = fabsf(after);
-    t.after += static_cast<double>(after) * static_cast<double>(after);
+    count_squares<S>(t, before, after);
     t.largest = magnitude > t.largest ? magnitude : t.largest;
     t.nonfinite += (after >= lowest) & (after <= FLT_MAX) ? 0u : 1u;
   }
   if constexpr (S == Statistics::before_and_after) {
-    t.before += static_cast<double>(before) * static_cast<double>(before);
     t.changed += is_changed(before, after) ? 1u : 0u;
   }
 }

@@ -16,7 +16,7 @@ import torch
 from . import report, shapes
 from .environment import busy_elsewhere, environment, slug
 from .measure import measure
-from .operations import BATCH_SIZE, OPERATIONS, THRESHOLDS, Operation, State
+from .operations import BATCH_SIZE, COMPARE, OPERATIONS, THRESHOLDS, Operation, State
 from .optional import absent, optional_peers
 from .peers import peers
 from .shapes import Shape
@@ -141,11 +141,12 @@ def _shapes(args: argparse.Namespace) -> list[Shape]:
 def _fits(operation: Operation, shape: Shape) -> bool:
     """The thresholds want one tensor, and only they want the one that is not huge.
 
-    torch's composition of the batch-size rule rounds each of its passes in 16 bits.
+    torch's composition of the batch-size rule rounds each of its passes in 16 bits, and master
+    weights are fp32.
     """
     if operation.kind == THRESHOLDS:
         return len(shape.sizes) == 1 and shape.dtype == "float32"
-    if operation.kind == BATCH_SIZE and shape.dtype != "float32":
+    if operation.kind in (BATCH_SIZE, COMPARE) and shape.dtype != "float32":
         return False
     return len(shape.sizes) > 1 or shape.name.startswith(shapes.HUGE_TENSOR)
 

@@ -24,13 +24,14 @@ def environment(device: str) -> dict[str, Any]:
     """For the report; no host name and no directory."""
     d: native.DeviceType = "cuda" if device == "cuda" else "cpu"
     kernel = native.kernel(d)
+    status = _git("status", "--porcelain", "--", "megatron_ext", "csrc")
     out: dict[str, Any] = {
         "torch": torch.__version__,
         "megatron_ext": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": os.environ.get("MEGATRON_EXT_COMMIT") or _git("rev-parse", "HEAD"),
-        "uncommitted changes": bool(_git("status", "--porcelain", "--", "megatron_ext", "csrc")),
+        "uncommitted changes": None if status is None else bool(status),
         "kernel": "native" if kernel.native else "reference",
         "kernel, build record": without_paths(kernel.reason),
         "kernel, sha256": _sha256(native.library(d)) if kernel.native else None,

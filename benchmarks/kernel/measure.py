@@ -15,8 +15,8 @@ import torch
 from megatron_ext._ops import reference
 from megatron_ext._ops.segments import Statistics, encode
 
-from .operations import CHECKED, QUANTILE, THRESHOLDS, TURNS, Operation, State, segments
-from .peers import Peer, Step, columns
+from .operations import CHECKED, COMPARE, QUANTILE, THRESHOLDS, TURNS, Operation, State, segments
+from .peers import Peer, Step, columns, other_weights
 
 #: For the comparison of results: sizes that are no multiple of anything.
 _CHECKED_SIZES = (1000, 4097, 40_001)
@@ -119,6 +119,11 @@ def check(operation: Operation, peer: Peer, like: torch.Tensor) -> None:
         threshold = magnitudes[math.floor(QUANTILE * (len(magnitudes) - 1))].item()
         result = peer.build(state, operation, CHECKED)(0).item()
         assert result == threshold, f"{result} is not {threshold}"
+        return
+    if operation.kind == COMPARE:
+        found = peer.build(state, operation, CHECKED)(0)
+        expected = reference.compare_weights(state.exp_avg, other_weights(state.exp_avg))[:, 0]
+        assert torch.equal(found, expected), f"{found.tolist()} is not {expected.tolist()}"
         return
     other = state.clone()
     old = state.clone()

@@ -15,6 +15,7 @@ from megatron_ext.rules.elementwise import Fill, Keep, Scale
 
 Rules = tuple[ElementRule, ElementRule]
 RESCALE, RESET, BATCH_SIZE, THRESHOLDS = "rescale", "reset", "batch size", "thresholds"
+COMPARE = "compare weights"
 
 #: Factors of two successive calls: nothing grows or vanishes, however often they are called.
 TURNS = (1.0001, 1 / 1.0001)
@@ -78,11 +79,11 @@ class Operation:
     """What is done to the moments.
 
     Args:
-        kind: `RESCALE`, `RESET`, `BATCH_SIZE` or `THRESHOLDS`.
+        kind: `RESCALE`, `RESET`, `BATCH_SIZE`, `THRESHOLDS` or `COMPARE`.
         statistics: What is counted meanwhile.
         traffic: Bytes that have to move in fp32, for one element of exp_avg and one of exp_avg_sq
-            (of exp_avg alone for `THRESHOLDS`), by name.
-        rules: Rules for a factor; None for `THRESHOLDS`, which changes nothing.
+            (of exp_avg alone for `THRESHOLDS` and `COMPARE`), by name.
+        rules: Rules for a factor; None for `THRESHOLDS` and `COMPARE`, which change nothing.
     """
 
     kind: str
@@ -126,6 +127,7 @@ OPERATIONS = (
         for s in (Statistics.NONE, Statistics.BEFORE_AND_AFTER)
     ),
     Operation(THRESHOLDS, Statistics.NONE, (("three histograms, read m", 12),)),
+    Operation(COMPARE, Statistics.NONE, (("read master and bf16 weight", 6),)),
     Operation(RESET, Statistics.NONE, (("write m, v", 8),), _reset),
 )
 

@@ -12,7 +12,7 @@ import torch
 from megatron_ext._ops import reference
 from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics, encode
 
-from .operations import BATCH_SIZE, RESCALE, RESET, THRESHOLDS, Operation, State, segments
+from .operations import BATCH_SIZE, RESCALE, RESET, Operation, State, segments
 from .peers import Build, Peer, Step
 
 COMPILED, TRITON, MULTI_TENSOR = "torch.compile", "Triton", "multi_tensor (TE or apex)"
@@ -26,7 +26,7 @@ _MULTI_TENSOR = (
 
 def optional_peers(operation: Operation, device: str, compiled: bool) -> list[Peer]:
     """Those that can be measured here."""
-    if operation.kind == THRESHOLDS:
+    if operation.rules is None:
         return []
     there = absent(device, compiled)
     out = []

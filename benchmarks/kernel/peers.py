@@ -19,6 +19,7 @@ from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics
 
 from .operations import (
     BATCH_SIZE,
+    COMPARE,
     QUANTILE,
     RESCALE,
     RESET,
@@ -81,6 +82,13 @@ def _peers(operation: Operation, device: str) -> list[Peer]:
             Peer("kthvalue", _kthvalue, None),
             Peer("quantile", _quantile, None),
             *sort,
+        ]
+    if operation.kind == COMPARE:
+        passes: Traffic = (("to", 6), ("ne", 5), ("count_nonzero", 1))
+        return [
+            Peer(OURS, _ours_compared, operation.traffic),
+            Peer("to, ne, count_nonzero", _compared, passes, note="no largest difference"),
+            Peer(COPY, _copy_limit, (("copy_", 16),), limit=True),
         ]
     ours.append(Peer(UNPREPARED, _ours_unprepared, operation.traffic, note="table in every call"))
     return ours + {RESCALE: _rescale, RESET: _reset, BATCH_SIZE: _batch_size}[operation.kind](
@@ -343,6 +351,24 @@ def _ours_thresholds(state: State, operation: Operation, factors: Sequence[float
     ranges = torch.tensor([[i, 0, len(x), 0] for i, x in enumerate(state.exp_avg)])
     quantiles = torch.tensor([QUANTILE], dtype=torch.float64)
     return lambda _: magnitude_thresholds(state.exp_avg, ranges, quantiles)
+
+
+def other_weights(master: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The bf16 weights of some master weights, of which one in 97 is another."""
+    weights = [x.bfloat16() for x in master]
+    for x in weights:
+        x[::97] += 1.0
+    return weights
+
+
+def _ours_compared(state: State, operation: Operation, factors: Sequence[float]) -> Step:
+    weights = other_weights(state.exp_avg)
+    return lambda _: torch.ops.megatron_ext.compare_weights(state.exp_avg, weights)[:, 0]
+
+
+def _compared(state: State, operation: Operation, factors: Sequence[float]) -> Step:
+    pairs = list(zip(state.exp_avg, other_weights(state.exp_avg), strict=True))
+    return lambda _: torch.stack([(m.bfloat16() != w).count_nonzero() for m, w in pairs])
 
 
 def _kthvalue(state: State, operation: Operation, factors: Sequence[float]) -> Step:

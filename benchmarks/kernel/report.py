@@ -17,8 +17,9 @@ _METHOD = """\
   a group is called in turn, so that a change of the machine's speed meets all of them. What takes
   less than a round's time is called once before it is timed, and finds the caches as it left them.
 - `B`: bytes that have to move for one element of exp_avg and one of exp_avg_sq (of exp_avg alone
-  for the thresholds), counted from the passes that the implementation makes (below); caches are not
-  counted, nor is what a temporary costs beyond its reads and writes. `GB/s`: that over the median.
+  for the thresholds and the comparison), counted from the passes that the implementation makes
+  (below). Caches are not counted, nor is what a temporary costs beyond its reads and writes.
+  `GB/s`: that over the median.
 - `predicted` is the implementation's bytes over ours, `measured` its median time over ours: above 1
   ours is faster. A limit does other work on two tensors as long as exp_avg in all.
 - Before anything is timed, every implementation but the limits is compared with the reference
@@ -135,8 +136,9 @@ def _operation(result: dict[str, Any], operation: str) -> Iterator[str]:
     if cuda and "statistics" in operation:
         yield ""
         yield (
-            "Temporaries include the result; of ours, the partial results are 64 bytes for every "
-            "32,768 elements of a segment and 4 a tensor, the result 80 a tensor."
+            "Temporaries include the result. Of ours, prepared, it is all there is: 80 bytes a "
+            "tensor. The table, which is made once, has 160 bytes a segment, 12 a tensor, and 68 "
+            "for every 32,768 elements of a segment."
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .operations import BATCH_SIZE, RESCALE, RESET
+from .operations import BATCH_SIZE, COMPARE, RESCALE, RESET
 from .peers import COPY, FOREACH, MUL, OURS, SHORTCUT, ZERO
 from .shapes import HUGE_TENSOR, SMALL_TENSORS
 
@@ -80,6 +80,8 @@ def _gpu(result: dict[str, Any]) -> Iterator[Verdict]:
     yield _ratio(result, f"{what}: time against foreach", BATCH_SIZE, huge, FOREACH, 3.0, why)
     yield _ratio(result, f"{what}: bandwidth against copy_", BATCH_SIZE, huge, COPY, 0.92, why)
     yield _temporaries(result, f"{what}: bytes of temporaries", BATCH_SIZE, huge, why)
+    what = "GPU, compare weights, 1e9 elements"
+    yield _ratio(result, f"{what}: bandwidth against copy_", COMPARE, huge, COPY, 0.92, why)
     yield from _dtypes(result, "GPU", COPY, (0.92, 0.92), GPU_ELEMENTS, why)
     for shape in result["shapes"]:
         if shape["single"] and shape["name"] != HUGE_TENSOR:

@@ -1,7 +1,7 @@
 // The CUDA kernel of transform_moments_. Its blocks are persistent and process one chunk of one
 // segment at a time.
 
-#include <cstdio>
+#include <cassert>
 
 #include "device.cuh"
 #include "launch.h"
@@ -57,8 +57,8 @@ struct Chunk {
   int end;
 };
 
-// The number of fp32 bytes that a thread has in flight. It issues their loads before it stores the
-// first result.
+// The number of bytes that a thread has in flight. It issues their loads before it stores the first
+// result.
 constexpr int kInFlight = 64;
 // The number of resident blocks per multiprocessor for which the registers must suffice.
 constexpr int kBlocks = 5;
@@ -87,12 +87,43 @@ __device__ __forceinline__ void apply(Rule rule, float (&x)[C], const Coefficien
   }
 }
 
-// What a thread needs of a segment, in its registers: by a reference into the table the compiler
-// would read it again after every store, which might have changed it.
+// Counts a vector as count() does its elements. What is rare, values that are not finite or below
+// the lowest, is looked for in sums on the FMA pipe, which has little to do. The comparisons of
+// count() would fill the ALU pipe (benchmarks/kernel/NOTES.md).
+template <Statistics S, int N>
+__device__ __forceinline__ void count_vector(Tally& t, const float (&before)[N],
+                                             const float (&after)[N], float lowest) {
+  if constexpr (S != Statistics::none) {
+    constexpr bool kBefore = S == Statistics::before_and_after;
+    float sum = 0.0f;
+    uint32_t signs = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sum += kBefore ? fabsf(before[i]) + fabsf(after[i]) : fabsf(after[i]);
+      signs |= bits(after[i]);
+    }
+    if (sum <= FLT_MAX && (lowest < 0.0f || signs >> 31 == 0)) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        count_squares<S>(t, before[i], after[i]);
+        t.largest = fmaxf(t.largest, fabsf(after[i]));
+        t.changed += kBefore && before[i] != after[i] ? 1u : 0u;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        count<S>(t, before[i], after[i], lowest);
+      }
+    }
+  }
+}
+
+// A segment's rule for one moment. The coefficients are a copy in registers: through a reference
+// the compiler would read them again after every store, which might have changed them.
 struct Unary {
   Rule rule;
   Coefficients k;
-  GlobalIndex where;
+  const GlobalIndex& where;
   int64_t segment_begin;
   float lowest;  // of the moment
 };
@@ -129,7 +160,7 @@ template <typename T, Statistics S>
 __device__ __forceinline__ void transform_vectors(T* x, int begin, int end, const Unary& unary,
                                                   Tally& tally) {
   constexpr int N = 16 / sizeof(T);
-  constexpr int U = kInFlight / (N * sizeof(float));
+  constexpr int U = kInFlight / sizeof(Vector<T, N>);
   constexpr int kStride = kThreads * N;
   const bool needs = reads(unary.rule, S);
   for (int base = begin + threadIdx.x * N; base < end; base += U * kStride) {
@@ -147,19 +178,20 @@ __device__ __forceinline__ void transform_vectors(T* x, int begin, int end, cons
       if (base + u * kStride >= end) {
         break;
       }
+      float old[N];
       float y[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        y[i] = load(vector[u].x[i]);
+        old[i] = y[i] = load(vector[u].x[i]);
       }
       apply(unary.rule, y, unary.k);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const T stored = store<T>(y[i]);
-        // A kept element is not rounded again, because a NaN would lose its bits.
-        count<S>(tally, load(vector[u].x[i]), load(stored), unary.lowest);
-        vector[u].x[i] = stored;
+        // A kept element is not written, because a NaN would lose its bits.
+        vector[u].x[i] = store<T>(y[i]);
+        y[i] = load(vector[u].x[i]);
       }
+      count_vector<S>(tally, old, y, unary.lowest);
       if (unary.rule != Rule::keep) {
         vector[u].write(x + base + u * kStride);
       }
@@ -212,7 +244,7 @@ template <typename M, typename V, Statistics S>
 __device__ __forceinline__ void batch_size_vectors(const M* m, V* v, int begin, int end,
                                                    const Coefficients& k, Tally* tally) {
   constexpr int N = sizeof(M) == 4 && sizeof(V) == 4 ? 4 : 8;
-  constexpr int U = kInFlight / (2 * N * sizeof(float));
+  constexpr int U = kInFlight / (sizeof(Vector<M, N>) + sizeof(Vector<V, N>));
   constexpr int kStride = kThreads * N;
   for (int base = begin + threadIdx.x * N; base < end; base += U * kStride) {
     Vector<M, N> momentum[U] = {};
@@ -229,14 +261,18 @@ __device__ __forceinline__ void batch_size_vectors(const M* m, V* v, int begin, 
       if (base + u * kStride >= end) {
         break;
       }
+      float first[N];
+      float old[N];
+      float y[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float first = load(momentum[u].x[i]);
-        const float old = load(vector[u].x[i]);
-        vector[u].x[i] = store<V>(batch_size(first, old, k));
-        count<kKept<S>>(tally[0], first, first, lowest_of(0));
-        count<S>(tally[1], old, load(vector[u].x[i]), lowest_of(1));
+        first[i] = load(momentum[u].x[i]);
+        old[i] = load(vector[u].x[i]);
+        vector[u].x[i] = store<V>(batch_size(first[i], old[i], k));
+        y[i] = load(vector[u].x[i]);
       }
+      count_vector<kKept<S>>(tally[0], first, first, lowest_of(0));
+      count_vector<S>(tally[1], old, y, lowest_of(1));
       vector[u].write(v + base + u * kStride);
     }
   }
@@ -422,22 +458,11 @@ __device__ __forceinline__ void write_empty(const int64_t* first_chunk, int64_t 
   }
 }
 
-// A graph that was captured with a table can outlive it. Its moments are gone as well then.
-__device__ __noinline__ void stop_without_table() {
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    printf(
-        "megatron_ext: a CUDA graph ran a transform that no longer exists. Keep the prepared "
-        "Transform as long as the graph.\n");
-  }
-  __trap();
-}
-
 template <Statistics S>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     transform_kernel(const Table table, int64_t tensors, int chunks, double* out) {
-  if (*table.mark != kTableMark) {
-    stop_without_table();
-  }
+  assert(*table.mark == kTableMark &&
+         "megatron_ext: a CUDA graph outlived the prepared Transform that it launches");
   if (S != Statistics::none && blockIdx.x == 0) {
     write_empty<S>(table.first_chunk, tensors, out);
   }

@@ -28,7 +28,8 @@ class Transform:
             written in place.
         segments: The int64 table (`encode`).
         coefficients: The float64 table.
-        prepared: The result of ``launch_table``; None to make the table at every call.
+        prepared: The result of ``launch_table``. None if the table is made at every call, and for
+            the reference, which needs none.
     """
 
     exp_avg: tuple[torch.Tensor, ...]
@@ -62,10 +63,15 @@ class Transform:
         Raises:
             RuntimeError: An argument is invalid (see `.schema`), or a CUDA graph is being captured.
         """
-        made = torch.ops.megatron_ext.launch_table(
+        table, header = torch.ops.megatron_ext.launch_table(
             self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients
         )
-        return replace(self, prepared=tuple(made))
+        if not len(header):  # the reference
+            return self
+        out = replace(self, prepared=(table, header))
+        if table.is_cuda:
+            weakref.finalize(out, _end, table).atexit = False
+        return out
 
     def __call__(self, statistics: Statistics = Statistics.NONE) -> torch.Tensor:
         """Apply the rules in place.
@@ -78,18 +84,16 @@ class Transform:
             RuntimeError: An argument is invalid (see `.schema`). No element has been written.
         """
         out: torch.Tensor
-        if self.prepared is None or not len(self.prepared[1]):
-            out = torch.ops.megatron_ext.transform_moments_(
-                self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients, int(statistics)
-            )
+        if self.prepared is not None:
+            out = torch.ops.megatron_ext.transform_prepared_(*self.prepared, int(statistics))
             return out
-        table, header = self.prepared
-        if table.is_cuda and torch.cuda.is_current_stream_capturing():
-            weakref.finalize(self, _end, table).atexit = False
-        out = torch.ops.megatron_ext.transform_prepared_(table, header, int(statistics))
+        out = torch.ops.megatron_ext.transform_moments_(
+            self.exp_avg, self.exp_avg_sq, self.segments, self.coefficients, int(statistics)
+        )
         return out
 
 
 def _end(table: torch.Tensor) -> None:
     """Take the mark off a table, so that a graph that is replayed without its transform stops."""
-    table[:8].zero_()
+    if not torch.cuda.is_current_stream_capturing():
+        table[:8].zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from megatron_ext import _ops
 from megatron_ext._ops.segments import Segment, Statistics, encode
 from megatron_ext.base.placement import GlobalIndex
+from megatron_ext.rules.batch_size import BatchSize
 from megatron_ext.rules.elementwise import Keep, Scale
 from tests.support import emulation
 from tests.support.moments import (
@@ -76,6 +78,19 @@ def test_every_rule_in_every_pair_of_dtypes(kernel: Kernel, name: str) -> None:
     pairs = [moments(n, m, v) for m, v in itertools.product(DTYPES, DTYPES) for n in (2501, 1500)]
     assert len(pairs) == 18
     segments = [Segment(i, i % 2, len(m) - 1, *RULES[name]) for i, (m, _) in enumerate(pairs)]
+    assert_equal(kernel, segments, *pairs)
+
+
+@pytest.mark.parametrize("rules", [(Keep(), Keep()), (Scale(0.5), Scale(0.25)),
+                                   (Keep(), BatchSize(2.0, (0.9, 0.95), 9))])  # fmt: skip
+def test_what_is_rare_is_counted_wherever_it_is(kernel: Kernel, rules: tuple) -> None:
+    """One in a vector of its own: the kernel looks for it in a sum first."""
+    values = [-1e-6, -0.0, math.nan, math.inf, -math.inf, 3e38, 1e-40]
+    m, v = torch.ones(70_001), torch.full((70_001,), 0.5)
+    for i, value in enumerate(values):
+        m[1000 * i + 5], v[1000 * i + 505] = value, value
+    pairs = [(m.to(a), v.to(b)) for a, b in itertools.product(DTYPES, DTYPES)]
+    segments = [Segment(i, 3, 70_000, *rules) for i in range(len(pairs))]
     assert_equal(kernel, segments, *pairs)
 
 

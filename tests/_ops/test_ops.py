@@ -8,7 +8,6 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -792,14 +791,17 @@ def test_what_is_no_launch_table_is_refused(kernel: Kernel, change: Callable[...
     assert m.eq(1.0).all()
 
 
-def test_without_a_compiled_kernel_a_prepared_transform_is_the_reference() -> None:
+def test_without_a_compiled_kernel_a_prepared_transform_is_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     m, v = torch.ones(8), torch.ones(8)
     transform = Transform.of([m], [v], [Segment(0, 0, 8, Scale(2.0), Keep())])
-    tables = reference.launch_table([m], [v], transform.segments, transform.coefficients)
-    assert [x.numel() for x in tables] == [0, 0]
-    out = replace(transform, prepared=tables)(Statistics.AFTER)
+    monkeypatch.setattr(torch.ops, "megatron_ext", reference)
+    out = transform.prepare()(Statistics.AFTER)
     assert m.eq(2.0).all()
     assert out[0, 0, 2] == 2.0
+    tables = reference.launch_table([m], [v], transform.segments, transform.coefficients)
+    assert [x.numel() for x in tables] == [0, 0]
     with pytest.raises(RuntimeError, match="there is no compiled kernel for cpu"):
         reference.transform_prepared_(*tables, 0)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_ext._ops import Transform, magnitude_thresholds
+from megatron_ext._ops import Transform, magnitude_thresholds, weight_differences
 from megatron_ext._ops.segments import Segment, Statistics
 from tests.support.moments import DTYPES, rule_pairs
 
@@ -18,6 +18,10 @@ def main() -> None:
                     segments = [Segment(0, 1, 70, *rules), Segment(0, 70, n - 1, *rules)]
                     for statistics in Statistics:
                         Transform.of([m], [v], segments)(statistics)
+                prepared = Transform.keep([m], [v]).prepare()
+                prepared(Statistics.AFTER)
+                prepared(Statistics.BEFORE_AND_AFTER)
+                weight_differences([m], [v])
     ranges = torch.tensor([[0, 1, n, 0]])
     magnitude_thresholds([m], ranges, torch.tensor([0.5], dtype=torch.float64))
     torch.cuda.synchronize()

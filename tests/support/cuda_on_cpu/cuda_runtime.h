@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
@@ -22,7 +21,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __builtin_assume(condition)
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -93,8 +91,6 @@ inline void run_thread() {
 }
 
 }  // namespace emulation
-
-[[noreturn]] inline void __trap() { std::abort(); }
 
 inline void __syncthreads() { emulation::wait(emulation::block); }
 
