@@ -99,7 +99,7 @@ __device__ __forceinline__ void count_vector(Tally& t, const float (&before)[N],
     uint32_t signs = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      sum += kBefore ? fabsf(before[i]) + fabsf(after[i]) : fabsf(after[i]);
+      sum += fabsf(after[i]);
       signs |= bits(after[i]);
     }
     if (sum <= FLT_MAX && (lowest < 0.0f || signs >> 31 == 0)) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void count_vector(Tally& t, const float (&before)[N],
       for (int i = 0; i < N; ++i) {
         count_squares<S>(t, before[i], after[i]);
         t.largest = fmaxf(t.largest, fabsf(after[i]));
-        t.changed += kBefore && before[i] != after[i] ? 1u : 0u;
+        t.changed += kBefore && before[i] != after[i] ? 1u : 0u;  // a NaN before is none now
       }
     } else {
 #pragma unroll
