@@ -16,7 +16,7 @@ from megatron_ext._ops import reference
 from megatron_ext._ops.segments import Statistics, encode
 
 from .operations import CHECKED, COMPARE, QUANTILE, THRESHOLDS, TURNS, Operation, State, segments
-from .peers import Peer, Step, columns, other_weights
+from .peers import Peer, Step, columns, weights_of
 
 #: For the comparison of results: sizes that are no multiple of anything.
 _CHECKED_SIZES = (1000, 4097, 40_001)
@@ -122,7 +122,8 @@ def check(operation: Operation, peer: Peer, like: torch.Tensor) -> None:
         return
     if operation.kind == COMPARE:
         found = peer.build(state, operation, CHECKED)(0)
-        expected = reference.compare_weights(state.exp_avg, other_weights(state.exp_avg))[:, 0]
+        weights = weights_of(state.exp_avg, CHECKED)
+        expected = reference.compare_weights(state.exp_avg, weights)[:, 0]
         assert torch.equal(found, expected), f"{found.tolist()} is not {expected.tolist()}"
         return
     other = state.clone()

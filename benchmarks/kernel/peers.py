@@ -19,6 +19,7 @@ from megatron_ext._ops.segments import STATISTICS_COLUMNS, Statistics
 
 from .operations import (
     BATCH_SIZE,
+    CHECKED,
     COMPARE,
     QUANTILE,
     RESCALE,
@@ -353,21 +354,22 @@ def _ours_thresholds(state: State, operation: Operation, factors: Sequence[float
     return lambda _: magnitude_thresholds(state.exp_avg, ranges, quantiles)
 
 
-def other_weights(master: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The bf16 weights of some master weights, of which one in 97 is another."""
+def weights_of(master: Sequence[torch.Tensor], factors: Sequence[float]) -> list[torch.Tensor]:
+    """The bf16 weights of some master weights; in a check one in 97 is another."""
     weights = [x.bfloat16() for x in master]
-    for x in weights:
-        x[::97] += 1.0
+    if factors == CHECKED:
+        for x in weights:
+            x[::97] += 1.0
     return weights
 
 
 def _ours_compared(state: State, operation: Operation, factors: Sequence[float]) -> Step:
-    weights = other_weights(state.exp_avg)
+    weights = weights_of(state.exp_avg, factors)
     return lambda _: torch.ops.megatron_ext.compare_weights(state.exp_avg, weights)[:, 0]
 
 
 def _compared(state: State, operation: Operation, factors: Sequence[float]) -> Step:
-    pairs = list(zip(state.exp_avg, other_weights(state.exp_avg), strict=True))
+    pairs = list(zip(state.exp_avg, weights_of(state.exp_avg, factors), strict=True))
     return lambda _: torch.stack([(m.bfloat16() != w).count_nonzero() for m, w in pairs])
 
 

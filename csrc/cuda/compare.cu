@@ -1,4 +1,4 @@
-// The CUDA kernel of compare_weights: one read of the master weights and of the weights. A thread
+// The CUDA kernel of compare_weights: one read of the master weights and of the weights. A warp
 // writes only if it found a difference, which a right checkpoint has not. The result does not
 // depend on the order of the atomics, because they are integers.
 
@@ -75,10 +75,13 @@ __global__ void __launch_bounds__(kThreads)
         compare_type<__half>(p, range(p, chunk), found);
         break;
     }
-    if (found.elements != 0) {
+    // Where many elements differ, threads would wait for each other at the two counters.
+    const uint32_t elements = __reduce_add_sync(kWholeWarp, found.elements);
+    const uint32_t largest = __reduce_max_sync(kWholeWarp, bits(found.largest));
+    if (elements != 0 && threadIdx.x % kWarp == 0) {
       unsigned long long* const row = out + p.tensor * kDifferences;
-      atomicAdd(row, static_cast<unsigned long long>(found.elements));
-      atomicMax(row + 1, static_cast<unsigned long long>(bits(found.largest)));
+      atomicAdd(row, static_cast<unsigned long long>(elements));
+      atomicMax(row + 1, static_cast<unsigned long long>(largest));
     }
   }
 }

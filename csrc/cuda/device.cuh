@@ -13,6 +13,7 @@ namespace megatron_ext {
 
 inline constexpr int kThreads = 128;
 inline constexpr int kWarp = 32;
+inline constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
 __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }

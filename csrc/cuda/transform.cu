@@ -18,10 +18,10 @@ __device__ __forceinline__ void add(Tally& a, const Tally& b) {
 }
 
 __device__ __forceinline__ Tally shuffle_down(const Tally& t, int by) {
-  constexpr unsigned kAll = 0xFFFFFFFFu;
-  return {__shfl_down_sync(kAll, t.before, by), __shfl_down_sync(kAll, t.after, by),
-          __shfl_down_sync(kAll, t.largest, by), __shfl_down_sync(kAll, t.nonfinite, by),
-          __shfl_down_sync(kAll, t.changed, by)};
+  return {__shfl_down_sync(kWholeWarp, t.before, by), __shfl_down_sync(kWholeWarp, t.after, by),
+          __shfl_down_sync(kWholeWarp, t.largest, by),
+          __shfl_down_sync(kWholeWarp, t.nonfinite, by),
+          __shfl_down_sync(kWholeWarp, t.changed, by)};
 }
 
 // Writes the block's sum, always added in the same order, to `sum` in shared memory. Thread 0 may

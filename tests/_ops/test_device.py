@@ -38,6 +38,7 @@ def test_a_stream_that_is_not_the_default_is_the_one_that_is_used() -> None:
     half = Transform.of([m], [v], [Segment(0, 0, n, Keep(), Scale(0.5))])
     stream = torch.cuda.Stream()
     for _ in range(2):  # the first time makes room, which may wait for the device
+        torch.cuda.synchronize()
         m.fill_(1.0)
         v.fill_(1.0)
         torch.cuda.synchronize()

@@ -108,6 +108,20 @@ T __shfl_down_sync(unsigned, T value, int by) {
   return value;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  for (int by = 1; by < emulation::kWarp; by *= 2) {
+    const unsigned other = __shfl_down_sync(mask, value, by);
+    value += threadIdx.x % emulation::kWarp + by < emulation::kWarp ? other : 0u;
+  }
+  return value;  // right in lane 0, which is all that asks
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int by = 1; by < emulation::kWarp; by *= 2) {
+    value = max(value, __shfl_down_sync(mask, value, by));
+  }
+  return value;
+}
+
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template <typename T>
