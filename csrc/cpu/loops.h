@@ -5,102 +5,110 @@
 
 #pragma once
 
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../segment_table.h"
 #include "../tally.h"
-
-#if !defined(__FLT16_MANT_DIG__)
-#error "the CPU kernel needs a compiler with _Float16: GCC 12 or clang 15"
-#endif
+#include "counts.h"
+#include "values.h"
 
 namespace megatron_ext {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-MEGATRON_EXT_INLINE float load(float x) { return x; }
-MEGATRON_EXT_INLINE float load(_Float16 x) { return static_cast<float>(x); }
-MEGATRON_EXT_INLINE float load(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
+// The rules for which one loop over fp32 elements that also counts is faster than several.
+constexpr bool is_fused(Rule rule) {
+  return rule == Rule::scale || rule == Rule::fill || rule == Rule::floor;
 }
 
-template <typename T>
-struct Store;
-template <>
-struct Store<float> {
-  MEGATRON_EXT_INLINE static float from(float x) { return x; }
-};
-template <>
-struct Store<_Float16> {
-  MEGATRON_EXT_INLINE static _Float16 from(float x) { return static_cast<_Float16>(x); }
-};
-template <>
-struct Store<BFloat16> {
-  // Rounds to nearest, ties to even. A NaN must not be rounded to infinity.
-  MEGATRON_EXT_INLINE static BFloat16 from(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
-  }
-};
-
-// The number of elements per block. Each statistic is one pass over a block, which stays in the
-// first-level cache, because separate loops are vectorized better than one loop for all sums.
-inline constexpr int64_t kBlock = 2048;
-
-// Adds the current values of a block's elements to the statistics.
-template <typename T>
-MEGATRON_EXT_INLINE void count_values(const T* x, int64_t n, float lowest, Tally& tally) {
-  double squares = 0.0;
+template <Rule R, Statistics S>
+MEGATRON_EXT_INLINE void apply_and_count(float* x, int64_t n, const Coefficients& k, float lowest,
+                                         Tally& tally) {
+  double before = 0.0;
+  double after = 0.0;
   float largest = 0.0f;
   uint32_t nonfinite = 0;
-#pragma omp simd reduction(+ : squares, nonfinite) reduction(max : largest)
+  uint32_t changed = 0;
+#pragma omp simd reduction(+ : before, after, nonfinite, changed) reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
-    const float value = load(x[i]);
+    const float old = reads(R, S) ? x[i] : 0.0f;
+    x[i] = transform<R>(old, k, {}, 0);
     Tally one;
-    count<Statistics::after>(one, value, value, lowest);
-    squares += one.after;
+    count<S>(one, old, x[i], lowest);
+    before += one.before;
+    after += one.after;
     largest = one.largest > largest ? one.largest : largest;
     nonfinite += one.nonfinite;
+    changed += one.changed;
   }
-  tally.after += squares;
+  tally.before += before;
+  tally.after += after;
   tally.largest = largest > tally.largest ? largest : tally.largest;
   tally.nonfinite += nonfinite;
+  tally.changed += changed;
 }
 
-template <typename T>
-MEGATRON_EXT_INLINE double sum_of_squares(const T* x, int64_t n) {
-  double squares = 0.0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = load(x[i]);
-    squares += static_cast<double>(value) * static_cast<double>(value);
-  }
-  return squares;
-}
-
-// Returns the number of changed elements if S requests it.
-template <typename T, Rule R, Statistics S>
-MEGATRON_EXT_INLINE uint32_t apply(T* x, int64_t n, const Coefficients& k, const GlobalIndex& where,
-                                   int64_t first) {
+// Writes the new values of a block to `out`, which may be `x`. Returns the number of changed
+// elements if S requests it.
+template <Rule R, Statistics S>
+MEGATRON_EXT_INLINE uint32_t apply(const float* x, int64_t n, const Coefficients& k,
+                                   const GlobalIndex& where, int64_t first, float* out) {
   uint32_t changed = 0;
 #pragma omp simd reduction(+ : changed)
   for (int64_t i = 0; i < n; ++i) {
-    const float old = reads(R, S) ? load(x[i]) : 0.0f;
-    const T stored = Store<T>::from(transform<R>(old, k, where, first + i));
-    x[i] = stored;
+    const float old = reads(R, S) ? x[i] : 0.0f;
+    out[i] = transform<R>(old, k, where, first + i);
     if constexpr (S == Statistics::before_and_after) {
-      changed += is_changed(old, load(stored)) ? 1u : 0u;
+      changed += is_changed(old, out[i]) ? 1u : 0u;
     }
   }
   return changed;
+}
+
+template <Rule R, Statistics S>
+MEGATRON_EXT_INLINE void transform_block(float* x, int64_t n, const Coefficients& k,
+                                         const GlobalIndex& where, int64_t first, float lowest,
+                                         Tally& tally) {
+  if constexpr (S != Statistics::none && is_fused(R)) {
+    apply_and_count<R, S>(x, n, k, lowest, tally);
+    return;
+  }
+  if constexpr (R != Rule::keep) {
+    if constexpr (S == Statistics::before_and_after) {
+      tally.before += sum_of_squares(x, n);
+    }
+    tally.changed += apply<R, S>(x, n, k, where, first, x);
+  }
+  if constexpr (S != Statistics::none) {
+    count_values(x, n, lowest, tally);
+  }
+}
+
+template <Rule R, Statistics S, typename T>
+MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
+                                         const GlobalIndex& where, int64_t first, float lowest,
+                                         Tally& tally) {
+  Block old;
+  if constexpr (reads(R, S)) {
+    widen(x, n, old.values);
+  }
+  if constexpr (R == Rule::keep) {
+    count_values(old.values, n, lowest, tally);
+    return;
+  }
+  Block room;
+  float* const now = S == Statistics::before_and_after ? room.values : old.values;
+  apply<R, Statistics::none>(old.values, n, k, where, first, now);
+  narrow(now, n, x);
+  if constexpr (S != Statistics::none) {
+    widen(x, n, now);
+    const Extremes found = count_values(now, n, lowest, tally);
+    if constexpr (S == Statistics::before_and_after) {
+      tally.before += sum_of_squares(old.values, n);
+      tally.changed += count_changed(old.values, now, n, found);
+    }
+  }
 }
 
 template <typename T, Rule R, Statistics S>
@@ -112,15 +120,7 @@ void transform_range(void* data, int64_t n, const Coefficients& coefficients,
   Tally total;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t size = n - i < kBlock ? n - i : kBlock;
-    if constexpr (R != Rule::keep) {
-      if constexpr (S == Statistics::before_and_after) {
-        total.before += sum_of_squares(x + i, size);
-      }
-      total.changed += apply<T, R, S>(x + i, size, k, where, first + i);
-    }
-    if constexpr (S != Statistics::none) {
-      count_values(x + i, size, lowest, total);
-    }
+    transform_block<R, S>(x + i, size, k, where, first + i, lowest, total);
   }
   if constexpr (R == Rule::keep) {
     total.before = total.after;
@@ -131,39 +131,42 @@ void transform_range(void* data, int64_t n, const Coefficients& coefficients,
 template <typename M, typename V, Statistics S>
 void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coefficients& coefficients,
                       Tally& tally_m, Tally& tally_v) {
+  constexpr bool kWide = std::is_same_v<V, float>;
   const Coefficients k = coefficients;
-  const M* const m = static_cast<const M*>(exp_avg);
-  V* const v = static_cast<V*>(exp_avg_sq);
-  double squares_m = 0.0;
-  double before = 0.0;
-  double after = 0.0;
-  float largest_m = 0.0f;
-  float largest_v = 0.0f;
-  uint32_t nonfinite_m = 0;
-  uint32_t nonfinite_v = 0;
-  uint32_t changed = 0;
-#pragma omp simd reduction(+ : squares_m, before, after, nonfinite_m, nonfinite_v, changed) \
-    reduction(max : largest_m, largest_v)
-  for (int64_t i = 0; i < n; ++i) {
-    const float momentum = load(m[i]);
-    const float old = load(v[i]);
-    const V stored = Store<V>::from(batch_size(momentum, old, k));
-    v[i] = stored;
-    Tally one_m;
-    Tally one_v;
-    count<S>(one_m, momentum, momentum, lowest_of(0));
-    count<S>(one_v, old, load(stored), lowest_of(1));
-    squares_m += one_m.after;
-    before += one_v.before;
-    after += one_v.after;
-    largest_m = one_m.largest > largest_m ? one_m.largest : largest_m;
-    largest_v = one_v.largest > largest_v ? one_v.largest : largest_v;
-    nonfinite_m += one_m.nonfinite;
-    nonfinite_v += one_v.nonfinite;
-    changed += one_v.changed;
+  const M* m = static_cast<const M*>(exp_avg);
+  V* v = static_cast<V*>(exp_avg_sq);
+  Tally total_m;
+  Tally total_v;
+  for (; n > 0; n -= kBlock, m += kBlock, v += kBlock) {
+    const int64_t size = n < kBlock ? n : kBlock;
+    Block room_m;
+    Block room_v;
+    Block now;
+    const float* const momentum = values_of(m, size, room_m);
+    const float* const old = values_of(v, size, room_v);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      now.values[i] = batch_size(momentum[i], old[i], k);
+    }
+    if constexpr (!kWide) {
+      narrow(now.values, size, v);
+      widen(v, size, now.values);
+    }
+    if constexpr (S != Statistics::none) {
+      count_values(momentum, size, lowest_of(0), total_m);
+      const Extremes found = count_values(now.values, size, lowest_of(1), total_v);
+      if constexpr (S == Statistics::before_and_after) {
+        total_v.before += sum_of_squares(old, size);
+        total_v.changed += count_changed(old, now.values, size, found);
+      }
+    }
+    if constexpr (kWide) {
+      narrow(now.values, size, v);  // last, because `old` may be `v`
+    }
   }
-  tally_m = {squares_m, squares_m, largest_m, nonfinite_m, 0};
-  tally_v = {before, after, largest_v, nonfinite_v, changed};
+  total_m.before = total_m.after;
+  tally_m = total_m;
+  tally_v = total_v;
 }
 
 template <typename T, Statistics S>
@@ -243,14 +246,25 @@ template <typename M, typename W>
 Difference compare_range(const M* master, const W* weights, int64_t n) {
   uint32_t elements = 0;
   float largest = 0.0f;
+  for (; n > 0; n -= kBlock, master += kBlock, weights += kBlock) {
+    const int64_t size = n < kBlock ? n : kBlock;
+    Block room_m;
+    Block room_w;
+    W rounded[kBlock];
+    const float* a = values_of(master, size, room_m);
+    const float* const b = values_of(weights, size, room_w);
+    if constexpr (!std::is_same_v<M, W> && !std::is_same_v<W, float>) {
+      narrow(a, size, rounded);
+      widen(rounded, size, room_m.values);
+      a = room_m.values;
+    }
 #pragma omp simd reduction(+ : elements) reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    const float rounded = load(Store<W>::from(load(master[i])));
-    const float weight = load(weights[i]);
-    const float distance = fabsf(rounded - weight);
-    elements += is_other(rounded, weight) ? 1u : 0u;
-    // Two equal infinities have no distance, which is a NaN here.
-    largest = distance > largest ? distance : largest;
+    for (int64_t i = 0; i < size; ++i) {
+      const float distance = fabsf(a[i] - b[i]);
+      elements += is_other(a[i], b[i]) ? 1u : 0u;
+      // Two equal infinities have no distance, which is a NaN here.
+      largest = distance > largest ? distance : largest;
+    }
   }
   return {elements, largest};
 }

@@ -1,0 +1,89 @@
+// The statistics of a block of fp32 values.
+//
+// Everything here has internal linkage or is forced inline, as in loops.h.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../tally.h"
+
+namespace megatron_ext {
+namespace {
+
+MEGATRON_EXT_INLINE double sum_of_squares(const float* x, int64_t n) {
+  double squares = 0.0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) {
+    squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+  return squares;
+}
+
+// The bits of the largest magnitude, in the order of the magnitudes with NaN above infinity, and of
+// the lowest value, which are negative if its sign is.
+struct Extremes {
+  int32_t magnitude = 0;
+  int32_t lowest = 0;
+};
+
+MEGATRON_EXT_INLINE Extremes extremes(const float* x, int64_t n) {
+  int32_t magnitude = 0;
+  int32_t lowest = 0;
+#pragma omp simd reduction(max : magnitude) reduction(min : lowest)
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t value = static_cast<int32_t>(bits(x[i]));
+    const int32_t without_sign = value & 0x7FFFFFFF;
+    magnitude = without_sign > magnitude ? without_sign : magnitude;
+    lowest = value < lowest ? value : lowest;
+  }
+  return {magnitude, lowest};
+}
+
+inline constexpr int32_t kLargestFinite = 0x7F7FFFFF;
+inline constexpr int32_t kInfinity = 0x7F800000;
+
+// Adds the current values of a block to the statistics. Values that are not finite or too low are
+// rare, so that two integers find out whether there can be any.
+MEGATRON_EXT_INLINE Extremes count_values(const float* x, int64_t n, float lowest, Tally& tally) {
+  tally.after += sum_of_squares(x, n);
+  const Extremes found = extremes(x, n);
+  float largest = 0.0f;
+  if (found.magnitude <= kLargestFinite && (lowest < 0.0f || found.lowest >= 0)) {
+    std::memcpy(&largest, &found.magnitude, sizeof(largest));
+  } else {
+    uint32_t nonfinite = 0;
+#pragma omp simd reduction(+ : nonfinite) reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) {
+      Tally one;
+      count<Statistics::after>(one, x[i], x[i], lowest);
+      largest = one.largest > largest ? one.largest : largest;
+      nonfinite += one.nonfinite;
+    }
+    tally.nonfinite += nonfinite;
+  }
+  tally.largest = largest > tally.largest ? largest : tally.largest;
+  return found;
+}
+
+// `found` is of `after`. Where it has no NaN, one comparison says all.
+MEGATRON_EXT_INLINE uint32_t count_changed(const float* before, const float* after, int64_t n,
+                                           const Extremes& found) {
+  uint32_t changed = 0;
+  if (found.magnitude <= kInfinity) {
+#pragma omp simd reduction(+ : changed)
+    for (int64_t i = 0; i < n; ++i) {
+      changed += before[i] != after[i] ? 1u : 0u;
+    }
+  } else {
+#pragma omp simd reduction(+ : changed)
+    for (int64_t i = 0; i < n; ++i) {
+      changed += is_changed(before[i], after[i]) ? 1u : 0u;
+    }
+  }
+  return changed;
+}
+
+}  // namespace
+}  // namespace megatron_ext

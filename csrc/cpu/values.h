@@ -1,0 +1,126 @@
+// The element types of the CPU kernel, and their conversion a block at a time.
+//
+// Everything here has internal linkage or is forced inline, as in loops.h.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../element_rule.h"
+
+#if !defined(__FLT16_MANT_DIG__)
+#error "the CPU kernel needs a compiler with _Float16: GCC 12 or clang 15"
+#endif
+
+// GCC 12 does not see that a loop reads as much of a block as another has written.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace megatron_ext {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+MEGATRON_EXT_INLINE float load(float x) { return x; }
+MEGATRON_EXT_INLINE float load(_Float16 x) { return static_cast<float>(x); }
+MEGATRON_EXT_INLINE float load(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+template <typename T>
+struct Store;
+template <>
+struct Store<float> {
+  MEGATRON_EXT_INLINE static float from(float x) { return x; }
+};
+template <>
+struct Store<_Float16> {
+  MEGATRON_EXT_INLINE static _Float16 from(float x) { return static_cast<_Float16>(x); }
+};
+template <>
+struct Store<BFloat16> {
+  // Rounds to nearest, ties to even. A NaN must not be rounded to infinity.
+  MEGATRON_EXT_INLINE static BFloat16 from(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+  }
+};
+
+// The number of elements per block. Each statistic is one pass over a block, which stays in the
+// first-level cache, because separate loops are vectorized better than one loop for all sums.
+// Elements of 16 bits are converted a block at a time: a compiler does not vectorize the conversion
+// of fp16, and folds one to double into a call.
+inline constexpr int64_t kBlock = 2048;
+
+struct Block {
+  // Behind them a line, so that two blocks do not lie a multiple of a page apart: a processor would
+  // take a load from one for a load of what it has just stored to the other.
+  alignas(64) float values[kBlock + 16];
+};
+
+template <typename T>
+MEGATRON_EXT_INLINE void widen(const T* x, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = load(x[i]);
+  }
+}
+
+template <typename T>
+MEGATRON_EXT_INLINE void narrow(const float* x, int64_t n, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = Store<T>::from(x[i]);
+  }
+}
+
+#if defined(MEGATRON_EXT_F16C)
+// The conversions of fp16, 8 elements at a time.
+template <>
+MEGATRON_EXT_INLINE void widen(const _Float16* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+  for (; i < n; ++i) {
+    out[i] = load(x[i]);
+  }
+}
+
+template <>
+MEGATRON_EXT_INLINE void narrow(const float* x, int64_t n, _Float16* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+  for (; i < n; ++i) {
+    out[i] = static_cast<_Float16>(x[i]);
+  }
+}
+#endif
+
+// Returns the values of a block: fp32 where they are, others in `room`.
+template <typename T>
+MEGATRON_EXT_INLINE const float* values_of(const T* x, int64_t n, Block& room) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    widen(x, n, room.values);
+    return room.values;
+  }
+}
+
+}  // namespace
+}  // namespace megatron_ext
