@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-bridge \
-    test-te test-gpu soak faults contract pytest bench clean
+    test-te test-torch test-gpu soak faults contract pytest bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ test-bridge: bootstrap ## the tests that train with Megatron-Bridge
 test-te: bootstrap ## the tests with the optimizer classes of Transformer Engine
 	@overlay=$$(.ci/overlay te) && PYTHONPATH=$$overlay \
 	    $(PYTEST) tests/te --require-te $(PYTEST_ARGS)
+
+test-torch: bootstrap ## build the kernels against the oldest torch that they support
+	@overlay=$$(.ci/overlay torch) && MEGATRON_EXT_OLD_TORCH=$$overlay \
+	    $(PYTHON_BIN) -m pytest tests/_ops/test_old_torch.py $(PYTEST_ARGS)
 
 SECONDS ?= 600
 PHASES ?= 100

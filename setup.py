@@ -263,8 +263,19 @@ def _run(command: list[object]) -> str:
     log = f"$ {' '.join(words)}\n{done.stdout}{done.stderr}"
     if done.returncode:
         print(log, file=sys.stderr)
-        raise Impossible(f"{words[0]} failed on {words[-3]} with exit status {done.returncode}")
+        raise Impossible(
+            f"{words[0]} failed on {words[-3]} with exit status {done.returncode}"
+            f"{_first_error(done.stdout + done.stderr)}"
+        )
     return log
+
+
+def _first_error(output: str) -> str:
+    """The first line in which a compiler or linker says what is wrong; empty if there is none."""
+    for line in output.splitlines():
+        if re.search(r"\berror\b|undefined reference|cannot find", line):
+            return f": {line.strip()[:300]}"
+    return ""
 
 
 class Wheel(bdist_wheel):

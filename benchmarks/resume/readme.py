@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .. import markers
+from ..markers import RESULTS, ROOT
 from .report import figures
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-_BEGIN, _END = "<!-- figures of benchmarks/resume -->\n", "<!-- end of figures -->\n"
 
 
 def newest() -> Path | None:
@@ -24,10 +22,6 @@ def filled(text: str, result: Path) -> str:
     Raises:
         ValueError: It has no such place.
     """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"README.md: expected {_BEGIN!r} and {_END!r}, found no such lines")
     content = json.loads(result.read_text())
     facts = content["facts"]
     lines = [
@@ -36,7 +30,7 @@ def filled(text: str, result: Path) -> str:
         "",
         *figures(content),
     ]
-    return before + begin + "\n".join(lines) + "\n" + end + after
+    return markers.filled(text, "resume", lines)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,21 @@ def test_a_compiler_that_fails_is_no_silent_success(tmp_path: Path) -> None:
     assert built.record["cuda"] == "not built: MEGATRON_EXT_BUILD_CUDA=0"
 
 
+def test_the_first_error_of_a_compiler_is_in_the_record(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\necho 'In file included from here' >&2\n"
+        "echo 'a.h:3:4: error: this torch is not for us' >&2\necho 'b.h: error: 2' >&2\nexit 4\n"
+    )
+    compiler.chmod(0o755)
+    built = build(tmp_path, CXX=str(compiler), MEGATRON_EXT_BUILD_CUDA="0")
+    assert re.fullmatch(
+        rf"not built: {re.escape(str(compiler))} failed on csrc/\S+ with exit status 4: "
+        r"a\.h:3:4: error: this torch is not for us",
+        built.record["cpu"],
+    )
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
