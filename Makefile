@@ -67,7 +67,8 @@ test-bridge: bootstrap ## the tests that train with Megatron-Bridge
 test-te: bootstrap ## the tests with the optimizer classes of Transformer Engine
 	@overlay=$$(.ci/overlay te) && PYTHONPATH=$$overlay \
 	    $(PYTEST) tests/te --require-te $(PYTEST_ARGS)
-	@overlay=$$(.ci/overlay te-$(OLDEST_TE)) && PYTHONPATH=$$overlay \
+	@overlay=$$(.ci/overlay te-$(OLDEST_TE)) && megatron=$$(.ci/overlay $(lastword $(MATRIX))) && \
+	    PYTHONPATH=$$megatron:$$overlay \
 	    $(PYTEST) tests/te/test_cells.py --require-te $(PYTEST_ARGS)
 
 SECONDS ?= 600

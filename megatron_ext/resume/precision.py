@@ -36,7 +36,8 @@ def store_scaled(
     """Store the loaded moments that have a scale.
 
     Returns:
-        What is left for the stock loader.
+        What is left for the stock loader: tensors, because that of 0.16 fails with the mark of
+        padding in dp_reshardable, which 0.17 leaves out.
     """
     inner, param = optimizer.optimizer, state_key(optimizer, model_param)
     if _MASTER not in inner.state.get(param, {}):
@@ -44,7 +45,7 @@ def store_scaled(
     scaled = [key for key in MOMENT_KEYS if key in tensors and is_scaled(inner, key)]
     for key in scaled:
         store(inner, param, key, tensors[key])
-    return {key: value for key, value in tensors.items() if key not in scaled}
+    return {k: v for k, v in tensors.items() if k not in scaled and isinstance(v, torch.Tensor)}
 
 
 @torch.no_grad()
