@@ -7,9 +7,7 @@ Transformer Engine's are no fp32 master weights:
 - Remainders, the low halves of master weights whose high halves are the model's bf16 weights
   (``store_param_remainders``, core/optimizer/optimizer_config.py:192, 0.19.2). They are stored as
   int16, or as whole floats if the state is by parameter. Every weight fits them.
-- fp16 master weights (``--main-params-dtype fp16``). TE rounds the result of a step into them and
-  into the model, so that the two may differ by one rounding
-  (transformer_engine/pytorch/optimizers/fused_adam.py).
+- fp16 master weights, which may differ by one rounding (`megatron_ext.checkpoint.fp16_masters`).
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 from ..base.schema import Count, Real
+from ..checkpoint import fp16_masters
 from ..checkpoint.names import MASTER, kind_and_key
 from ..checkpoint.state_keys import state_dtype
 from ..checkpoint.stored import StoredCheckpoint
@@ -31,9 +30,6 @@ from .slabs import Progress, moment_keys, pieces_of, slab_pairs, total_bytes
 ROUNDED = (torch.bfloat16, torch.float16, torch.float32)
 REMAINDER = torch.int16
 _LOW, _HIGH = torch.iinfo(REMAINDER).min, torch.iinfo(REMAINDER).max
-#: fp16 master weights have one scale for a tensor. The smallest of them has this share of the
-#: largest: the smallest number of fp16 by the largest that TE stores.
-_SMALLEST = 2.0**-24 / (65504.0 / 2.0)
 
 #: What is said of remainders.
 ONLY_HALF = (
@@ -174,7 +170,7 @@ def compared_with(before: Compared, master: torch.Tensor, weight: torch.Tensor) 
     x, y = rounded.double(), weight.double()
     differs = (x != y) & ~(x.isnan() & y.isnan())
     distance = (x - y)[differs].abs().nan_to_num(0.0, posinf=torch.inf)
-    near = _nearness(master, weight).expand_as(y)[differs] >= distance
+    near = fp16_masters.distance(master.double(), weight)[differs] >= distance
     largest = float(distance.max()) if len(distance) else 0.0
     return Compared(
         before.name,
@@ -220,13 +216,6 @@ def _whole(master: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     low_enough = (master >= _LOW) & (master <= _HIGH)
     return bool((low_enough & (master == master.round())).all())
-
-
-def _nearness(master: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the largest distance of the two if both were rounded from one number."""
-    one = torch.finfo(weight.dtype).eps * weight.double().abs()
-    largest = master.double().abs().nan_to_num(0.0).max()
-    return torch.maximum(one, largest * _SMALLEST)
 
 
 def explain(stored: StoredCheckpoint, proof: MasterProof) -> Sequence[str]:

@@ -105,9 +105,14 @@ def _converted(
     """Return remainders as they are wanted; what is not a remainder is returned unchanged.
 
     Whole numbers that are not the weights are taken for remainders. The state of an optimizer has
-    either remainders or master weights, so that `Proof` notes both for all ranks to compare.
+    either remainders or master weights, so that `Proof` notes both for all ranks to compare. The
+    first parameter that has master weights for certain tells of all that follow, which costs no
+    look at their elements: a GPU is waited for once.
     """
     if weight.dtype != torch.bfloat16 or type(weight) is not torch.Tensor:
+        return loaded
+    if proof.masters and loaded.dtype != _REMAINDER:
+        proof.masters += loaded.numel()
         return loaded
     here = weight.to(loaded.device)
     if loaded.dtype != _REMAINDER:
@@ -120,6 +125,8 @@ def _converted(
         proof.remainders[number] = Difference(
             int((distance > 0).sum()), loaded.numel(), float(distance.max())
         )
+    else:
+        proof.remainders[number] = Difference(0, loaded.numel(), 0.0)
     remainder = loaded.to(_REMAINDER)
     return remainder if wanted == _REMAINDER else joined(here, remainder)
 

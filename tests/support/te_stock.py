@@ -77,6 +77,13 @@ def with_other_weights(layout: Layout, hyper: Hyper, steps: int, directory: str)
     harness.save(run, directory)
 
 
+def saved(layout: Layout, hyper: Hyper, steps: int, directory: str) -> None:
+    """Train and save."""
+    run = harness.build(layout, hyper)
+    harness.train(run, steps)
+    harness.save(run, directory)
+
+
 def of_zeros(layout: Layout, hyper: Hyper, steps: int, directory: str, unused: str) -> State:
     """Save moments that are all zero.
 
