@@ -146,3 +146,20 @@ def test_moments_that_stock_has_saved_as_zeros_are_zeros(
 
 def test_every_form_of_zeros_is_a_case() -> None:
     assert len(ZEROS) == len(set(ZEROS)) == 12
+
+
+#: How often a load of any number of parameters waits for the device.
+WAITS = {"bf16": 1, "fp16": 1, "fp8 and fp16": 1, "fp16 masters": 1, "remainders": 0}
+
+
+@pytest.mark.parametrize("precision", WAITS)
+def test_a_load_waits_for_the_device_once(
+    precision: str, stock: RankPool, ext: RankPool, tmp_path: Any
+) -> None:
+    layout = Layout(precision=precision)
+    directory = str(tmp_path / "iter_0000004")
+    run: dict[str, Any] = dict(layout=layout, directory=directory)
+    stock.run("tests.support.te_stock:saved", 1, hyper=FIRST, steps=STEPS, **run)
+    ((written, waits),) = ext.run("tests.support.proof_cases:waits", 1, hyper=SECOND, **run)
+    assert written > 20
+    assert waits == WAITS[precision]
