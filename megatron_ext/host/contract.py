@@ -300,6 +300,27 @@ CONTRACT = (
         reference="core/optimizer/distrib_optimizer.py:747; the parameters that this rank holds",
     ),
     HostName(
+        f"{CORE}.cpu_offloading.hybrid_optimizer",
+        "HybridDeviceOptimizer.dummy_step",
+        reference="core/optimizer/cpu_offloading/hybrid_optimizer.py:453; makes its state",
+    ),
+    HostName(
+        f"{CORE}.cpu_offloading.hybrid_optimizer",
+        "HybridDeviceOptimizer.param_to_inner_param",
+        instance=True,
+        reference="core/optimizer/cpu_offloading/hybrid_optimizer.py:189; its copies of weights",
+    ),
+    HostName(
+        f"{CORE}.cpu_offloading.hybrid_optimizer",
+        "HybridDeviceOptimizer.sub_optimizers",
+        reference="core/optimizer/cpu_offloading/hybrid_optimizer.py:466; the optimizers inside",
+    ),
+    HostName(
+        f"{CORE}.cpu_offloading.hybrid_optimizer",
+        "HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers",
+        reference="core/optimizer/cpu_offloading/hybrid_optimizer.py:323; gives them the state",
+    ),
+    HostName(
         f"{CORE}.distrib_optimizer",
         "DistributedOptimizer.model_param_group_index_map",
         instance=True,

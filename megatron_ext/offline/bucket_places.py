@@ -105,8 +105,11 @@ def _foreign(
         f"that they are the model's weights, rounded to {bucket.dtype}, but elements {begin} to "
         f"{end} of {bucket.states[MASTER]} are no weights that the checkpoint stores. If the "
         "weights were edited after the save, resume with --selective-master-weights model and "
-        "save with --dist-ckpt-optim-fully-reshardable; otherwise a file is damaged: restore it "
-        "or convert another iteration"
+        "save with --dist-ckpt-optim-fully-reshardable; if the run had --main-params-dtype fp16, "
+        "its master weights are rounded on their own and tell nothing: load the checkpoint with "
+        "the configuration that wrote it and save it once more with "
+        "--dist-ckpt-optim-fully-reshardable; otherwise a file is damaged: restore it or convert "
+        "another iteration"
     )
 
 

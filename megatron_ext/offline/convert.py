@@ -97,7 +97,11 @@ def convert(
 
 def _require_convertible(stored: StoredCheckpoint, to: str | None) -> None:
     if stored.sharding_type != FLATTENED:
-        kind = stored.sharding_type or f"{stored.format} without a distributed optimizer's state"
+        kind = stored.sharding_type or (
+            "the format torch"
+            if stored.store is None
+            else "torch_dist without a distributed optimizer's state"
+        )
         other_way = ""
         if kind == convert_buckets.SOURCE:
             other_way = f", or convert it with --to {_TARGET}"

@@ -26,6 +26,7 @@ from .bucket_places import Places, find
 from .bucket_reading import Reader, buckets_of, weights_of
 from .bucket_weights import Weights, fingerprint
 from .common_state import plain, with_values
+from .master_proof import ONLY_HALF, has_remainders
 from .new_checkpoint import TensorWriter, Written, copy_others
 
 SOURCE = "dp_reshardable"
@@ -46,6 +47,7 @@ def write(stored: StoredCheckpoint, directory: Path) -> Written:
     Raises:
         CheckpointError: The checkpoint is damaged, or it is not certain which parameter lies where.
     """
+    _require_masters(stored)
     store = Store(stored.directory)
     values = _common(store)
     buckets = buckets_of(store)
@@ -71,6 +73,16 @@ def write(stored: StoredCheckpoint, directory: Path) -> Written:
     if (path := stored.directory / COMMON).is_file():
         (directory / COMMON).write_bytes(with_values(path.read_bytes(), values, str(path)))
     return Written(made, copied, writer.size, differing)
+
+
+def _require_masters(stored: StoredCheckpoint) -> None:
+    if has_remainders(stored):
+        raise CheckpointError(
+            f"{stored.directory}: expected master weights, which tell what a bucket holds, found "
+            f"int16 numbers: {ONLY_HALF}. Load the checkpoint with the configuration that wrote it "
+            "and megatron_ext.SelectiveAdam, which saves whole master weights with "
+            "--dist-ckpt-optim-fully-reshardable"
+        )
 
 
 def _common(store: Store) -> dict[str, Any]:

@@ -40,15 +40,23 @@ class _Plan(NamedTuple):
 
 
 def needed(stored: StoredCheckpoint) -> bool:
-    """Whether some stored master weights are not the model's weights.
+    """Whether some stored master weights are not the model's weights, not even rounded twice.
 
     Args:
         stored: A checkpoint with state by parameter.
 
     Raises:
-        CheckpointError: A file is damaged.
+        CheckpointError: A file is damaged, or the master weights are remainders.
     """
-    return bool(master_proof.prove(stored).differences)
+    found = master_proof.prove(stored)
+    if found.remainders:
+        raise CheckpointError(
+            f"{stored.directory}: expected master weights, which tell whether the state was stored "
+            f"shifted, found {found.remainders} whole numbers: {master_proof.ONLY_HALF}. "
+            "megatron_ext.SelectiveAdam loads them; saved again by it they are master weights"
+        )
+    wrong = sum(d.elements for d in found.differences)
+    return wrong > 0 and wrong != found.rounded_twice
 
 
 def write(stored: StoredCheckpoint, directory: Path) -> Written:
@@ -104,7 +112,8 @@ def _require_explained(stored: StoredCheckpoint, reader: Reader, found: Sequence
         f"{stored.directory}: expected master weights that are the model's weights, rounded to "
         "their dtype, in their own place or where stock Megatron 0.16 to 0.19 stores them if "
         f"several buckets are padded. Elements that differ: {first_of(named)}. The weights were "
-        "edited after the save, a file is damaged, or the order of the parameters in the run's "
+        "edited after the save, a file is damaged, the run had --main-params-dtype fp16, whose "
+        "master weights are rounded on their own, or the order of the parameters in the run's "
         "buffers is not the one of Megatron's GPT. If only the weights were edited, resume with "
         "--selective-master-weights model; otherwise restore the checkpoint or convert another "
         "iteration"

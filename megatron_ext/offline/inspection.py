@@ -21,6 +21,7 @@ from ..checkpoint.store import COMMON
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..policy.phase import Mark
+from .master_proof import ONLY_HALF, has_remainders
 
 #: Short name of a parallel size -> the saved argument.
 _PARALLEL_SIZES = {
@@ -211,6 +212,8 @@ def _notes(stored: StoredCheckpoint, moments: Sequence[StateTensors]) -> Iterato
         )
     elif not moments:
         yield f"moments: none are stored as tensors (sharding {stored.sharding_type})"
+    if has_remainders(stored):
+        yield f"moments: the elements of param are no master weights: {ONLY_HALF}"
     if not stored.args:
         yield "no arguments were saved"
 

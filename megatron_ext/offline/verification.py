@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ from ..checkpoint.store import COMMON, Store, read_file
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
 from . import master_proof, slabs
-from .master_proof import MasterDifference
+from .master_proof import Compared, MasterProof
 from .slabs import Piece, Progress
 from .stored_items import storage_parts, tensor_parts
 from .verified import Damage, Findings, Verification
@@ -39,7 +39,7 @@ def verify(stored: StoredCheckpoint, progress: Progress | None = None) -> Verifi
         stored: The checkpoint.
         progress: Called with the number of bytes just read; their sum is `total_bytes`.
     """
-    found = Findings()
+    found, masters = Findings(), MasterProof(0)
     for path in _whole_files(stored):
         _read_whole(path, path.relative_to(stored.directory).as_posix(), found)
         if progress is not None:
@@ -54,14 +54,19 @@ def verify(stored: StoredCheckpoint, progress: Progress | None = None) -> Verifi
         ):
             said = f"expected {problem.expected}, found {problem.found}"
             found.damages.append(Damage(problem.file, "", said))
-        _Reader(stored, stored.store, found).read(progress)
-    return found.result(str(stored.directory), tuple(_notes(stored)))
+        masters = master_proof.conclude(
+            _Reader(stored, stored.store, found).read(progress), stored.args
+        )
+    return found.result(str(stored.directory), masters, tuple(_notes(stored)))
 
 
 def _notes(stored: StoredCheckpoint) -> Iterator[str]:
     if stored.optimizers and not master_proof.masters_of(stored):
         kind = stored.sharding_type or f"the format {stored.format}"
-        yield f"the master weights were not compared: {kind} does not store them by parameter"
+        halves = f", and {master_proof.ONLY_HALF}" if master_proof.has_remainders(stored) else ""
+        yield (
+            f"the master weights were not compared: {kind} does not store them by parameter{halves}"
+        )
 
 
 def _whole_files(stored: StoredCheckpoint) -> list[Path]:
@@ -125,14 +130,14 @@ class _Reader:
         self._partners: dict[str, str] = {}
         #: Master weights that are cut into other pieces -> the weights.
         self._apart: dict[str, str] = {}
-        self._compared: dict[str, MasterDifference] = {}
+        self._compared: dict[str, Compared] = {}
         for master, weight in master_proof.masters_of(stored).items():
             if state_dtype(self._entries[weight]) in master_proof.ROUNDED:
-                self._compared[weight] = MasterDifference(weight, 0, 0, 0.0)
+                self._compared[weight] = Compared(weight)
                 self._pair(master, weight)
 
-    def read(self, progress: Progress | None) -> None:
-        """Read every item."""
+    def read(self, progress: Progress | None) -> Iterable[Compared]:
+        """Read every item; return the comparison of the master weights."""
         items = sorted(
             self._store.index.storage_data.items(),
             key=lambda item: (item[1].relative_path, item[1].offset),
@@ -160,7 +165,7 @@ class _Reader:
                     progress(one.length)
         for master, weight in self._apart.items():
             self._compare_apart(master, weight)
-        self._found.masters += self._compared.values()
+        return self._compared.values()
 
     def _find_pieces(self) -> dict[str, dict[tuple[int, ...], Piece]]:
         sizes = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..base.schema import Count
-from .master_proof import MasterDifference, MasterProof
+from .master_proof import MasterProof
 from .moment_scan import unusable
 
 
@@ -84,7 +84,6 @@ class Findings:
     damages: list[Damage] = field(default_factory=list)
     #: Name of a tensor -> its unusable elements, and all.
     elements: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
-    masters: list[MasterDifference] = field(default_factory=list)
 
     def count(self, name: str, state: str, part: torch.Tensor) -> None:
         """Count the elements of a part of a tensor.
@@ -105,15 +104,15 @@ class Findings:
         self.items += 1
         self.size += size
 
-    def result(self, directory: str, notes: tuple[str, ...]) -> Verification:
+    def result(self, directory: str, masters: MasterProof, notes: tuple[str, ...]) -> Verification:
         """Return everything that was found.
 
         Args:
             directory: Directory of the iteration.
+            masters: The comparison of the master weights.
             notes: What was not checked.
         """
         bad = [UnusableValues(name, n, of) for name, (n, of) in self.elements.items() if n]
-        differing = sorted((d for d in self.masters if d.elements), key=lambda d: d.name)
         return Verification(
             directory=directory,
             files=len(self.files),
@@ -121,6 +120,6 @@ class Findings:
             size=self.size,
             damages=tuple(dict.fromkeys(self.damages)),
             values=tuple(sorted(bad, key=lambda v: v.name)),
-            master_weights=MasterProof(sum(d.of for d in self.masters), tuple(differing)),
+            master_weights=masters,
             notes=notes,
         )

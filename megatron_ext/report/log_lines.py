@@ -66,6 +66,8 @@ def _master_lines(report: OptimizerReport) -> list[str]:
         return [" > master weights: made from the model's weights, the checkpoint's are not used"]
     count = report.loaded.elements.get("param", 0)
     proven = f"{report.loaded.proven} of {count} elements are proven to be the model's weights"
+    if halves := report.loaded.remainders:
+        proven += f"; {halves} were stored as remainders, which fit any weights"
     return [f" > master weights: {proven}"] if count else []
 
 

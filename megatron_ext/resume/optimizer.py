@@ -27,7 +27,7 @@ from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
-from . import merge, precision, saving, selective_read
+from . import merge, offload, precision, saving, selective_read
 from .other_optimizer import for_distributed
 from .parameter_map import Slot
 from .parameters import state_key
@@ -97,6 +97,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
                 raise (self._request_error() or e) from e
         require_readable(kwargs.get("metadata", args[2] if len(args) > 2 else None))
         load = self.resume.enter("allocate", self)
+        offload.allocate(self.optimizer)
         new = not self.is_stub_optimizer and not self.optimizer.state
         with contextlib.nullcontext() if self.is_stub_optimizer else self._self_load():
             state_dict = super().sharded_state_dict(*args, **kwargs)
@@ -157,6 +158,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         self._masters_from_model = plan.policy.master_weights == "model"
         merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
         self._place_grad_scaler(plan, merged)
+        offload.allocate(self.optimizer)
         if is_torch_adam(self.optimizer):
             allocate_torch_adam_state(self.optimizer)
             for group in optimizer_section(merged)[1]["param_groups"]:
@@ -199,6 +201,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         super().load_parameter_state_from_dp_zero(
             state_dict, update_legacy_format=update_legacy_format
         )
+        offload.hand_over(self.optimizer)
         plan, self._awaiting_parameter_state = self._awaiting_parameter_state, None
         if plan is not None:
             if update_legacy_format:

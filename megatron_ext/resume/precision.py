@@ -36,7 +36,8 @@ def store_scaled(
     """Store the loaded moments that have a scale.
 
     Returns:
-        What is left for the stock loader.
+        What is left for the stock loader: tensors, because that of 0.16 fails with the mark of
+        padding in dp_reshardable, which 0.17 leaves out.
     """
     inner, param = optimizer.optimizer, state_key(optimizer, model_param)
     if _MASTER not in inner.state.get(param, {}):
@@ -44,7 +45,7 @@ def store_scaled(
     scaled = [key for key in MOMENT_KEYS if key in tensors and is_scaled(inner, key)]
     for key in scaled:
         store(inner, param, key, tensors[key])
-    return {key: value for key, value in tensors.items() if key not in scaled}
+    return {k: v for k, v in tensors.items() if k not in scaled and isinstance(v, torch.Tensor)}
 
 
 @torch.no_grad()
@@ -104,9 +105,14 @@ def _converted(
     """Return remainders as they are wanted; what is not a remainder is returned unchanged.
 
     Whole numbers that are not the weights are taken for remainders. The state of an optimizer has
-    either remainders or master weights, so that `Proof` notes both for all ranks to compare.
+    either remainders or master weights, so that `Proof` notes both for all ranks to compare. The
+    first parameter that has master weights for certain tells of all that follow, which costs no
+    look at their elements: a GPU is waited for once.
     """
     if weight.dtype != torch.bfloat16 or type(weight) is not torch.Tensor:
+        return loaded
+    if proof.masters and loaded.dtype != _REMAINDER:
+        proof.masters += loaded.numel()
         return loaded
     here = weight.to(loaded.device)
     if loaded.dtype != _REMAINDER:
@@ -119,6 +125,8 @@ def _converted(
         proof.remainders[number] = Difference(
             int((distance > 0).sum()), loaded.numel(), float(distance.max())
         )
+    else:
+        proof.remainders[number] = Difference(0, loaded.numel(), 0.0)
     remainder = loaded.to(_REMAINDER)
     return remainder if wanted == _REMAINDER else joined(here, remainder)
 

@@ -18,6 +18,7 @@ import torch
 from .. import _ops
 from ..base import ranks
 from ..base.text import first_of
+from ..checkpoint import fp16_masters
 from ..errors import CheckpointError
 from .parameters import Held, held_parameters, names_of
 
@@ -115,12 +116,14 @@ class Proof:
 
         The bytes read are those of the master weights and of the weights, once. What the load has
         written is compared: an fp32 parameter is its own master weight, and is compared before.
+        fp16 master weights may be one rounding away (`megatron_ext.checkpoint.fp16_masters`).
 
         Args:
             optimizer: A DistributedOptimizer or Float16OptimizerWithFloat16Params. An FP32Optimizer
                 has no master weights.
         """
         by_device: dict[torch.device, list[_Pair]] = {}
+        twice_rounded: list[tuple[Held, torch.Tensor]] = []
         for held in held_parameters(optimizer):
             state = optimizer.optimizer.state.get(held.key, {})
             # The key is the model's own weight if the master weight is in the state
@@ -129,6 +132,9 @@ class Proof:
             pair = _comparable(held.model_param, master, held.begin, held.end)
             if pair is None or id(held.model_param) in self.done:
                 continue
+            if master.dtype == torch.float16 and master is not held.key:
+                twice_rounded.append((held, pair[1]))
+                continue
             found = (id(held.model_param), *pair)
             if pair[0].device != pair[1].device:
                 self._compare([found])  # a copy of one weight at a time (--optimizer-cpu-offload)
@@ -136,6 +142,21 @@ class Proof:
                 by_device.setdefault(pair[0].device, []).append(found)
         for pairs in by_device.values():
             self._compare(pairs)
+        self._compare_twice_rounded(optimizer.optimizer, twice_rounded)
+
+    @torch.no_grad()
+    def _compare_twice_rounded(
+        self, inner: Any, pairs: Sequence[tuple[Held, torch.Tensor]]
+    ) -> None:
+        """Compare fp16 master weights, of which one has a copy at a time, with one read back."""
+        counts = [_beyond(inner.get_unscaled_state(h.key, "master_param"), w) for h, w in pairs]
+        found = torch.stack(counts).tolist() if counts else []
+        for (held, weight), (elements, largest) in zip(pairs, found, strict=True):
+            if elements:
+                here = Difference(int(elements), weight.numel(), largest)
+                self.differences[id(held.model_param)] = here
+            else:
+                self.proven += weight.numel()
 
     @torch.no_grad()
     def _compare(self, pairs: Sequence[_Pair]) -> None:
@@ -208,6 +229,18 @@ def _comparable(
     if type(weight) is not torch.Tensor or not (_is_float(weight) and _is_float(master)):
         return None
     return master.detach().reshape(-1), weight.view(-1)[begin:end]
+
+
+def _beyond(master: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Count the elements that were not rounded from the same number, and their largest distance."""
+    if not weight.numel():
+        return torch.zeros(2, dtype=torch.float64, device=weight.device)
+    flat = master.view(-1)
+    apart = (flat - weight.float()).abs()
+    # NaN in one of them is a difference; in both it is none.
+    equal = (apart <= fp16_masters.distance(flat, weight)) | (flat.isnan() & weight.isnan())
+    largest = torch.where(equal, 0.0, apart.nan_to_num(0.0)).max()
+    return torch.stack([(~equal).sum().double(), largest.double()])
 
 
 def _is_float(tensor: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,7 @@ def is_scaled(inner: Any, key: str) -> bool:
 
 @torch.no_grad()
 def store(inner: Any, param: torch.Tensor, key: str, values: torch.Tensor) -> None:
-    """Write a scaled moment, which may be zero or not finite.
+    """Write a scaled moment, which may be zero or not finite, without waiting for its device.
 
     TE's ``set_scaled_state`` divides by the largest value. One NaN or infinite element makes the
     whole tensor NaN. So do zeros in fp8, and values so small that fp32 does not have the scale's
@@ -87,47 +86,25 @@ def store(inner: Any, param: torch.Tensor, key: str, values: torch.Tensor) -> No
         inner: TE's FusedAdam, which has state for the parameter.
         param: The key of its state.
         key: ``exp_avg`` or ``exp_avg_sq``.
-        values: fp32, of the parameter's shape. Their content is lost.
+        values: fp32, of the parameter's shape.
     """
     if not values.numel():
         return
-    smallest = _LARGEST_STORED[inner.name_to_dtype_map[key]] * torch.finfo(torch.float32).tiny
-    if smallest <= _largest(values) < math.inf:
-        inner.set_scaled_state(param, key, values)
-        return
+    stored = inner.state[param][key]
     finite = values.isfinite()
     usable = values.where(finite, 0.0)
-    stored = inner.state[param][key]
-    if _largest(usable) >= smallest:
-        inner.set_scaled_state(param, key, usable)
-    else:
-        _store_zeros(inner, param, key)
-    if not finite.all():
-        _put_nonfinite(stored, values, ~finite)
-
-
-def _largest(values: torch.Tensor) -> float:
-    low, high = torch.aminmax(values)
-    return float(torch.maximum(-low, high))
-
-
-def _store_zeros(inner: Any, param: torch.Tensor, key: str) -> None:
-    stored = inner.state[param][key]
-    inner._scales[param][key].fill_(1.0)
-    if hasattr(stored, "_scale_inv"):
-        stored._data.zero_()
-        stored._scale_inv.fill_(1.0)
-        stored._quantizer.scale.fill_(1.0)
-    else:
-        stored.zero_()
-
-
-def _put_nonfinite(stored: Any, values: torch.Tensor, where: torch.Tensor) -> None:
+    low, high = torch.aminmax(usable)
+    smallest = _LARGEST_STORED[inner.name_to_dtype_map[key]] * torch.finfo(torch.float32).tiny
+    too_small = torch.maximum(-low, high) < smallest
+    # In the place of values that are too small, a number with a scale; it is overwritten.
+    inner.set_scaled_state(param, key, usable.masked_fill_(too_small, 1.0))
     if hasattr(stored, "_data"):
-        stored._data.masked_fill_(where.view(stored._data.shape), _E4M3_NAN)  # it has no infinity
+        data = stored._data
+        data.masked_fill_(too_small, 0)
+        data.masked_fill_(~finite.view(data.shape), _E4M3_NAN)  # it has no infinity
     else:
-        there = where.view(stored.shape)
-        stored[there] = values.view(stored.shape)[there].to(stored.dtype)
+        stored.masked_fill_(too_small, 0.0)
+        stored.copy_(stored.where(finite.view(stored.shape), values.view(stored.shape)))
 
 
 def rules_of(shard: MomentShard, which: int) -> list[ElementRule | FillColumns]:

@@ -181,9 +181,7 @@ class Selective:
         else:
             bad = done.unusable_before
             loaded.nonfinite = sum(found.total for found in bad.values())
-        # TE rounds the fp32 result of a step twice if master weights are fp16, into the model and
-        # into them (transformer_engine/pytorch/optimizers/fused_adam.py).
-        if plan.policy.master_weights != "model" and self.config.main_params_dtype == torch.float32:
+        if plan.policy.master_weights != "model":
             proof.compare_all(self)
         loaded.proven, loaded.differing = proof.proven, proof.differing
         loaded.masters = proof.masters

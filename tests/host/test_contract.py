@@ -17,6 +17,7 @@ OTHERS = ("api.py",)
 CLASSES = (
     "core/optimizer/optimizer.py",
     "core/optimizer/distrib_optimizer.py",
+    "core/optimizer/cpu_offloading/hybrid_optimizer.py",
     "core/distributed/param_and_grad_buffer.py",
     "core/dist_checkpointing/mapping.py",
     "core/optimizer_param_scheduler.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import random
@@ -152,7 +153,8 @@ def test_master_weights_of_another_model_are_counted(
 ) -> None:
     cuts = [(slice(0, 5), slice(0, 6)), (slice(5, 8), slice(0, 6))] if cut else None
     status, document = verified(small(tmp_path / "same", cuts), capsys)
-    assert (status, document["master_weights"]) == (0, {"elements": 48, "differences": []})
+    equal = {"elements": 48, "differences": [], "rounded_twice": 0, "remainders": 0}
+    assert (status, document["master_weights"]) == (0, equal)
     other = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
     status, document = verified(small(tmp_path / "other", cuts, **{MASTER: other}), capsys)
     (found,) = document["master_weights"]["differences"]
@@ -162,6 +164,76 @@ def test_master_weights_of_another_model_are_counted(
     wanted = other.bfloat16().double() - torch.randn(8, 6).bfloat16().double()
     assert (found["name"], found["elements"]) == (WEIGHT, int((wanted != 0).sum()))
     assert found["largest"] == float(wanted.abs().max())
+
+
+def whole(seed: int) -> torch.Tensor:
+    """Remainders as stock stores them by parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(1 << 15), 1 << 15, (8, 6), generator=generator).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+@pytest.mark.parametrize("cut", [False, True])
+def test_remainders_are_not_taken_for_master_weights(
+    cut: bool, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = [(slice(0, 5), slice(0, 6)), (slice(5, 8), slice(0, 6))] if cut else None
+    low = whole(3).to(dtype)
+    directory = small(tmp_path / "ck", cuts, **{MASTER: low})
+    status, document = verified(directory, capsys)
+    assert status == 0
+    found = {"elements": 0, "differences": [], "rounded_twice": 0, "remainders": 48}
+    assert document["master_weights"] == found
+    assert main(["inspect", str(directory), "--moments", "--json"]) == 0
+    inspected_ = json.loads(capsys.readouterr().out)
+    assert inspected_["master_weights"] == found
+    assert ("remainders" in " ".join(inspected_["notes"])) == (dtype == torch.int16)
+    assert main(["verify", str(directory)]) == 0
+    assert "48 elements were not compared: they are remainders" in capsys.readouterr().out
+
+
+def test_whole_numbers_beside_master_weights_are_no_remainders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"v": torch.ones(8, 6).bfloat16(), "optimizer.state.param.v": torch.full((8, 6), 1.001)}
+    status, document = verified(small(tmp_path / "ck", None, **{MASTER: whole(3)}, **other), capsys)
+    assert status == 1
+    assert document["master_weights"]["remainders"] == 0
+    assert [d["name"] for d in document["master_weights"]["differences"]] == [WEIGHT]
+
+
+def test_fp16_master_weights_are_one_rounding_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
+    exact[0, 0] = 1 + 2.0**-8 + 2.0**-12  # rounded to fp16 it is a tie of bf16
+    scale = exact.abs().max() / 32752
+    master = (exact / scale).half().float() * scale
+    different = int((master.bfloat16() != exact.bfloat16()).sum())
+    assert different > 0
+    state: dict[str, Any] = {WEIGHT: exact.bfloat16(), MASTER: master}
+
+    def verify(name: str, dtype: torch.dtype | None, **changes: torch.Tensor) -> Any:
+        args = {} if dtype is None else {"args": argparse.Namespace(main_params_dtype=dtype)}
+        directory = inspected.store(tmp_path / name, {**state, **changes}, common=args)
+        return *verified(directory, capsys), (main(["verify", str(directory)]), capsys.readouterr())
+
+    status, document, (_, told) = verify("known", torch.float16)
+    masters = document["master_weights"]
+    assert (status, masters["differences"], masters["elements"]) == (0, [], 48)
+    assert masters["rounded_twice"] == different
+    assert f"{different} of these are one rounding away" in told.out
+    for name, dtype in (("unknown", None), ("fp32", torch.float32)):
+        status, document, (_, told) = verify(name, dtype)
+        (found,) = document["master_weights"]["differences"]
+        assert (status, found["elements"]) == (1, different)
+        assert "the checkpoint's arguments do not name" in told.out
+    edited = master.clone()
+    edited[3, 3] *= 1.01
+    status, document, (_, told) = verify("edited", torch.float16, **{MASTER: edited})
+    (found,) = document["master_weights"]["differences"]
+    assert (status, found["elements"]) == (1, 1)
+    assert "the optimizer state does not belong to the weights" in told.out
 
 
 def test_a_view_of_a_longer_storage_is_read(

@@ -205,6 +205,23 @@ def test_a_flipped_bit_of_a_weight_is_noticed(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("form", ["dp_reshardable", "fully_reshardable", "torch"])
+def test_a_load_waits_for_the_device_once(
+    form: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    """However many parameters there are."""
+    counts = []
+    for layers in (2, 4):
+        layout = replace(BF16, format=form, layers=layers)
+        directory, _ = checkpoints.phase_1(layout, 1)
+        run: dict[str, Any] = dict(layout=layout, hyper=SECOND, directory=directory)
+        (found,) = ext.run("tests.support.proof_cases:waits", 1, **run)
+        counts.append(found)
+    assert [waits for _, waits in counts] == [1, 1]
+    assert 20 < counts[0][0] < counts[1][0]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("number", ["0", "1", "3"])
 def test_whole_numbers_are_no_remainders_where_others_are_master_weights(
     number: str, ext: RankPool, checkpoints: Checkpoints

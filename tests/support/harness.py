@@ -74,7 +74,7 @@ class Layout:
     dtype: str = "bf16"
     distributed: bool = True
     format: str = "dp_reshardable"  # or fully_reshardable, torch
-    adam: str = "fused"  # or torch, offload
+    adam: str = "fused"  # or torch, offload, overlapped offload
     instances: int = 1
     overlap: bool = False
     hidden: int = 16
@@ -328,7 +328,7 @@ def inner_adam(kind: str) -> Iterator[None]:
     if kind == "fused":
         yield
         return
-    if kind == "offload":
+    if "offload" in kind:
         with offload.emulated():
             yield
         return
@@ -498,10 +498,10 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         params_dtype=half,
         use_distributed_optimizer=layout.distributed,
         overlap_param_gather=layout.overlap and layout.distributed,
-        optimizer_cpu_offload=layout.adam == "offload",
+        optimizer_cpu_offload="offload" in layout.adam,
         optimizer_offload_fraction=0.5,
-        overlap_cpu_optimizer_d2h_h2d=False,
-        use_precision_aware_optimizer=layout.adam == "offload" or bool(layout.precision),
+        overlap_cpu_optimizer_d2h_h2d=layout.adam == "overlapped offload",
+        use_precision_aware_optimizer="offload" in layout.adam or bool(layout.precision),
     )
     if layout.precision:
         wanted |= {"store_param_remainders": False, **PRECISIONS[layout.precision]}

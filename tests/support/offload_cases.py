@@ -19,7 +19,12 @@ def resumed(layout: Layout, directory: str, policy: str) -> dict[str, Any]:
     harness.load(run, directory)
     loaded = state_of(run)
     harness.train(run, MORE)
-    return {"loaded": loaded, "trained": state_of(run), "steps": steps_of(run)}
+    return {
+        "loaded": loaded,
+        "trained": state_of(run),
+        "steps": steps_of(run),
+        "losses": run.losses,
+    }
 
 
 def changed_live(layout: Layout, directory: str, policy: str, ours: bool) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from . import harness
 from .harness import Hyper, Layout
 
-HYPER = Hyper()
+#: Without a warm-up the learning rate is not 0 at a load.
+HYPER = Hyper(warmup_iters=0)
 MORE = 3
 
 
@@ -18,8 +19,9 @@ def phase_1(layout: Layout, directory: str) -> dict[str, Any]:
     run = harness.build(layout, HYPER)
     harness.train(run, 3)
     harness.save(run, directory)
+    saved = state_of(run)
     harness.train(run, MORE)
-    return state_of(run)
+    return {"saved": saved, "trained": state_of(run), "losses": run.losses}
 
 
 def changed_by_hand(layout: Layout, directory: str, factors: tuple[float, float]) -> dict[str, Any]:
@@ -32,19 +34,30 @@ def changed_by_hand(layout: Layout, directory: str, factors: tuple[float, float]
                 state[key].mul_(factor) if factor else state[key].zero_()
     changed = state_of(run)
     harness.train(run, MORE)
-    return {"loaded": changed, "trained": state_of(run), "steps": steps_of(run)}
+    return {
+        "loaded": changed,
+        "trained": state_of(run),
+        "steps": steps_of(run),
+        "losses": run.losses,
+    }
 
 
 def state_of(run: harness.Run) -> dict[str, Any]:
-    """Moments and master weights of each parameter on this rank, and where they lie."""
-    found = []
-    for inner in harness.inner_optimizers(run.optimizer):
-        for group in inner.param_groups:
-            for param in group["params"]:
-                state = inner.state[param]
-                keys = ("exp_avg", "exp_avg_sq", "master_param")
-                found.append({key: state[key].detach().clone().numpy() for key in keys})
-    return {"shards": found, "weights": [_bytes(p) for c in run.model for p in c.parameters()]}
+    """What this rank trains: moments and master weights of its inner optimizers, and the weights.
+
+    ``same`` tells whether HybridDeviceOptimizer, whose state is saved, has the same.
+    """
+    found, same = [], True
+    (inner,) = harness.inner_optimizers(run.optimizer)
+    for group in inner.param_groups:
+        for param in group["params"]:
+            own = inner.param_to_inner_param[param]
+            (state,) = (one.state[own] for one in inner.sub_optimizers if own in one.state)
+            trained = {"master_param": own, **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
+            same &= all(bool((inner.state[param][k] == v).all()) for k, v in trained.items())
+            found.append({k: v.detach().clone().numpy() for k, v in trained.items()})
+    weights = [_bytes(p) for c in run.model for p in c.parameters()]
+    return {"shards": found, "weights": weights, "same": same}
 
 
 def _bytes(weight: torch.Tensor) -> bytes:

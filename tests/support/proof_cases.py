@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.resume.members import members_of
 
@@ -46,3 +48,91 @@ def flipped(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str
         return {"type": type(e).__name__, "message": str(e)}
     assert seen > 3
     return {"type": "", "message": ""}
+
+
+def judged(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str, Any]:
+    """The error of a load and one step, if rank 0 loads something wrong; and what was proven.
+
+    Args:
+        layout: The run's layout.
+        hyper: Its hyperparameters.
+        directory: A checkpoint.
+        what: ``right``; ``foreign``, where the third parameter's master weights are in the order of
+            another; ``negative``, with such an element of its exp_avg_sq; ``moment``, where exp_avg
+            is another one after the load.
+    """
+    run = subject.build(layout, hyper)
+    (member,) = members_of(run.optimizer)
+    original = member._set_main_param_and_optimizer_states
+    seen = 0
+
+    def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3 and dist.get_rank() == 0:
+            if what == "foreign":
+                tensors["param"].copy_(tensors["param"].flip(0))
+            elif what == "negative":
+                tensors["exp_avg_sq"].view(-1)[0] = -tensors["exp_avg_sq"].max()
+        original(model_param, tensors)
+
+    member._set_main_param_and_optimizer_states = write
+    where = "load"
+    try:
+        harness.load(run, directory)
+        where = "step"
+        if what == "moment":  # on every rank: the guard has no collective
+            _change(member.optimizer)
+        harness.train(run, 1)
+    except Exception as e:
+        return {"type": type(e).__name__, "message": str(e), "where": where}
+    assert seen > 3
+    loaded = member.resume.report.optimizers[0].loaded
+    return {
+        "type": "",
+        "where": where,
+        "proven": loaded.proven,
+        "elements": loaded.elements["param"],
+        "checked": member.moments_checked,
+        "lines": member.resume.report.lines(),
+    }
+
+
+@torch.no_grad()
+def _change(inner: Any) -> None:
+    for param, state in inner.state.items():
+        if hasattr(inner, "set_scaled_state"):
+            changed = inner.get_unscaled_state(param, "exp_avg").float() * 100
+            inner.set_scaled_state(param, "exp_avg", changed)
+        else:
+            state["exp_avg"].mul_(100)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts how often the host needs a number that a device has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def waits(layout: Layout, hyper: Hyper, directory: str) -> tuple[int, int]:
+    """Number of parameters that a load writes, and how often it waits for a device meanwhile."""
+    run = subject.build(layout, hyper)
+    (member,) = members_of(run.optimizer)
+    original = member._set_main_param_and_optimizer_states
+    waits, written = _Waits(), 0
+
+    def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        nonlocal written
+        written += 1
+        with waits:
+            original(model_param, tensors)
+
+    member._set_main_param_and_optimizer_states = write
+    harness.load(run, directory)
+    return written, waits.count

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 _NAME = "transformer_engine_torch"
 
@@ -38,12 +40,6 @@ class DType(enum.IntEnum):
     kFloat8E5M2 = 8
     kFloat4E2M1 = 10
 
-
-NVTE_Fused_Attn_Backend = enum.IntEnum(
-    "NVTE_Fused_Attn_Backend",
-    ["NVTE_No_Backend", "NVTE_F16_arbitrary_seqlen", "NVTE_FP8"],
-    start=-1,
-)
 
 _TORCH = {
     DType.kFloat32: torch.float32,
@@ -102,23 +98,33 @@ class _Module(types.ModuleType):
         return _Named(f"{self.__name__}.{name}")
 
 
-class _Common:
-    """Finds transformer_engine.common, and lets it load no compiled module."""
+class _Uncompiled:
+    """Finds the modules that load the compiled one, and lets them load none.
+
+    From 2.4 on that is transformer_engine.common, before it transformer_engine.pytorch.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "transformer_engine.common":
+        if name not in ("transformer_engine.common", "transformer_engine.pytorch"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         assert spec is not None
-        assert spec.loader is not None
-        run = spec.loader.exec_module
+        loader = spec.loader
+        assert isinstance(loader, importlib.machinery.SourceFileLoader)
 
         def exec_module(module: Any) -> None:
-            run(module)
-            module.load_framework_extension = lambda framework: None
+            source = loader.get_source(name).replace("\n_load_library()\n", "\n")
+            exec(compile(source, loader.path, "exec"), module.__dict__)
+            if hasattr(module, "load_framework_extension"):
+                module.load_framework_extension = lambda framework: None
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def version() -> str:
+    """Return the version of Transformer Engine."""
+    return importlib.metadata.version("transformer-engine")
 
 
 def available() -> bool:
@@ -135,7 +141,7 @@ def install() -> None:
     module = _Module(_NAME)
     for value in (
         DType,
-        NVTE_Fused_Attn_Backend,
+        _backends(),
         multi_tensor_adam,
         multi_tensor_adam_param_remainder,
         multi_tensor_scale,
@@ -148,14 +154,32 @@ def install() -> None:
         setattr(module, value.__name__, value)
     sys.modules[_NAME] = module
     sys.modules[_ONNX] = _Module(_ONNX)
-    sys.meta_path.insert(0, _Common())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Uncompiled())  # type: ignore[arg-type]
+    # The device of a Float8Tensor is the GPU whatever its data is on (2.1).
+    make = torch.Tensor._make_wrapper_subclass
+    torch.Tensor._make_wrapper_subclass = lambda *args, device=None, **kwargs: make(  # type: ignore
+        *args, device="cpu" if device is not None else None, **kwargs
+    )
 
 
-def keep_torch_norms() -> None:
-    """Let Megatron's blocks end with torch's norm, as their layers do; TE's is compiled."""
+def _backends() -> type[enum.IntEnum]:
+    """The kinds of attention; TE compares them with its own."""
+    names = ["NVTE_No_Backend", "NVTE_F16_arbitrary_seqlen", "NVTE_FP8"]
+    if Version(version()) < Version("2.20"):
+        names.insert(1, "NVTE_F16_max512_seqlen")
+    return enum.IntEnum("NVTE_Fused_Attn_Backend", names, start=-1)  # type: ignore[return-value]
+
+
+def keep_torch_layers() -> None:
+    """Let Megatron's blocks end with torch's norm, and route with torch's product, as without TE.
+
+    TE's are compiled.
+    """
     block = importlib.import_module("megatron.core.transformer.transformer_block")
     norm = importlib.import_module("megatron.core.transformer.torch_norm")
     block.LayerNormImpl = norm.WrappedTorchNorm
+    routing = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    routing.te_general_gemm = None
 
 
 @torch.no_grad()

@@ -75,3 +75,36 @@ def with_other_weights(layout: Layout, hyper: Hyper, steps: int, directory: str)
         with torch.no_grad():
             harness.unwrapped(chunk).output_layer.weight.view(-1)[3] += 1.0
     harness.save(run, directory)
+
+
+def saved(layout: Layout, hyper: Hyper, steps: int, directory: str) -> None:
+    """Train and save."""
+    run = harness.build(layout, hyper)
+    harness.train(run, steps)
+    harness.save(run, directory)
+
+
+def of_zeros(layout: Layout, hyper: Hyper, steps: int, directory: str, unused: str) -> State:
+    """Save moments that are all zero.
+
+    Args:
+        layout: The run's layout.
+        hyper: Its hyperparameters.
+        steps: So many steps are made in which one parameter has no gradient; 0 for the state that
+            FusedAdam begins with.
+        directory: For the checkpoint.
+        unused: That parameter.
+    """
+    run = harness.build(layout, hyper)
+    for chunk in run.model:
+        for name, param in harness.unwrapped(chunk).named_parameters():
+            if name == unused:
+                param.register_hook(torch.zeros_like)
+    for inner in harness.inner_optimizers(run.optimizer) if not steps else ():
+        for group in inner.param_groups:
+            group["step"] = 0
+            for param in group["params"]:
+                inner.initialize_state(param, inner.store_param_remainders)
+    harness.train(run, steps)
+    harness.save(run, directory)
+    return gather(run)

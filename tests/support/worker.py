@@ -105,7 +105,7 @@ def main(address: str, kind: str) -> None:
         te_extension.install()
     adapt_to_cpu()
     if with_te:
-        te_extension.keep_torch_norms()
+        te_extension.keep_torch_layers()
     for name in _USED:
         with suppress(ImportError):  # older Megatrons lack some
             importlib.import_module(name)

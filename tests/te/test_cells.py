@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from tests.conftest import FIRST, STEPS
 from tests.resume.test_policies import ROWS, SECOND, Moments, Oracle, above_quantile, keep, rows
+from tests.support import te_extension
 from tests.support.cells import chosen
 from tests.support.harness import Layout
 from tests.support.pairwise import Cell, covering, pairs
@@ -50,7 +52,14 @@ PRECISIONS = {
     "remainders": (FP32, FP32),
 }
 FORMATS = ("dp_reshardable", "fully_reshardable", "torch")
-FACTORS = (tuple(PRECISIONS), tuple(POLICIES), FORMATS, ("1", "2"))
+#: FusedAdam has no bf16 moments before 2.4. With such a version fewer cells are run.
+OLD = te_extension.available() and Version(te_extension.version()) < Version("2.4")
+FACTORS = (
+    tuple(p for p in PRECISIONS if not (OLD and p.startswith("bf16"))),
+    ("keep", "scale", "prune") if OLD else tuple(POLICIES),
+    FORMATS,
+    ("1", "2"),
+)
 CELLS = covering(FACTORS, lambda cell: True)
 RAN: list[Cell] = []
 
@@ -124,8 +133,7 @@ def test_a_cell(cell: Cell, stock: RankPool, ext: RankPool, written: Written) ->
     assert (changed > 0) == (policy != "keep")
     assert found["checked"]  # by the guard
     numbers = sum(tensors["param"].size for tensors in before["state"].values())
-    compared = precision not in ("fp16 masters", "remainders")
-    assert found["proven"] == (numbers if compared else 0)
+    assert found["proven"] == (0 if precision == "remainders" else numbers)
     (expected, *_) = stock.run(
         "tests.support.te_stock:continued",
         world,
@@ -148,5 +156,5 @@ def test_so_many_cells_ran(request: pytest.FixtureRequest) -> None:
         for b in right
     }
     assert set().union(*map(pairs, CELLS)) == wanted
-    assert len(CELLS) == 35
+    assert len(CELLS) == (15 if OLD else 35)
     assert len(RAN) == len(set(RAN)) == chosen(request, test_a_cell)

@@ -96,3 +96,70 @@ def test_elements_that_are_not_finite_are_counted_and_reset_alone(
         for name, key in ((NAMES[0], "exp_avg"), (NAMES[1], "exp_avg_sq"))
     ]
     assert wrong == [1, 1]
+
+
+#: Steps before the save; without one all moments are zero, and their scale is 1.
+ZEROS = [
+    (precision, form, steps)
+    for precision, some in {"fp16": (0, STEPS), "fp8 and fp16": (0,), "remainders": (0,)}.items()
+    for form in ("dp_reshardable", "fully_reshardable", "torch")
+    for steps in some
+]
+
+
+@pytest.mark.parametrize(("precision", "form", "steps"), ZEROS)
+def test_moments_that_stock_has_saved_as_zeros_are_zeros(
+    precision: str, form: str, steps: int, stock: RankPool, ext: RankPool, tmp_path: Any
+) -> None:
+    layout = Layout(precision=precision, format=form)
+    directory = str(tmp_path / "iter_0000004")
+    run: dict[str, Any] = dict(layout=layout, hyper=FIRST, directory=directory)
+    unused = "embedding.position_embeddings.weight"
+    (saved, *_) = stock.run("tests.support.te_stock:of_zeros", 2, steps=steps, unused=unused, **run)
+    zeros = [unused] if steps else list(saved)
+    for name in zeros:
+        assert not saved[name]["exp_avg"].any()
+        assert not saved[name]["exp_avg_sq"].any()
+    (found, *_) = ext.run(RESUMED, 2, more=2, **run)
+    assert found["nonfinite"] == 0
+    assert found["steps"] == [steps]
+    for name, tensors in saved.items():
+        np.testing.assert_array_equal(found["state"][name]["param"], tensors["param"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            np.testing.assert_allclose(found["state"][name][key], tensors[key], 2.0**-10, 1e-9)
+            assert found["state"][name][key].any() == tensors[key].any()
+    assert found["finite"]
+    assert found["checked"]
+    if steps:
+        return
+    (expected, *_) = stock.run(
+        "tests.support.oracle:uninterrupted",
+        2,
+        layout=layout,
+        first=FIRST,
+        second=FIRST,
+        steps=0,
+        more=2,
+    )
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)
+
+
+def test_every_form_of_zeros_is_a_case() -> None:
+    assert len(ZEROS) == len(set(ZEROS)) == 12
+
+
+#: How often a load of any number of parameters waits for the device.
+WAITS = {"bf16": 1, "fp16": 1, "fp8 and fp16": 1, "fp16 masters": 1, "remainders": 0}
+
+
+@pytest.mark.parametrize("precision", WAITS)
+def test_a_load_waits_for_the_device_once(
+    precision: str, stock: RankPool, ext: RankPool, tmp_path: Any
+) -> None:
+    layout = Layout(precision=precision)
+    directory = str(tmp_path / "iter_0000004")
+    run: dict[str, Any] = dict(layout=layout, directory=directory)
+    stock.run("tests.support.te_stock:saved", 1, hyper=FIRST, steps=STEPS, **run)
+    ((written, waits),) = ext.run("tests.support.proof_cases:waits", 1, hyper=SECOND, **run)
+    assert written > 20
+    assert waits == WAITS[precision]
