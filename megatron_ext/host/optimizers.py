@@ -15,7 +15,7 @@ fused_sgd.py; emerging-optimizers 0.3.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -186,6 +186,8 @@ TABLE = (
 
 #: Keys of second moments, of which an optimizer takes the square root.
 SECOND = frozenset(m.tensor for row in TABLE for m in row.moments if m.order == 2)
+#: Keys of first moments, which every optimizer with state has.
+FIRST = frozenset(m.tensor for row in TABLE for m in row.moments if m.order == 1)
 #: Keys of all moments, as a policy's exp_avg and exp_avg_sq name them and as they are stored.
 STORED = tuple(dict.fromkeys(tensor for row in TABLE for tensor in row.tensors))
 
@@ -195,7 +197,7 @@ def state_of(inner: Any) -> OptimizerState:
 
     Args:
         inner: The optimizer, of any class. CPU offload (HybridDeviceOptimizer) has the state of the
-            optimizers inside. None, on a rank without parameters, counts as Adam.
+            optimizers inside. None counts as Adam.
 
     Raises:
         HostError: The table does not know the class.
@@ -213,7 +215,23 @@ def state_of(inner: Any) -> OptimizerState:
             f"it; known are {'; '.join(map(str, TABLE))}, and subclasses of their classes. Use one "
             "of these, or leave --optimizer-class out"
         )
-    return _in_use(found, inner)
+    row = _in_use(found, inner.param_groups)
+    if getattr(inner, "moment2_method", "adamuon") != "adamuon":
+        # One number for each row or column, or one for all.
+        return replace(row, moments=row.moments[:1], others=row.tensors[1:])
+    return row
+
+
+def state_of_member(optimizer: Any) -> OptimizerState:
+    """Return the row of a Megatron optimizer.
+
+    Without parameters on this rank it has no torch optimizer; its row is then that of the config's
+    name, so that all ranks have the same one.
+    """
+    inner = optimizer.optimizer
+    name = getattr(getattr(optimizer, "config", None), "optimizer", "adam")
+    by_name = {row.name.lower(): row for row in TABLE}
+    return by_name.get(name, ADAM) if inner is None else state_of(inner)
 
 
 def state_of_group(group: Mapping[str, Any]) -> OptimizerState | None:
@@ -222,15 +240,19 @@ def state_of_group(group: Mapping[str, Any]) -> OptimizerState | None:
     A stored group does not name its class. Rows with the same keys have the same moments.
     """
     found = [row for row in TABLE if set(row.hyperparameters) <= set(group)]
-    return max(found, key=lambda row: len(row.hyperparameters), default=None)
+    # The one with most of its keys; a class with more state than another of the same keys is rarer.
+    return max(found, key=lambda row: (len(row.hyperparameters), -len(row.others)), default=None)
 
 
-def _in_use(row: OptimizerState, inner: Any) -> OptimizerState:
-    """Leave out what the optimizer does not keep with its settings."""
-    groups = inner.param_groups
-    if row.name == "SGD" and not any(group["momentum"] for group in groups):
+def state_of_groups(groups: Sequence[Mapping[str, Any]]) -> OptimizerState | None:
+    """Return the row of an optimizer's stored param_groups; None if they name no optimizer."""
+    found = (state_of_group(group) for group in groups)
+    row = next((row for row in found if row is not None), None)
+    return None if row is None else _in_use(row, groups)
+
+
+def _in_use(row: OptimizerState, groups: Sequence[Mapping[str, Any]]) -> OptimizerState:
+    """Leave out what is not kept with the settings of the groups."""
+    if row.name == "SGD" and not any(group.get("momentum") for group in groups):
         return replace(row, moments=())  # torch/optim/sgd.py keeps no buffer then
-    if getattr(inner, "moment2_method", "adamuon") != "adamuon":
-        # One number for each row or column, or one for all.
-        return replace(row, moments=row.moments[:1], others=row.tensors[1:])
     return row

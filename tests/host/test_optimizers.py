@@ -48,6 +48,8 @@ def test_the_state_and_the_group_are_those_of_the_class(tried: dict[str, dict[st
         assert set(row.hyperparameters) <= set(one["group"]), name
         by_group = state_of_group(one["group"])
         assert by_group is not None, name
+        same = {"Adam of torch": "Adam", "Muon Hyperball": "Muon"}
+        assert by_group.name == same.get(row.name, row.name)
         assert by_group.moments == row.moments, name
 
 
