@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ext.errors import CheckpointError, PlanError
@@ -69,6 +71,13 @@ def test_every_preset_for_every_optimizer() -> None:
                 assert fitted_preset(policy, row, "w") == expected, (name, preset)
             cells += 1
     assert cells == 9 * 7
+
+
+def test_a_second_moment_is_scaled_by_the_square() -> None:
+    """No row but Adam's has one that follows the gradient and nothing else that would have to."""
+    row = replace(ROWS["SOAP"], rotated=False, follows_scale=True)
+    policy = ResumePolicy(preset=Preset("gradient-scale", (2.0,)))
+    assert fitted_preset(policy, row, "w") == (Scale(2.0), Scale(4.0))
 
 
 #: Rule for both moments -> the rows that do not accept it for the first, the second.

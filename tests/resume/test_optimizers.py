@@ -43,6 +43,10 @@ CASES = {
     ),
     # Stock cannot save SOAP's factors in torch_dist: their shapes are not the parameter's.
     "soap": (replace(PLAIN, optimizer="soap", format="torch"), ["SOAP", "FusedAdamStandIn"]),
+    # Their names are in Megatron's registry, and not among the choices of --optimizer. The others
+    # of the registry it cannot build: it gives them betas, which they do not take.
+    "laprop": (replace(PLAIN, optimizer="laprop", format="torch"), ["LaProp", "FusedAdamStandIn"]),
+    "rekls": (replace(PLAIN, optimizer="rekls", format="torch"), ["REKLS", "FusedAdamStandIn"]),
 }
 POLICIES = {
     "keep": "{}",
@@ -52,13 +56,19 @@ POLICIES = {
     "gradient-scale": "preset: {name: gradient-scale, s: 2, decline: [clip_grad]}",
 }
 #: What has no meaning: a threshold in SOAP's basis, and a gradient that its factors have not seen.
-REFUSED = {("soap", "prune"), ("soap", "gradient-scale")}
+REFUSED = {
+    *(("soap", "prune"), ("soap", "gradient-scale")),
+    *(("rekls", "prune"), ("rekls", "gradient-scale"), ("laprop", "gradient-scale")),
+}
 #: A quantile of a parameter that two ranks hold: the hand has only its own part.
 APART = {(case, 2) for case in CASES if case.startswith("lion, ")}
 #: On two ranks stock gathers whole parameters of different sizes, which gloo cannot. With the
 #: layout of the training loop it need not: tests/hooks/test_layer_wise.py.
 ON = [
-    (case, world) for case in CASES for world in (1, 2) if (case, world) != ("muon, layer-wise", 2)
+    (case, world)
+    for case in CASES
+    for world in (1, 2)
+    if (case, world) not in {("muon, layer-wise", 2), ("laprop", 1), ("rekls", 1)}
 ]
 
 
@@ -72,10 +82,10 @@ def cells(case: str, world: int) -> list[str]:
 
 
 def test_no_cell_is_left_out() -> None:
-    assert len(ON) == 23
+    assert len(ON) == 25
     everything = len(ON) * len(POLICIES)
-    left_out = 2 * len(REFUSED) + len(APART)
-    assert sum(len(cells(*one)) for one in ON) == everything - left_out == 108
+    left_out = 2 * 2 + 3 + len(APART)
+    assert sum(len(cells(*one)) for one in ON) == everything - left_out == 115
 
 
 @pytest.mark.parametrize(("case", "world"), ON)
@@ -110,9 +120,28 @@ def test_the_next_steps_are_stocks_with_the_state_corrected_by_hand(
                 _same(ours[name][when], stocks[name][when], f"{name}, {when}")
             assert ours[name]["losses"] == stocks[name]["losses"]
             assert ours[name]["checked"] == [True] * len(classes), name
+            for part in ours[name]["report"]["optimizers"]:
+                _proven(part, layout)
+                if name == "reset":
+                    _unread(part, layout)
             assert (name != "keep") == any(_differ(saved, stocks[name]["loaded"])), name
             checked += 1
     assert checked == len(asked) * world
+
+
+def _proven(part: dict[str, Any], layout: Layout) -> None:
+    """Master weights are the model's; in fp32 there are none."""
+    assert part["loaded"]["elements"]["param"] > 0
+    masters = part["loaded"]["elements"]["param"] if layout.dtype == "bf16" else 0
+    assert part["loaded"]["proven"] == masters
+
+
+def _unread(part: dict[str, Any], layout: Layout) -> None:
+    """What is reset need not be read, where the format has an entry for it."""
+    for state in part["moments"]["state"].values():
+        assert (state["rms_before"] is None) == (layout.format != "torch")
+        assert (state["unread"] > 0) == (layout.format != "torch")
+        assert state["rms_after"] == 0.0
 
 
 def _same(ours: list[dict[str, Any]], stocks: list[dict[str, Any]], what: str) -> None:
@@ -199,6 +228,52 @@ def test_a_rule_without_a_meaning_is_refused_before_anything_is_changed(
         assert result["unchanged"]
         for word in words:
             assert word in result["message"]
+
+
+TAMPERED = {
+    "sgd": "an update by SGD",
+    "lion": "an update by Lion",
+    "muon": "an update by Muon",
+    "soap": "an update by SOAP",
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_the_guard_sees_moments_that_are_no_result_of_the_update(
+    case: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    layout = CASES[case][0]
+    directory, _ = checkpoints.phase_1(layout, 2)
+    for kind, message in ext.run(
+        "tests.support.optimizer_ours:tampered", 2, layout=layout, hyper=FIRST, directory=directory
+    ):
+        assert kind == "GuardError"
+        assert TAMPERED[case] in message
+
+
+@pytest.mark.parametrize("case", ["sgd", "lion, distributed", "muon and lion", "soap"])
+def test_a_running_optimizer_is_changed_in_the_same_way(
+    case: str, stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    layout = CASES[case][0]
+    where = {"layout": layout, "directory": str(tmp_path / "phase1")}
+    expected = stock.run(
+        "tests.support.optimizer_stock:expected",
+        2,
+        first=FIRST,
+        second=FIRST,
+        changes=["scale"],
+        **where,
+    )
+    found = ext.run(
+        "tests.support.optimizer_ours:transformed",
+        2,
+        hyper=FIRST,
+        policy=POLICIES["scale"],
+        **where,
+    )
+    for ours, stocks in zip(found, expected, strict=True):
+        _same(ours, stocks["scale"]["loaded"], "transformed")
 
 
 def test_an_optimizer_of_the_scripts_own_is_refused_with_what_is_known(ext: RankPool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import megatron_ext
+from megatron_ext.policy import yaml_file
 from megatron_ext.resume.members import members_of
 
 from . import harness, optimizer_stock, policies
@@ -28,6 +30,28 @@ def resumed(layout: Layout, second: Hyper, directory: str, asked: dict[str, str]
             "report": members[0].resume.report.to_json(),
         }
     return out
+
+
+def transformed(layout: Layout, hyper: Hyper, directory: str, policy: str) -> list[dict[str, Any]]:
+    """The state after a change of the running optimizer."""
+    run = policies.build(layout, hyper, "{}")
+    harness.load(run, directory)
+    megatron_ext.transform_moments(run.optimizer, yaml_file.loads(policy))
+    return optimizer_stock.state_of(run)
+
+
+def tampered(layout: Layout, hyper: Hyper, directory: str) -> tuple[str, str]:
+    """What the guard says of first moments that are changed after the load."""
+    run = policies.build(layout, hyper, "{}")
+    harness.load(run, directory)
+    inner = harness.inner_optimizers(run.optimizer)[0]
+    for order, moment in optimizer_stock.moments_of(inner):
+        moment.mul_(100.0 if order == 1 else 1.0)
+    try:
+        harness.train(run, 1)
+    except Exception as e:
+        return type(e).__name__, str(e)
+    return "", ""
 
 
 def unknown(layout: Layout, hyper: Hyper) -> tuple[str, str]:

@@ -22,9 +22,11 @@ FIRST = {
     "SOAP": "exp_avg",
     "Lion": "exp_avg",
     "SGD": "momentum_buffer",
+    "LaProp": "exp_avg",
+    "REKLS": "exp_avg",
     "TensorParallelMuon": "momentum_buffer",
 }
-SECOND = {"FusedAdamStandIn": "exp_avg_sq", "AdamW": "exp_avg_sq", "SOAP": "exp_avg_sq"}
+SECOND = dict.fromkeys(("FusedAdamStandIn", "AdamW", "SOAP", "LaProp", "REKLS"), "exp_avg_sq")
 BEFORE, AFTER = 3, 2
 
 
@@ -65,7 +67,8 @@ def corrected(run: harness.Run, second: Hyper, change: str) -> Hyper:
     return second
 
 
-def _moments(inner: Any) -> list[tuple[int, torch.Tensor]]:
+def moments_of(inner: Any) -> list[tuple[int, torch.Tensor]]:
+    """The order of each moment of a torch optimizer, and its tensor."""
     name = type(inner).__name__
     return [
         (order, state[key])
@@ -76,11 +79,11 @@ def _moments(inner: Any) -> list[tuple[int, torch.Tensor]]:
 
 
 def _keep(inner: Any) -> None:
-    assert _moments(inner)
+    assert moments_of(inner)
 
 
 def _reset(inner: Any) -> None:
-    for _, x in _moments(inner):
+    for _, x in moments_of(inner):
         x.zero_()
     for holder in (*inner.param_groups, *inner.state.values()):
         if "step" in holder:
@@ -88,20 +91,20 @@ def _reset(inner: Any) -> None:
 
 
 def _scale(inner: Any) -> None:
-    for order, x in _moments(inner):
+    for order, x in moments_of(inner):
         if order == 1:
             x.mul_(0.5)
 
 
 def _prune(inner: Any) -> None:
-    for order, x in _moments(inner):
+    for order, x in moments_of(inner):
         if order == 1:
             size = x.abs().float().numpy().ravel()
             x.masked_fill_(x.abs() <= float(np.quantile(size, 0.5, method="lower")), 0.0)
 
 
 def _gradient_scale(inner: Any) -> None:
-    for order, x in _moments(inner):
+    for order, x in moments_of(inner):
         x.mul_(2.0**order)
 
 
