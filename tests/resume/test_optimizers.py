@@ -230,6 +230,31 @@ def test_a_rule_without_a_meaning_is_refused_before_anything_is_changed(
             assert word in result["message"]
 
 
+@pytest.mark.parametrize("format", ["dp_reshardable", "torch"])
+def test_sgd_without_momentum_has_nothing_to_keep(
+    format: str, stock: RankPool, ext: RankPool, tmp_path: Path
+) -> None:
+    layout = replace(PLAIN, optimizer="sgd", momentum=0.0, format=format)
+    where = {"layout": layout, "directory": str(tmp_path / "phase1")}
+    expected = stock.run(
+        "tests.support.optimizer_stock:expected",
+        2,
+        first=FIRST,
+        second=SECOND,
+        changes=["keep"],
+        **where,
+    )
+    asked = {name: POLICIES[name] for name in ("keep", "reset")}
+    found = ext.run("tests.support.optimizer_ours:resumed", 2, second=SECOND, asked=asked, **where)
+    for ours, stocks in zip(found, expected, strict=True):
+        for name in asked:
+            _same(ours[name]["final"], stocks["keep"]["final"], name)
+            (part,) = ours[name]["report"]["optimizers"]
+            assert set(part["loaded"]["elements"]) == {"param"}
+            assert part["moments"] is None
+            _proven(part, layout)
+
+
 TAMPERED = {
     "sgd": "an update by SGD",
     "lion": "an update by Lion",

@@ -93,6 +93,7 @@ class Layout:
     precision: str = ""  # of PRECISIONS
     scalar: str = "adam"  # what Muon leaves to another optimizer
     layer_wise: bool = False  # whole parameters on each rank
+    momentum: float = 0.9  # of SGD
 
 
 @dataclass
@@ -543,6 +544,7 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         optimizer_offload_fraction=0.5,
         overlap_cpu_optimizer_d2h_h2d=False,
         muon_scalar_optimizer=layout.scalar,
+        sgd_momentum=layout.momentum,
         use_layer_wise_distributed_optimizer=layout.layer_wise,
         use_precision_aware_optimizer=layout.adam == "offload" or bool(layout.precision),
     )

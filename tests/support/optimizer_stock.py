@@ -75,11 +75,12 @@ def moments_of(inner: Any) -> list[tuple[int, torch.Tensor]]:
         for order, table in ((1, FIRST), (2, SECOND))
         if (key := table.get(name)) is not None
         for state in inner.state.values()
+        if state.get(key) is not None
     ]
 
 
 def _keep(inner: Any) -> None:
-    assert moments_of(inner)
+    assert moments_of(inner) or not inner.param_groups[0]["momentum"]
 
 
 def _reset(inner: Any) -> None:
