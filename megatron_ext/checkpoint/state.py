@@ -22,8 +22,6 @@ _DTYPE = re.compile(r"dtype_\(torch\.(\w+), torch\.\w+\)")
 DirectoryRole = Literal["load", "start", "own"]
 #: The largest step that Adam's kernels can take: it is an int32 there.
 LARGEST_STEP = 2**31 - 1
-#: The tensors of Adam's state; `param` is Megatron's name for the fp32 master weight.
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 #: NeMo writes these structural keys with a prefix; Megatron accepts both
 #: (`param_group_identifier_keys`, core/optimizer/optimizer.py).
 _NEMO_PREFIX = "pre_"

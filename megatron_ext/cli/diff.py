@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--moments",
         action="store_true",
-        help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print the "
+        help="also read the moments and the master weights (torch_dist) and print the "
         "distance between tensors of the same key and shape; compare each checkpoint's master "
         "weights with its model's weights",
     )

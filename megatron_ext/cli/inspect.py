@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--moments",
         action="store_true",
-        help="also read exp_avg, exp_avg_sq and the master weights (torch_dist) and print norm, "
+        help="also read the moments and the master weights (torch_dist) and print norm, "
         "largest absolute value and number of non-finite elements of each; compare the master "
         "weights with the model's weights, where both have names",
     )

@@ -192,7 +192,7 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
     rules = [(*dataclasses.astuple(r)[:-1], "\n".join(r.examples)) for r in one.rules or ()]
     _print_multiline(to, f"optimizer {number}: moments", columns, rules)
     if one.rules == ():
-        to.print(f"optimizer {number}: exp_avg and exp_avg_sq are kept from the checkpoint")
+        to.print(f"optimizer {number}: the moments are kept from the checkpoint")
     for resized in one.resized:
         to.print(output.cell(str(resized)))
 

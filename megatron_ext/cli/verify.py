@@ -20,9 +20,9 @@ def add_to(commands: Any) -> None:
         help="read a whole checkpoint once: checksums, sizes, index, NaN, master weights",
         description="Read a whole checkpoint once, in parts, and check the files against the "
         "index, the CRC32 that torch.save has stored for every item, NaN and infinite values, "
-        "negative exp_avg_sq, and that the master weights are the model's weights. Exit status: "
-        "0; 1 if values cannot be used or master weights are not the model's; 2 if something is "
-        "damaged or cannot be read.",
+        "negative second moments, and that the master weights are the model's weights. Exit "
+        "status: 0; 1 if values cannot be used or master weights are not the model's; 2 if "
+        "something is damaged or cannot be read.",
     )
     parser.add_argument(
         "checkpoint", help="the directory given to --load, or that of one iteration"
@@ -57,7 +57,7 @@ def _print(stored: StoredCheckpoint, found: Verification) -> None:
     columns = ("file", "item", "problem")
     rows = [dataclasses.astuple(damage) for damage in found.damages]
     output.print_table(to, "damaged: restore these files, or load another iteration", columns, rows)
-    columns = ("tensor", "NaN, infinite, or negative in exp_avg_sq", "of")
+    columns = ("tensor", "NaN, infinite, or negative in a second moment", "of")
     rows = [dataclasses.astuple(values) for values in found.values]
     output.print_table(to, "elements that training cannot use", columns, rows)
     output.print_proof(to, "", stored, found.master_weights)

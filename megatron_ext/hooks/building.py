@@ -6,22 +6,25 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..base import ranks
 from ..base.log import say
 from ..errors import HostError, MegatronExtError
-from ..host.arguments import LAYER_WISE, global_args, is_layer_wise
+from ..host.arguments import SGD_APART, global_args
 from ..host.classes import resolve_class
 from ..host.contract import CORE, megatron_version
+from ..host.optimizers import state_of
 from ..policy.request import Request
 from ..report import files
 from ..resume.members import members_of
 from ..resume.session import Resume, current
-from ..resume.steps import is_adam
 from . import preflight
 from .session import active_request
+
+#: Megatron's optimizer of whole parameters, each on one rank; since 0.19 in this module.
+_LAYER_WISE = "LayerWiseDistributedOptimizer"
 
 
 def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +41,8 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_unsupported(request, call["config"], call["model_chunks"])
         with _substituted(cls):
             optimizer = original(*args, **kwargs)
+        if isinstance(optimizer, tuple):
+            return optimizer  # a torch optimizer, which the layer-wise one wraps
         _check_built(request, cls, optimizer, call["model_chunks"])
         current.built += 1
         current.member = optimizer
@@ -47,20 +52,14 @@ def build_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build_emerging(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_get_megatron_emerging_optimizer`, which chains an Adam with Muon and others."""
+    """Wrap `_get_megatron_emerging_optimizer`, which chains Muon and others with Adam or Lion."""
 
     @functools.wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
         if (request := active_request()) is None:
             return original(*args, **kwargs)
         call = inspect.signature(original).bind(*args, **kwargs).arguments
-        config, chosen = call["config"], request.optimizer_class
-        if is_layer_wise(config):
-            raise HostError(
-                f"--optimizer-class {chosen} with --optimizer {config.optimizer} and "
-                f"--use-distributed-optimizer: {LAYER_WISE}"
-            )
-        cls = resolve_class(chosen)
+        cls = resolve_class(request.optimizer_class)
         with _substituted(cls):
             optimizer = original(*args, **kwargs)
         _join_emerging(request, optimizer, call["model_chunks"])
@@ -98,8 +97,11 @@ def resume_of(request: Request) -> Resume:
 
 
 def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> None:
-    if config.optimizer != "adam":
-        raise _not_adam(request, config.optimizer)
+    if config.optimizer == "sgd" and config.use_distributed_optimizer:
+        raise HostError(
+            f"--optimizer-class {request.optimizer_class} with --optimizer sgd and "
+            f"--use-distributed-optimizer: {SGD_APART}"
+        )
     if config.overlap_param_gather_with_optimizer_step:
         raise HostError(
             f"--optimizer-class {request.optimizer_class} with "
@@ -129,30 +131,21 @@ def _refuse_unsupported(request: Request, config: Any, model_chunks: Any) -> Non
 
 
 def _join_emerging(request: Request, optimizer: Any, model_chunks: Any) -> None:
-    """Make the members of a chain that Muon and Adam share one resume."""
+    """Make the members of a chain, such as Muon and Adam, share one resume."""
     members = members_of(optimizer)
-    if not any(is_adam(m.optimizer) for m in members):
+    if not members:
         raise HostError(
-            f"--optimizer-class {request.optimizer_class}: no Adam in {type(optimizer).__name__}, "
-            "so there are no moments to keep. Leave --optimizer-class out"
+            f"--optimizer-class {request.optimizer_class}: {type(optimizer).__name__} holds no "
+            "optimizer that it can resume. Leave --optimizer-class out"
         )
     resume = resume_of(request)
-    for member in members:
+    for number, member in enumerate(members):
         member.resume_chunks = model_chunks
         member.join(resume)
-        if not is_adam(member.optimizer):
-            inner = type(member.optimizer).__name__
-            say(f"megatron_ext: {inner} is not Adam: its state is kept, moment rules do not apply")
+        inner = type(member.optimizer).__name__
+        say(f"megatron_ext: optimizer {number} of the chain is {inner}: {member.described}")
     current.built += 1
     current.member = members[-1]
-
-
-def _not_adam(request: Request, optimizer: str) -> HostError:
-    return HostError(
-        f"--optimizer-class {request.optimizer_class} with --optimizer {optimizer}: only Adam is "
-        f"supported (its state is exp_avg and exp_avg_sq); '{optimizer}' and chains that contain "
-        "it are not. Use --optimizer adam, or leave --optimizer-class out"
-    )
 
 
 @contextlib.contextmanager
@@ -167,14 +160,30 @@ def _substituted(cls: type) -> Iterator[None]:
     if issubclass(cls, SelectiveAdam):
         replacements["Float16OptimizerWithFloat16Params"] = replicated.SelectiveFloat16Optimizer
         replacements["FP32Optimizer"] = replicated.SelectiveFP32Optimizer
-    originals = {name: getattr(core, name) for name in replacements}
+        if hasattr(core, _LAYER_WISE):
+            from ..resume import layer_wise
+
+            replacements[_LAYER_WISE] = layer_wise.SelectiveLayerWise
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(core, replacements))
+        if _LAYER_WISE in replacements:
+            # It wraps its parts itself, in a class that its own module names.
+            module = importlib.import_module(f"{CORE}.layer_wise_optimizer")
+            part = "Float16OptimizerWithFloat16Params"
+            stack.enter_context(_replaced(module, {part: replacements[part]}))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
+    originals = {name: getattr(module, name) for name in replacements}
     for name, replacement in replacements.items():
-        setattr(core, name, replacement)
+        setattr(module, name, replacement)
     try:
         yield
     finally:
         for name, stock in originals.items():
-            setattr(core, name, stock)
+            setattr(module, name, stock)
 
 
 def _agreed_request() -> Request | None:
@@ -207,6 +216,7 @@ def _facts(request: Request | None) -> dict[str, str]:
 def _check_built(request: Request, cls: type, optimizer: Any, model_chunks: Any) -> None:
     inner = type(getattr(optimizer, "optimizer", None)).__name__
     if members_of(optimizer):
+        state_of(optimizer.optimizer)  # an optimizer that is not known is refused here
         optimizer.resume_chunks = model_chunks
         optimizer.join(resume_of(request))
     if isinstance(optimizer, cls):

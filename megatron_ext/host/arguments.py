@@ -119,11 +119,10 @@ def is_layer_wise(args: Any) -> bool:
     return bool(distributed) or optimizer.startswith("dist_")
 
 
-#: Why `is_layer_wise` is refused, and the way out.
-LAYER_WISE = (
-    "Megatron then builds its layer-wise distributed optimizer, which keeps whole parameters in a "
-    "layout of its own and which this package does not resume. Leave --optimizer-class out to "
-    "resume as Megatron does, with the arguments of the checkpoint's run"
+#: Why SGD is refused with the distributed optimizer.
+SGD_APART = (
+    "Megatron builds no DistributedOptimizer over SGD, because it could not be stored "
+    "(core/optimizer/distrib_optimizer.py:688, 0.19.2). Leave --use-distributed-optimizer out"
 )
 
 
@@ -131,10 +130,14 @@ def refused_flags(args: Any) -> list[str]:
     """List Megatron's own flags that cannot go with ``--optimizer-class``, with the reasons."""
     optimizer = getattr(args, "optimizer", "adam")
     reasons = {
-        f"--optimizer {optimizer}": optimizer in ("sgd", "lion")
-        and "only Adam is supported (its state is exp_avg and exp_avg_sq), and chains with it",
-        f"--optimizer {optimizer} and --use-distributed-optimizer": is_layer_wise(args)
-        and LAYER_WISE,
+        "--optimizer sgd and --use-distributed-optimizer": optimizer == "sgd"
+        and getattr(args, "use_distributed_optimizer", False)
+        and SGD_APART,
+        f"--optimizer {optimizer} and --ckpt-format torch": is_layer_wise(args)
+        and getattr(args, "ckpt_format", None) == "torch"
+        and "Megatron's layer-wise distributed optimizer (--use-distributed-optimizer, or "
+        "dist_muon) stores its part in a file of each rank, which is not tested with a selective "
+        "resume. Use --ckpt-format torch_dist",
         "--use-megatron-fsdp": getattr(args, "use_megatron_fsdp", False)
         and "Megatron-FSDP does not load through DistributedOptimizer",
         "--use-torch-fsdp2": getattr(args, "use_torch_fsdp2", False)

@@ -265,6 +265,38 @@ CONTRACT = (
         reference="training/training.py:3342; a dry run ends before it",
     ),
     HostName(
+        f"{CORE}.layer_wise_optimizer",
+        "LayerWiseDistributedOptimizer",
+        since="0.18.0",
+        reference="core/optimizer/layer_wise_optimizer.py:167; the optimizer of whole parameters",
+    ),
+    HostName(
+        f"{CORE}.layer_wise_optimizer",
+        "LayerWiseDistributedOptimizer.sharded_state_dict",
+        ("model_sharded_state_dict", "is_loading"),
+        since="0.18.0",
+        reference="core/optimizer/layer_wise_optimizer.py:926; overridden",
+    ),
+    HostName(
+        f"{CORE}.layer_wise_optimizer",
+        "Float16OptimizerWithFloat16Params",
+        since="0.18.0",
+        reference="core/optimizer/layer_wise_optimizer.py:20; what it wraps its parts in",
+    ),
+    HostName(
+        f"{CORE}.distrib_optimizer",
+        "DistributedOptimizer.optimizer_state_keys",
+        since="0.19.0",
+        reference="core/optimizer/distrib_optimizer.py:805; the state that a load allocates; "
+        "overridden",
+    ),
+    HostName(
+        f"{CORE}.optimizer",
+        "MegatronOptimizer.init_state_fn",
+        instance=True,
+        reference="core/optimizer/optimizer.py:214; allocates the state for a load; set for SGD",
+    ),
+    HostName(
         f"{CORE}.distrib_optimizer",
         "DistributedOptimizer.buffers",
         instance=True,

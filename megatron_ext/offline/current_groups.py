@@ -13,11 +13,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import PlanError
+from ..host.optimizers import ADAM, state_of_groups
 from ..host.param_groups import MadeGroup, made_groups
 from ..host.schedule import ScheduleValues, scheduled
 from .stored_parameters import Stored
 
 Groups = tuple[tuple[Mapping[str, Any], ...], ...]
+#: Key of a group of Adam -> Megatron's arguments.
+_OF_ADAM: dict[str, tuple[str, ...]] = {"betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_eps",)}
+#: The same for other optimizers (core/optimizer/optimizer_config.py, 0.19.2).
+_ARGUMENTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "SGD": {"momentum": ("sgd_momentum",)},
+    "Muon": {"momentum": ("muon_momentum",)},
+    "Adaptive Muon": {
+        "momentum": ("muon_momentum",),
+        "beta2": ("adaptive_muon_beta2",),
+        "eps": ("adaptive_muon_eps",),
+    },
+    "SOAP": {**_OF_ADAM, "shampoo_beta": ("soap_shampoo_beta",)},
+}
+_LION_BESIDE_MUON = {"Lion": {"betas": ("lion_beta1", "lion_beta2")}}
 #: Bounds of a group -> Megatron's arguments, its own and that of embedding and output layer.
 _BOUNDS = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min_lr")}
 
@@ -133,12 +148,17 @@ def _completed(made: MadeGroup, saved: Mapping[str, Any], now: Any) -> dict[str,
 
 
 def _of_arguments(saved: Mapping[str, Any], now: Any) -> dict[str, Any]:
-    """Return Adam's values of the arguments, for the keys that a saved group has."""
+    """Return the optimizer's values of the arguments, for the keys that a saved group has."""
     out: dict[str, Any] = {}
-    if saved.get("betas") is not None and None not in (now.adam_beta1, now.adam_beta2):
-        out["betas"] = (now.adam_beta1, now.adam_beta2)
-    if saved.get("eps") is not None and now.adam_eps is not None:
-        out["eps"] = now.adam_eps
+    row = state_of_groups([saved]) or ADAM
+    # Muon's Lion is built from --lion-beta1 and 2, an --optimizer lion from Adam's betas
+    # (core/optimizer/__init__.py:604 and core/optimizer/emerging_optimizers.py:456, 0.19.2).
+    beside_muon = row.name == "Lion" and "muon" in str(getattr(now, "optimizer", ""))
+    arguments = _LION_BESIDE_MUON if beside_muon else _ARGUMENTS
+    for key, names in arguments.get(row.name, _OF_ADAM).items():
+        values = tuple(getattr(now, name, None) for name in names)
+        if saved.get(key) is not None and None not in values:
+            out[key] = values if len(values) > 1 else values[0]
     return out
 
 

@@ -11,6 +11,7 @@ from ..checkpoint.pickles import gc_disabled
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..host.arguments import dropping_flag
+from ..host.optimizers import ADAM, state_of_groups
 from ..host.schedule import (
     NOT_SAVED,
     SCHEDULER_VALUES,
@@ -229,7 +230,7 @@ class _Forecaster:
                 clip_grad=getattr(now, "clip_grad", None) or 0.0,
                 decoupled_weight_decay=getattr(now, "decoupled_weight_decay", None) is not False,
                 global_batch_size=sizes,
-                adam=any("betas" in g for g in current),
+                optimizer=state_of_groups(current) or ADAM,
             )
             plans.append(
                 self.found.tried(

@@ -12,6 +12,7 @@ from ..base.schema import Count, Real
 from ..checkpoint.state_keys import StateKey
 from ..checkpoint.store import Store
 from ..checkpoint.stored import StoredCheckpoint
+from ..host.optimizers import SECOND
 from .slabs import (
     Piece,
     Progress,
@@ -35,8 +36,8 @@ class TensorStatistics:
         elements: Number of elements read: everything stored except bucket padding.
         norm: Square root of the sum of squares of the finite elements.
         largest: Largest absolute value of the finite elements; 0 if there are none.
-        nonfinite: Number of NaN and infinite elements, and of negative ones of exp_avg_sq, whose
-            square root Adam takes.
+        nonfinite: Number of NaN and infinite elements, and of negative ones of second moments,
+            whose square root is taken.
     """
 
     optimizer: int | None
@@ -118,7 +119,7 @@ def scan(stored: StoredCheckpoint, progress: Progress | None = None) -> list[Ten
 
 
 def unusable(part: torch.Tensor, state: str) -> int:
-    """Count NaN and infinite elements, and negative ones of exp_avg_sq.
+    """Count NaN and infinite elements, and negative ones of a second moment.
 
     Args:
         part: Floating-point elements of a tensor, at least one.
@@ -126,7 +127,7 @@ def unusable(part: torch.Tensor, state: str) -> int:
     """
     values = part if part.dtype.itemsize > 1 else part.float()  # fp8 knows no minimum
     low, high = values.aminmax()
-    squares = state == "exp_avg_sq"
+    squares = state in SECOND
     if torch.isfinite(low) and torch.isfinite(high) and not (squares and low < 0):
         return 0
     bad = ~torch.isfinite(values)

@@ -111,7 +111,7 @@ def forecast_moments(
     ):
         wanted = of_one if changes else [p for p in of_one if p.saved_rows is not None]
         decided.append(())
-        if plan is not None and any("betas" in g for g in groups_now):
+        if plan is not None:
             try:
                 decided[-1] = plan_moments(plan, wanted, saved.groups, groups_now)
             except MegatronExtError as e:

@@ -14,13 +14,14 @@ from ..checkpoint.state_keys import StateKey, parse_state_key, state_dtype
 from ..checkpoint.store import INDEX, Store
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError
+from ..host.optimizers import STORED
 from .bucket_edges import ALIGNMENT
 
 #: Bytes of a piece that are read at once. With the float64 copy and temporaries, at most ten times
 #: as much memory is used.
 SLAB_BYTES = 16 << 20
 #: The scanned states. ``fp32_param`` is the master weight without a distributed optimizer.
-STATES = ("exp_avg", "exp_avg_sq", "param", "fp32_param")
+STATES = (*STORED, "param", "fp32_param")
 #: Function that is called with the number of bytes of elements read since the last call.
 Progress = Callable[[int], None]
 
@@ -94,7 +95,7 @@ def require_moments(stored: StoredCheckpoint) -> tuple[Store, dict[str, StateKey
     keys = moment_keys(stored)
     if not keys:
         raise CheckpointError(
-            f"{stored.directory}: expected tensors {', '.join(STATES[:3])} of an optimizer, found "
+            f"{stored.directory}: expected tensors {', '.join(STATES[:-1])} of an optimizer, found "
             f"none (sharding {stored.sharding_type}). Leave --moments out"
         )
     return stored.store, keys

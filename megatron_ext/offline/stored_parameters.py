@@ -8,13 +8,14 @@ modules. The names are the same as those from `megatron_ext.resume.parameters` i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..checkpoint import names
 from ..checkpoint.state_keys import parse_state_key
 from ..checkpoint.stored import StoredCheckpoint
+from ..host.optimizers import ADAM, FIRST, STORED, state_of_groups
 from ..host.param_groups import VOCABULARY
 from ..plan.parameters import Parameter
 
@@ -22,17 +23,25 @@ from ..plan.parameters import Parameter
 _HALVES = ("_w", "_v")
 #: Tensors of a model that no optimizer updates.
 _BUFFERS = re.compile(r".*(?:\.expert_bias|\.local_tokens_per_expert|\.inv_freq|_extra_state\d*)")
-#: Part of the key of a moment that is stored by parameter.
-_MOMENT = "optimizer.state.exp_avg."
+#: Part of the key of a tensor that is stored by parameter.
+_BY_NAME = "optimizer.state."
+_IN_BUCKETS = "optimizer.distributed."
 _OF_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter's name and unsharded shape."""
+    """A parameter's name and unsharded shape.
+
+    Args:
+        name: Its global name.
+        shape: Its unsharded shape.
+        moments: The tensors of its moments, if they are stored by parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
+    moments: frozenset[str] = frozenset()
 
     @property
     def expert(self) -> bool:
@@ -63,16 +72,17 @@ def parameters_of(stored: StoredCheckpoint) -> Stored:
     if stored.store is None:
         return Stored((), None)
     entries = stored.store.index.state_dict_metadata
-    of_moments = {
-        found.name: tuple(entries[key].size)
-        for key in entries
-        if _MOMENT in key
-        and (found := parse_state_key(key)) is not None
-        and found.state == "exp_avg"
-        and not found.bucket
-    }
-    if of_moments:
-        return Stored(tuple(_named(of_moments, stored.args)), "optimizer")
+    of_moments: dict[str, tuple[int, ...]] = {}
+    moments: dict[str, set[str]] = {}
+    for key in entries:
+        found = parse_state_key(key) if _BY_NAME in key else None
+        if found is not None and not found.bucket and found.state in STORED:
+            moments.setdefault(found.name, set()).add(found.state)
+            if found.state in FIRST:
+                of_moments[found.name] = tuple(entries[key].size)
+    in_buckets = any(_IN_BUCKETS in key for key in entries)
+    if of_moments and not in_buckets:
+        return Stored(tuple(_named(of_moments, stored.args, moments)), "optimizer")
     of_model = {
         key: shape
         for key, shape in stored.tensors.items()
@@ -81,7 +91,7 @@ def parameters_of(stored: StoredCheckpoint) -> Stored:
         and not _BUFFERS.fullmatch(key)
         and "/" not in key
     }
-    return Stored(tuple(_named(of_model, stored.args)), "model")
+    return Stored(tuple(_named(of_model, stored.args, moments)), "model")
 
 
 def in_groups(
@@ -109,12 +119,12 @@ def in_groups(
     """
     parallel = any(g.get("is_expert_parallel") for groups in optimizers for g in groups)
     groups = [(n, i, g) for n, of_one in enumerate(optimizers) for i, g in enumerate(of_one)]
-    places: dict[tuple[bool, bool, bool], tuple[int, int]] = {}
+    places: dict[tuple[bool, bool, bool, frozenset[str]], tuple[int, int]] = {}
     out: list[list[Parameter]] = [[] for _ in optimizers]
     for one in parameters:
         plain = len(one.shape) == 1 or one.name.endswith(".bias")
         vocabulary = one.name in VOCABULARY
-        kind = one.expert and parallel, plain, vocabulary and decoupled
+        kind = one.expert and parallel, plain, vocabulary and decoupled, one.moments
         if kind not in places:
             places[kind] = _place(groups, *kind)
         number, index = places[kind] if known is None else known[one.name]
@@ -130,9 +140,11 @@ def _place(
     expert: bool,
     plain: bool,
     decoupled: bool,
+    moments: frozenset[str],
 ) -> tuple[int, int]:
     fits = [(n, i, g) for n, i, g in groups if bool(g.get("is_expert_parallel")) == expert]
     tests = (
+        lambda g: not moments or moments == set((state_of_groups([g]) or ADAM).tensors),
         lambda g: (g.get("wd_mult", 1.0) == 0.0) == plain,
         lambda g: (
             (g.get("default_config", True) is False or g.get("is_decoupled_lr", False)) == decoupled
@@ -144,10 +156,15 @@ def _place(
     return number, index
 
 
-def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> Iterator[Named]:
+def _named(
+    shapes: Mapping[str, tuple[int, ...]],
+    args: Mapping[str, Any],
+    moments: Mapping[str, Collection[str]],
+) -> Iterator[Named]:
     """Yield the parameters of checkpoint keys that have lost the optimizer's prefix."""
     style = names.Style.of_arguments(args)
     for key, shape in shapes.items():
+        held = frozenset(moments.get(key, ()))
         if key.endswith(_HALVES[1]) and key[:-2] + _HALVES[0] in shapes:
             continue
         if key.endswith(_HALVES[0]) and (other := key[:-2] + _HALVES[1]) in shapes:
@@ -156,4 +173,4 @@ def _named(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> It
             rows = shape[axis] + shapes[other][axis]
             key, shape = key[:-2], (*shape[:axis], rows, *shape[axis + 1 :])
         for place in names.unstacked(key, shape):
-            yield Named(names.name_of(key, place.lead, style), place.shape)
+            yield Named(names.name_of(key, place.lead, style), place.shape, held)

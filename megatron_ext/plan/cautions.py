@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from ..base.values import same
 from ..policy.match import Match
 from ..policy.policy import ResumePolicy
-from ..policy.presets import KEEP_ALL
 from ..rules.base import ElementRule, Rule
 from ..rules.batch_size import BatchRatio
 from ..rules.bias_consistent import BiasConsistent
 from ..rules.clip import Clip
 from ..rules.elementwise import RESET, Scale
+from ..rules.form import MOMENTS
+from .fitting import has_no_effect
 
 if TYPE_CHECKING:
     from .decisions import Circumstances, ResumePlan
@@ -41,8 +42,8 @@ def cautions(plan: ResumePlan, circumstances: Circumstances) -> tuple[str, ...]:
     Returns:
         Texts of one or two sentences, the same on every rank.
     """
-    if not circumstances.adam:
-        return _not_adam(plan.policy)
+    if not circumstances.optimizer.adam:
+        return tuple(dict.fromkeys(_of_another(plan, circumstances)))
     out = [
         *_step(plan),
         *_partial_reset(plan),
@@ -106,13 +107,30 @@ def lost_step(plan: ResumePlan, *, iteration_known: bool) -> Iterator[str]:
         )
 
 
-def _not_adam(policy: ResumePolicy) -> tuple[str, ...]:
-    if policy.preset == KEEP_ALL:
-        return ()
-    return (
-        f"preset {policy.preset}: this optimizer is not Adam, so its state and hyperparameters are "
-        "not changed",
-    )
+def _of_another(plan: ResumePlan, circumstances: Circumstances) -> Iterator[str]:
+    """Warn about what a policy means for an optimizer that is not Adam."""
+    policy, state = plan.policy, circumstances.optimizer
+    preset = policy.preset
+    if reason := has_no_effect(preset, state):
+        yield f"preset {preset} does not change the state and groups of {state.name}: {reason}"
+    if preset.name == "gradient-scale":
+        if not state.scale_free:
+            yield (
+                f"preset {preset}: the update of {state.name} is {preset.arguments[0]:g}x as large "
+                "for such a gradient. Divide --lr by that to keep it"
+            )
+        yield from _not_scaled(plan, circumstances)
+    if state.step is None and policy.step not in (None, "keep"):
+        yield f"step {policy.step}: {state.name} does not depend on the number of steps"
+    for key, rule in _firsts_and_seconds(policy):
+        if (moment := state.moment(key)) is not None:
+            yield from _underflow(key, moment.tensor, rule)
+
+
+def _firsts_and_seconds(policy: ResumePolicy) -> Iterator[tuple[str, Rule]]:
+    for m, v in _operations(policy):
+        yield "exp_avg", m
+        yield "exp_avg_sq", v
 
 
 def _step(plan: ResumePlan) -> Iterator[str]:
@@ -177,13 +195,18 @@ def _scales(policy: ResumePolicy) -> Iterator[str]:
                 f"the root of the other, so the first update {_verb(growth)} to {growth:.4g}x "
                 "where the gradient is small"
             )
-        for key, factor in (("exp_avg", a), ("exp_avg_sq", b)):
-            lost = _LARGEST_ZERO / abs(factor) if factor else 0.0
-            if lost > _WORTH_TELLING[key]:
-                yield (
-                    f"{key} is multiplied by {factor:g}: what is below {lost:.2g} becomes 0 (in "
-                    f"bf16 below {lost * 2.0**16:.2g})"
-                )
+        for key, rule in zip(MOMENTS, (m, v), strict=True):
+            yield from _underflow(key, key, rule)
+
+
+def _underflow(key: str, tensor: str, rule: Rule) -> Iterator[str]:
+    factor = rule.multiplier if isinstance(rule, ElementRule) else None
+    lost = _LARGEST_ZERO / abs(factor) if factor else 0.0
+    if lost > _WORTH_TELLING[key]:
+        yield (
+            f"{tensor} is multiplied by {factor:g}: what is below {lost:.2g} becomes 0 (in bf16 "
+            f"below {lost * 2.0**16:.2g})"
+        )
 
 
 def _verb(growth: float) -> str:

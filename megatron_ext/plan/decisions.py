@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..base.values import plain, same
+from ..host.optimizers import ADAM, OptimizerState
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
 
@@ -84,6 +85,7 @@ class ResumePlan:
         clip_grad: The new gradient clipping, if a preset changes it.
         warnings: Its risks, with the size of the effect.
         phase: The phase that begins or continues; None for a live optimizer.
+        optimizer: The state of the optimizer.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -94,6 +96,7 @@ class ResumePlan:
     clip_grad: Decision | None = None
     warnings: tuple[str, ...] = ()
     phase: Phase | None = None
+    optimizer: OptimizerState = ADAM
 
     @property
     def mark(self) -> str | None:
@@ -134,16 +137,15 @@ class Circumstances:
 
     Args:
         clip_grad: Largest gradient norm; 0 means no clipping.
-        decoupled_weight_decay: True for AdamW, False for L2 in the gradient.
+        decoupled_weight_decay: False for L2 in the gradient, as in Adam without W.
         global_batch_size: Batch sizes of the checkpoint's run and of this one, in samples; None if
             unknown.
         live: Whether the state is the running optimizer's. Its hyperparameters do not change.
-        adam: False for a part of a chain that another optimizer updates (Muon). Its state, step
-            and hyperparameters do not change.
+        optimizer: The state of the optimizer, one of a chain's.
     """
 
     clip_grad: float = 0.0
     decoupled_weight_decay: bool = True
     global_batch_size: tuple[int, int] | None = None
     live: bool = False
-    adam: bool = True
+    optimizer: OptimizerState = ADAM

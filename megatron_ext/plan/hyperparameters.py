@@ -57,11 +57,11 @@ def plan_resume(
     clip_grad = None
     if not circumstances.live:
         clip_grad = _clip_grad(policy, circumstances)
-    if circumstances.adam and not circumstances.live:
+    optimizer = circumstances.optimizer
+    if optimizer.adam and not circumstances.live:
         groups = tuple(_derive(policy, group) for group in groups)
-    if circumstances.adam:
-        _refuse_coupled_decay(policy, groups, circumstances)
-    step = _next_step(policy, saved.step) if circumstances.adam else saved.step
+    _refuse_coupled_decay(policy, groups, circumstances)
+    step = saved.step if optimizer.step is None else _next_step(policy, saved.step)
     plan = ResumePlan(
         groups=groups,
         step=step,
@@ -70,6 +70,7 @@ def plan_resume(
         saved_step=saved.step,
         clip_grad=clip_grad,
         phase=phase,
+        optimizer=optimizer,
     )
     return replace(plan, warnings=cautions(plan, circumstances))
 
@@ -167,12 +168,13 @@ def _refuse_coupled_decay(
 ) -> None:
     """Raise for gradient-scale with L2 decay: L2 in the gradient is not scaled with it."""
     decays = {d.value for g in groups for d in g.decisions if d.key == "weight_decay"}
-    coupled = not circumstances.decoupled_weight_decay and any(decays)
+    l2 = circumstances.optimizer.coupled_decay or not circumstances.decoupled_weight_decay
+    coupled = l2 and any(decays)
     if policy.preset.name == "gradient-scale" and coupled:
         raise PlanError(
-            f"preset {policy.preset}: weight decay is coupled (L2 in the gradient, "
-            f"weight_decay {sorted(decays)}), so Adam's update changes with the gradient's scale. "
-            "Use decoupled weight decay (AdamW), or scale the moments by rules"
+            f"preset {policy.preset}: weight decay is coupled (L2 in the gradient, weight_decay "
+            f"{sorted(decays)}), so the update of {circumstances.optimizer.name} changes with the "
+            "gradient's scale. Use decoupled weight decay (AdamW), or scale the moments by rules"
         )
 
 

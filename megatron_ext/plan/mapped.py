@@ -128,7 +128,7 @@ def new_warnings(plan: ResumePlan, mapped: Mapped | None) -> Iterator[str]:
         for name in (() if mapped is None else mapped.new_to_optimizer)
         if not any(Match(rule.name).fits(name, 0, {}) for rule in rules)
     ]
-    if not bare or not plan.step:
+    if not bare or not plan.step or plan.optimizer.moment("exp_avg_sq") is None:
         return
     for betas in betas_of(plan):
         yield (

@@ -7,15 +7,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import PlanError
+from ..host.optimizers import ADAM, OptimizerState
 from ..policy.match import MomentRule
 from ..policy.policy import ResumePolicy
 from ..rules.base import Rule
 from ..rules.form import Key
+from .fitting import fitted_preset, require_fit
 from .parameters import Parameter
 
 
 def overwritten(
-    policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any] | None
+    policy: ResumePolicy,
+    parameter: Parameter,
+    group: Mapping[str, Any] | None,
+    optimizer: OptimizerState = ADAM,
 ) -> frozenset[Key]:
     """Return the moments of a parameter that are set in all its rows without reading old values.
 
@@ -24,6 +29,7 @@ def overwritten(
         parameter: The parameter; its `saved_rows` do not matter.
         group: Its current param_group, or None if it is not known. The result is then empty if any
             rule depends on attributes of a group.
+        optimizer: The state of its optimizer.
 
     Returns:
         The moments. Empty also if rules contradict each other, for which `plan_moments` raises.
@@ -31,7 +37,7 @@ def overwritten(
     if group is None and any(rule.match.group for rule in policy.rules):
         return frozenset()
     try:
-        rows = operations_of(policy, parameter, group or {})
+        rows = operations_of(policy, parameter, group or {}, optimizer)
     except PlanError:
         return frozenset()
     by_key: dict[Key, list[Rule]] = {
@@ -96,7 +102,10 @@ def unmatched(
 
 
 def operations_of(
-    policy: ResumePolicy, parameter: Parameter, group: Mapping[str, Any]
+    policy: ResumePolicy,
+    parameter: Parameter,
+    group: Mapping[str, Any],
+    optimizer: OptimizerState = ADAM,
 ) -> list[tuple[int, int, Rule, Rule, int | None]]:
     """List first row, one past the last row, rules for both moments, and position of the rule."""
     rules = policy.rules
@@ -111,14 +120,14 @@ def operations_of(
                 f"rules {rules[one]} and {rules[two]} both apply to {parameter.name}, rows {first} "
                 f"to {min(last, end) - 1}; expected one. Narrow one of them"
             )
-    effect = policy.preset.effect
     rows: list[tuple[int, int, Rule, Rule, int | None]] = []
     at = 0
     for first, last, number in [*pieces, (parameter.rows, parameter.rows, -1)]:
         if at < first:
-            rows.append((at, first, effect.exp_avg, effect.exp_avg_sq, None))
+            rows.append((at, first, *fitted_preset(policy, optimizer, parameter.name), None))
         if first < last:
-            rule = rules[number]
+            rule, whole = rules[number], last - first == parameter.rows
+            require_fit(rule, optimizer, parameter.name, whole=whole)
             rows.append((first, last, rule.exp_avg, rule.exp_avg_sq, number))
         at = max(at, last)
     return rows

@@ -50,7 +50,7 @@ def _plan(
     saved_groups: Sequence[Mapping[str, Any]],
     group: Mapping[str, Any],
 ) -> ParameterPlan:
-    rows = operations_of(plan.policy, parameter, group)
+    rows = operations_of(plan.policy, parameter, group, plan.optimizer)
     of_exp_avg = tuple((a, b, m, n) for a, b, m, _, n in rows)
     of_exp_avg_sq = tuple((a, b, v, n) for a, b, _, v, n in rows)
     out = []

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..base.text import MAX_NAMED, first_of
 from ..checkpoint.names import MASTER, OBJECT, WEIGHTS, Place, Style, index, name_of, object_name
 from ..errors import CheckpointError, MegatronExtError, PlanError
+from ..host.optimizers import FIRST
 from ..policy.match import Match, MomentRule
 from ..policy.parameter_map import ParameterMap
 from .mapped import CopiedParameter, LeftParameter, Mapped, NewParameter, Wanted
@@ -122,7 +123,7 @@ class _Planner:
         if kind in self.kinds:
             return kind
         # An fp32 model has no master weights without the distributed optimizer.
-        return WEIGHTS if kind == MASTER and "exp_avg" in self.kinds else None
+        return WEIGHTS if kind == MASTER and FIRST & self.kinds else None
 
     def _require_source(
         self, name: str, source: str, copy: str, kind: str, place: Place | None, one: Wanted

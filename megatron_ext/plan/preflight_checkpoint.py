@@ -139,15 +139,17 @@ def _stored_problems(context: ResumeContext) -> Iterator[str]:
         yield f"{stored.directory}: {reason}"
     saved_kind = bool(stored.args.get("use_distributed_optimizer", False))
     changed = stored.args and saved_kind != bool(args.use_distributed_optimizer)
-    if arguments.is_layer_wise(argparse.Namespace(**stored.args)):
-        # With the same flags now, `refused_flags` says so.
-        if not arguments.is_layer_wise(args):
-            yield (
-                f"the checkpoint in {stored.directory} was written with --optimizer "
-                f"{stored.args.get('optimizer')} and --use-distributed-optimizer: "
-                f"{arguments.LAYER_WISE}"
-            )
-    elif changed and is_by_position(stored):
+    layer_wise = arguments.is_layer_wise(argparse.Namespace(**stored.args))
+    if stored.args and layer_wise != arguments.is_layer_wise(args):
+        names = {True: "with", False: "without"}
+        yield (
+            f"the checkpoint in {stored.directory} was written with --optimizer "
+            f"{stored.args.get('optimizer')} {names[layer_wise]} Megatron's layer-wise distributed "
+            f"optimizer (--use-distributed-optimizer, or dist_muon), and this run is "
+            f"{names[not layer_wise]} it: their states are arranged in different ways. Give "
+            "--optimizer and --use-distributed-optimizer as they were"
+        )
+    elif changed and not layer_wise and is_by_position(stored):
         names = {True: "with", False: "without"}
         yield (
             f"the checkpoint in {stored.directory} was written {names[saved_kind]} "

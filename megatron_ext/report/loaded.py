@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..base import ranks
-from ..checkpoint.state import MOMENT_KEYS
 from ..errors import CheckpointError
+from ..host.optimizers import ADAM, OptimizerState
 
 
 @dataclass
@@ -21,15 +21,14 @@ class LoadedState:
         tensors: State key -> number of shards written on this rank, or on all ranks after `summed`.
         elements: State key -> number of elements in these shards.
         made: State key -> number of elements that are new: no checkpoint value is used for them.
-        nonfinite: Number of elements of the moments that Adam cannot use: NaN, infinite, or
-            negative in exp_avg_sq.
+        nonfinite: Number of elements of the moments that cannot be used: NaN, infinite, or negative
+            in a second moment.
         proven: Number of elements of the master weights that are the model's weights.
         differing: Number of elements of the master weights that are not.
         masters: Number of elements that are master weights and no remainders
             (`megatron_ext.resume.precision`).
         remainders: Number of elements that were taken for remainders.
-        keys: The keys to count. An optimizer other than Adam has ``param`` and ``state``, which is
-            everything else.
+        keys: The keys to count: ``param``, the moments, and ``state`` for other tensors.
     """
 
     tensors: dict[str, int] = field(default_factory=dict)
@@ -40,7 +39,13 @@ class LoadedState:
     differing: int = 0
     masters: int = 0
     remainders: int = 0
-    keys: tuple[str, ...] = ("param", *MOMENT_KEYS)
+    keys: tuple[str, ...] = ("param", *ADAM.tensors)
+
+    @classmethod
+    def of(cls, optimizer: OptimizerState) -> LoadedState:
+        """Make empty counts for the state of an optimizer."""
+        others = ("state",) if optimizer.others else ()
+        return cls(keys=("param", *optimizer.tensors, *others))
 
     def add(self, tensors: Mapping[str, Any], made: Collection[str] = ()) -> None:
         """Count the tensors of one parameter shard: ``param`` and the moments, but not ``step``.

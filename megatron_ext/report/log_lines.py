@@ -12,14 +12,10 @@ from ..plan.mapped import LeftParameter, Mapped, NewParameter
 from ..policy.counters import Counters
 from ..policy.phase import Phase
 from .loaded import LoadedState
-from .model import MomentReport, OptimizerReport
+from .model import MomentReport, OptimizerReport, RuleReport
 
-_STATE_NAMES = {
-    "state": "state (not Adam's)",
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "param": "master weights",
-}
+#: What is counted under keys that are no tensor's.
+_STATE_NAMES = {"state": "other state", "param": "master weights"}
 
 
 def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int) -> list[str]:
@@ -28,16 +24,16 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
     title = f"resume of optimizer {number} of {count} ({report.kind})"
     lines = [f"megatron_ext: {title}"]
     lines += [
-        f" > {name}: using checkpoint value ({loaded.tensors.get(key, 0)} shards, "
-        f"{loaded.elements.get(key, 0)} elements on all ranks{_new(loaded, key)})"
-        for key, name in _STATE_NAMES.items()
-        if key in loaded.keys
+        f" > {_STATE_NAMES.get(key, key)}: using checkpoint value ({loaded.tensors.get(key, 0)} "
+        f"shards, {loaded.elements.get(key, 0)} elements on all ranks{_new(loaded, key)})"
+        for key in (*loaded.keys[1:], loaded.keys[0])
     ]
     lines += _master_lines(report)
     lines += [f" > {one}" for one in report.resized if one.new]  # the others have a warning
     lines += _moment_lines(report)
     where = "checkpoint" if plan.step == plan.saved_step else f"checkpoint {plan.saved_step}"
-    lines.append(f" > step: {plan.step} ({where})")
+    if plan.optimizer.step is not None:
+        lines.append(f" > step: {plan.step} ({where})")
     for group, parameters in zip(plan.groups, report.parameters, strict=True):
         where = "none" if group.saved_index is None else str(group.saved_index)
         lines.append(
@@ -140,8 +136,7 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
     lines = []
     if moments is not None:
         lines += [
-            f" > {r.rule}: exp_avg {r.exp_avg}, exp_avg_sq {r.exp_avg_sq} ({r.elements} elements "
-            "on all ranks)"
+            f" > {r.rule}: {_by_tensor(report, r)} ({r.elements} elements on all ranks)"
             for r in moments.rules
         ]
         lines += [
@@ -159,6 +154,13 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
     if report.plan.clip_grad is not None:
         lines.append(_decision_line(report.plan.clip_grad))
     return lines
+
+
+def _by_tensor(report: OptimizerReport, rule: RuleReport) -> str:
+    """Write what a rule does to each moment that the optimizer has."""
+    done = {"exp_avg": rule.exp_avg, "exp_avg_sq": rule.exp_avg_sq}
+    tensors = ((report.plan.optimizer.tensor(key), text) for key, text in done.items())
+    return ", ".join(f"{tensor} {text}" for tensor, text in tensors if tensor is not None)
 
 
 def _rms_text(rms: float | None) -> str:

@@ -43,8 +43,8 @@ class RuleReport:
 
     Args:
         rule: Its match as in the policy; the preset for elements that no rule matches.
-        exp_avg: The moment rule for exp_avg.
-        exp_avg_sq: The moment rule for exp_avg_sq.
+        exp_avg: The policy's rule for the first moment.
+        exp_avg_sq: The policy's rule for the second moment.
         elements: Number of elements. An element that several ranks hold counts on each.
         examples: Names of some parameters that it matches; empty for the preset.
     """
@@ -62,13 +62,13 @@ class MomentReport:
 
     Args:
         rules: One report for each rule, and one for the preset.
-        rms: Root mean square of each moment before and after.
+        rms: Root mean square of each moment, by its tensor, before and after.
         changed: Number of elements of each moment whose value differs from before.
-        nonfinite: Number of elements of each moment that Adam cannot use after: NaN, infinite, or
-            negative in exp_avg_sq.
+        nonfinite: Number of elements of each moment that cannot be used after: NaN, infinite, or
+            negative in a second moment.
         unread: Number of elements of each moment that were not read, because they are overwritten.
             The root mean square before and the number of changes do not include them.
-        norms_on_this_rank: Euclidean norms of exp_avg and exp_avg_sq after, on this rank.
+        norms_on_this_rank: Euclidean norm of each moment after, on this rank.
         warnings: A warning about rules that match nothing.
     """
 
@@ -77,5 +77,5 @@ class MomentReport:
     changed: Mapping[str, int] = field(default_factory=dict)
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     unread: Mapping[str, int] = field(default_factory=dict)
-    norms_on_this_rank: tuple[float, float] = (0.0, 0.0)
+    norms_on_this_rank: tuple[float, ...] = (0.0, 0.0)
     warnings: tuple[str, ...] = ()

@@ -167,12 +167,14 @@ def _moments_figure(states: Sequence[tuple[int, Mapping[str, Any]]]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.3 + 0.75 * len(states)), dpi=100, layout="constrained")
-    every = figure.subplots(1, 2)
-    for axes, key in zip(every, ("exp_avg", "exp_avg_sq"), strict=True):
+    tensors = list(dict.fromkeys(key for _, state in states for key in state))
+    (every,) = figure.subplots(1, len(tensors), squeeze=False)
+    for axes, key in zip(every, tensors, strict=True):
+        held = [(number, state[key]) for number, state in states if key in state]
         axes.set_title(f"RMS of {key}", fontsize=10)
-        _bars(axes, [state[key] for _, state in states])
-        axes.set_yticks(range(len(states)), [f"optimizer {number}" for number, _ in states])
-        axes.set_ylim(len(states) - 0.4, -0.6)
+        _bars(axes, [state for _, state in held])
+        axes.set_yticks(range(len(held)), [f"optimizer {number}" for number, _ in held])
+        axes.set_ylim(len(held) - 0.4, -0.6)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useOffset=False)
         axes.grid(axis="x", alpha=0.25)
     every[0].legend(*every[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2)

@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, TypedDict
 
 from ..base.schema import INLINE, Count, Keywords
 from .model import RuleReport
-from .schema_parts import DecisionDocument, GroupDocument, StepDocument, Value
-
-
-class AdamTensorsDocument(TypedDict):
-    """The state tensors of Adam.
-
-    Attributes:
-        param: The fp32 master weights.
-        exp_avg: The first moments.
-        exp_avg_sq: The second moments.
-    """
-
-    param: Count
-    exp_avg: Count
-    exp_avg_sq: Count
-
-
-class OtherTensorsDocument(TypedDict):
-    """The state tensors of an optimizer other than Adam.
-
-    Attributes:
-        param: The fp32 master weights.
-        state: All other state.
-    """
-
-    param: Count
-    state: Count
-
-
-class NothingLoadedDocument(TypedDict):
-    """The state tensors of a live optimizer, for which nothing was loaded."""
-
-
-_PerStateTensor = Annotated[
-    Mapping[str, int],
-    Keywords(
-        "per_state_tensor",
-        of=AdamTensorsDocument | OtherTensorsDocument | NothingLoadedDocument,
-        description="One number for each tensor of the optimizer's state.",
-    ),
-]
+from .schema_parts import DecisionDocument, GroupDocument, StepDocument
+from .schema_state import PerMoment, PerStateTensor
 
 
 class LoadedDocument(TypedDict):
@@ -61,9 +21,9 @@ class LoadedDocument(TypedDict):
             has loaded. Quantized weights and those without a master are not compared.
     """
 
-    tensors: _PerStateTensor
-    elements: _PerStateTensor
-    new: _PerStateTensor
+    tensors: PerStateTensor
+    elements: PerStateTensor
+    new: PerStateTensor
     proven: Count
 
 
@@ -98,38 +58,6 @@ class ReportedGroupDocument(GroupDocument):
     parameters_on_rank_0: Count
 
 
-class MomentStateDocument(TypedDict):
-    """One moment, over all ranks.
-
-    Attributes:
-        rms_before: Root mean square before, over the elements that were read; null if none was.
-        rms_after: Root mean square after.
-        changed: Number of read elements whose value differs from before.
-        nonfinite: Number of elements that Adam cannot use after: NaN, infinite, or negative in
-            exp_avg_sq.
-        unread: Number of elements that were not read from the checkpoint, because the whole moment
-            of their parameter is overwritten.
-    """
-
-    rms_before: Value
-    rms_after: Value
-    changed: Count
-    nonfinite: Count
-    unread: Count
-
-
-class BothMomentsDocument(TypedDict):
-    """Statistics of each moment over all elements.
-
-    Attributes:
-        exp_avg: The first moments.
-        exp_avg_sq: The second moments.
-    """
-
-    exp_avg: MomentStateDocument
-    exp_avg_sq: MomentStateDocument
-
-
 class MomentsDocument(TypedDict):
     """The changes of the moments, on all ranks.
 
@@ -141,7 +69,7 @@ class MomentsDocument(TypedDict):
     """
 
     rules: list[RuleReport]
-    state: Annotated[Mapping[str, MomentStateDocument], INLINE, Keywords(of=BothMomentsDocument)]
+    state: PerMoment
 
 
 class LossScaleDocument(TypedDict):
@@ -163,7 +91,8 @@ class OptimizerDocument(TypedDict):
         kind: Class names of the Megatron optimizer and of the torch optimizer inside, as "A over
             B".
         plan_digest: SHA-256 of all decisions in hexadecimal digits; the same on every rank.
-        step: Adam's step, the exponent in the bias correction.
+        step: The step, the exponent in the bias correction; null values for an optimizer without
+            one.
         loaded: Counts of optimizer tensors that were loaded from the checkpoint, summed over all
             ranks. Replicas count on each rank that holds them.
         resized: Parameters whose number of rows differs from the checkpoint's, because the
@@ -171,7 +100,7 @@ class OptimizerDocument(TypedDict):
         unused_saved_groups: Positions of the checkpoint's param_groups that correspond to no
             current one.
         groups: One entry per current param_group, in order.
-        moments: Changes of exp_avg and exp_avg_sq; null if the policy changes none.
+        moments: Changes of the moments; null if the policy changes none.
         loss_scale: The loss scale of fp16; null without a dynamic one.
         clip_grad: Gradient clipping if a preset changes it, else null.
         warnings: Warnings, with the size of the effect.

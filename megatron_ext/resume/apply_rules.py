@@ -11,7 +11,6 @@ import torch
 from .._ops.segments import Statistics
 from ..base import ranks
 from ..base.placement import WHOLE
-from ..checkpoint.state import MOMENT_KEYS
 from ..plan.parameters import ParameterPlan
 from ..report.model import MomentReport, RuleReport
 from ..rules import registry
@@ -47,22 +46,21 @@ class AppliedRules:
 
     @property
     def unusable_before(self) -> dict[str, Unusable]:
-        """Map each parameter that had elements that Adam cannot use to these, after the change.
+        """Map each parameter that had elements that cannot be used to these, after the change.
 
         A float64 sum of squares of fp32 values does not overflow: it is finite if all values are.
-        A negative element of exp_avg_sq was negative before, because no factor of it is.
+        A negative element of a second moment was negative before, because no factor of it is.
         """
         found: dict[str, Unusable] = {}
         for shard, by_key in zip(self.shards, self.counted, strict=True):
             if not any(s.nonfinite for s in by_key.values()):
                 continue
-            m, v = (by_key[key].norm_before for key in MOMENT_KEYS)
             now = unusable_of(shard.inner, shard.key)
-            before = Unusable(
-                0 if m is None or math.isfinite(m) else now.exp_avg,
-                0 if v is None or math.isfinite(v) else now.exp_avg_sq,
-                now.negative,
-            )
+            norms = {key: by_key[key].norm_before for key in now.nonfinite}
+            spoilt = {
+                k for k, norm in norms.items() if norm is not None and not math.isfinite(norm)
+            }
+            before = Unusable({k: n for k, n in now.nonfinite.items() if k in spoilt}, now.negative)
             if before.total:
                 found[shard.parameter.name] = before
         return found
@@ -87,7 +85,8 @@ def apply_in_one_pass(work: MomentWork | None) -> AppliedRules | None:
     if any(rule.multiplier is None for rule in rules):
         return None
     states = (s.inner.state[s.key] for s in work.shards if s.has_moments)
-    if any(state[key].dtype != torch.float32 for state in states for key in MOMENT_KEYS):
+    tensors = work.optimizer.tensors
+    if any(state[key].dtype != torch.float32 for state in states for key in tensors):
         return None
     return _change(work)
 
@@ -109,18 +108,19 @@ def apply_rules(work: MomentWork, done: AppliedRules | None = None) -> MomentRep
 
 
 def _changes(work: MomentWork) -> bool:
-    return not work.kept and work.policy.decides_moments
+    return bool(work.optimizer.moments) and work.policy.decides_moments
 
 
 def _change(work: MomentWork) -> AppliedRules:
     shards = tuple(s for s in work.shards if s.has_moments)
-    device = shards[0].inner.state[shards[0].key]["exp_avg"].device if shards else ranks.device()
+    first = work.optimizer.tensors[0]
+    device = shards[0].inner.state[shards[0].key][first].device if shards else ranks.device()
     found: dict[Statistic, Value] = {}
     if work.wanted:
         found = compute_statistics(
             work.wanted,
             shards,
-            lambda shard, key: values(shard.inner, shard.key, key),
+            lambda shard, key: values(shard.inner, shard.key, shard.state.tensor(key) or key),
             work.shapes,
             ranks.sum_over_ranks,
             device,
@@ -161,11 +161,12 @@ def _rule(
 
 def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
     policy = work.policy
-    sums = [[0.0] * len(_COLUMNS) for _ in MOMENT_KEYS]
+    tensors = work.optimizer.tensors
+    sums = [[0.0] * len(_COLUMNS) for _ in tensors]
     elements = [0.0] * (len(policy.rules) + 1)
-    unread = {str(key): names for key, names in work.unread.items()}
+    unread = {work.optimizer.tensor(key): names for key, names in work.unread.items()}
     for shard, statistics in zip(done.shards, done.counted, strict=True):
-        for row, key in zip(sums, MOMENT_KEYS, strict=True):
+        for row, key in zip(sums, tensors, strict=True):
             s = statistics[key]
             found = ((s.norm_before or 0.0) ** 2, s.norm_after**2, shard.end - shard.begin)
             for i, value in enumerate((*found, s.nonfinite, s.changed or 0)):
@@ -177,18 +178,22 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
         for rows in work.plans[shard.parameter.name].rows:
             held = sum(p.end - p.begin for p in runs_of_rows(shard, ((rows.first, rows.last),)))
             elements[-1 if rows.rule is None else rows.rule] += held
-    mine = (math.sqrt(sums[0][_AFTER]), math.sqrt(sums[1][_AFTER]))
-    flat = torch.tensor([*sums[0], *sums[1], *elements], dtype=torch.float64, device=done.device)
+    mine = tuple(math.sqrt(row[_AFTER]) for row in sums)
+    numbers = [x for row in (*sums, elements) for x in row]
+    flat = torch.tensor(numbers, dtype=torch.float64, device=done.device)
     ranks.sum_over_ranks(flat)
     total = flat.tolist()
     by_key = {
         key: dict(zip(_COLUMNS, total[i * len(_COLUMNS) :], strict=False))
-        for i, key in enumerate(MOMENT_KEYS)
+        for i, key in enumerate(tensors)
     }
     reports = tuple(
         RuleReport(name, write(m), write(v), int(n), met)
         for (name, m, v), n, met in zip(
-            policy.described_rules, total[2 * len(_COLUMNS) :], [*work.examples, ()], strict=True
+            policy.described_rules,
+            total[len(tensors) * len(_COLUMNS) :],
+            [*work.examples, ()],
+            strict=True,
         )
     )
     return MomentReport(

@@ -7,7 +7,7 @@ collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..policy.policy import ResumePolicy
 from ..report.resume_report import ResumeReport
 from . import guard
 from .moments import survey
-from .steps import is_adam, parameters_of
+from .steps import decays_decoupled, parameters_of
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def checked(member: Any, step: Callable[[], bool]) -> bool:
         HostError: The policy asks for something that the training loop has not carried out. Nothing
             has been changed; every rank raises.
         GuardError: The hyperparameters are not the planned ones; every rank raises, before the
-            step. Or the moments are not Adam's after it, on the ranks that hold such moments.
+            step. Or the moments are no result of it, on the ranks that hold such moments.
     """
     resume = member.resume
     report: ResumeReport | None = resume.report
@@ -55,11 +55,13 @@ def checked(member: Any, step: Callable[[], bool]) -> bool:
         _check_moments(number, member, gradient)
     member.moments_checked = gradient is not None or not parameters_of(member.optimizer)
     if resume.guard and all(one.stepped for one in resume.members):
+        adam = all(one.described.adam for one in resume.members)
         moments = (
-            "and the moment norms can result from an Adam update of the loaded moments"
+            f"and the moment norms can result from {'an Adam update' if adam else 'one update'} of "
+            "the loaded moments"
             if all(one.moments_checked for one in resume.members)
             else "and not all moment norms could be checked (L2 weight decay, several betas, "
-            "parameters without a gradient, or no Adam)"
+            "parameters without a gradient, or moments of a normalised gradient)"
         )
         say(
             "megatron_ext: guard: 1 step after the load the hyperparameters match the plan, "
@@ -120,7 +122,9 @@ def _check_hyperparameters(report: ResumeReport, number: int, member: Any) -> No
         _say_no_scheduler(groups[0], member.optimizer.param_groups[0])
     planned, used = [], []
     for group, live in zip(groups, member.optimizer.param_groups, strict=True):
-        values = {k: v for k, v in group.values.items() if k in ("betas", "eps")}
+        # Only the scheduler knows these two.
+        others = set(member.described.hyperparameters) - {"lr", "weight_decay"}
+        values = {k: v for k, v in group.values.items() if k in others}
         if (at := first.get(group.index)) is not None:
             values |= {"lr": at["lr"], "weight_decay": at["weight_decay"]}
         planned.append(guard.GroupValues.of(number, group.index, values))
@@ -143,13 +147,13 @@ def _say_no_scheduler(group: GroupPlan, live: dict[str, Any]) -> None:
 def _gradient_norm(member: Any) -> float | None:
     """Compute the norm of this rank's part of the gradient; None if the moments are not checked.
 
-    L2 decay is added to the gradient inside of Adam. A parameter without a gradient keeps its
-    moments.
+    A parameter without a gradient keeps its moments. L2 decay is added to the gradient inside of
+    the optimizer: for SGD, which knows no other, its norm is added to the bound.
     """
-    inner = member.optimizer
-    if member.norms_after_load is None or inner is None or not is_adam(inner):
+    inner, state = member.optimizer, member.described
+    if member.norms_after_load is None or inner is None or _decays(member) is None:
         return None
-    if not getattr(member.config, "decoupled_weight_decay", True) or _betas(inner) is None:
+    if not decays_decoupled(member) and not state.coupled_decay:
         return None
     params = parameters_of(inner)
     # With --use-precision-aware-optimizer the gradient is not in .grad, whose dtype is the
@@ -158,21 +162,35 @@ def _gradient_norm(member: Any) -> float | None:
     gradients = [g for g in found if g is not None]
     if len(gradients) < len(params) or not params:
         return None
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm = _norm(gradients)
+    if state.coupled_decay:
+        groups = (group for group in inner.param_groups if group["params"])
+        norm += sum(abs(group["weight_decay"]) * _norm(group["params"]) for group in groups)
+    return norm
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
     return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
 
 
-def _betas(inner: Any) -> tuple[float, float] | None:
-    """Return the betas of an optimizer's groups; None if they differ."""
-    found = {tuple(group["betas"]) for group in inner.param_groups if group["params"]}
-    return found.pop() if len(found) == 1 else None
+def _decays(member: Any) -> tuple[float, ...] | None:
+    """Return the decay of each moment; None if the groups differ, or no moment can be checked."""
+    moments = member.described.moments
+    found = {
+        tuple(moment.decay_in(group) for moment in moments)
+        for group in member.optimizer.param_groups
+        if group["params"]
+    }
+    checkable = any(moment.of_gradient for moment in moments)
+    return found.pop() if checkable and len(found) == 1 else None
 
 
 def _check_moments(number: int, member: Any, gradient: float) -> None:
-    """Compare the norms of this rank's moments with the bounds of an Adam update."""
-    inner = member.optimizer
-    betas = _betas(inner)
-    assert betas is not None
+    """Compare the norms of this rank's moments with the bounds of one step."""
+    inner, before, decays = member.optimizer, member.norms_after_load, _decays(member)
+    assert decays is not None
     after = survey(inner, list(inner.state)).norms
-    if wrong := guard.wrong_moments(number, betas, member.norms_after_load, after, gradient):
+    state = member.described
+    if wrong := guard.wrong_moments(number, state, decays, before, after, gradient):
         raise GuardError(wrong)

@@ -1,16 +1,19 @@
 r"""Check the first resumed step against the plan. Pure.
 
-The first step must use the planned hyperparameters. After it, the moment norms must be a possible
-result of one Adam update of the loaded moments. With the norm of the step's gradient, :math:`c`,
-and the norm :math:`\|\cdot\|` over this rank's elements:
+The first step must use the planned hyperparameters. After it, the norm of each moment must be a
+possible result of one step from the loaded moment. With the norm of the step's gradient,
+:math:`c`, and the norm :math:`\|\cdot\|` over this rank's elements, an average of order n with the
+decay b obeys
 
 .. math::
 
-    \left| \|m_1\| - b_1 \|m_0\| \right| \le (1 - b_1) c, \qquad
-    0 \le \|v_1\| - b_2 \|v_0\| \le (1 - b_2) c^2
+    \left| \|m_1\| - b \|m_0\| \right| \le (1 - b) c \quad (n = 1), \qquad
+    0 \le \|v_1\| - b \|v_0\| \le (1 - b) c^2 \quad (n = 2)
 
-The bounds follow from Adam's definition (arXiv 1412.6980), the triangle inequality,
-:math:`v \ge 0` and :math:`\|g^2\| \le \|g\|^2`.
+and a sum the same without the factor :math:`1 - b`. The bounds follow from the updates
+(`megatron_ext.host.optimizers`), the triangle inequality, :math:`v \ge 0` and
+:math:`\|g^2\| \le \|g\|^2`. A rotation of the basis keeps them. Of the average of a normalised
+gradient nothing follows.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.values import plain
+from ..host.optimizers import TABLE, OptimizerState
 
 #: Relative tolerance, because fp32 sums and moments in bf16 are not exact.
 _ROUNDING = 0.01
 
-_CHECKED = ("lr", "weight_decay", "betas", "eps")
+#: The hyperparameters of all optimizers, each once.
+_CHECKED = tuple(dict.fromkeys(key for row in TABLE for key in row.hyperparameters))
 
 _CAUSE = (
     "Something has changed the optimizer between the load and the first step: the training "
@@ -40,7 +45,7 @@ class GroupValues:
     Args:
         optimizer: Position of its optimizer in the chain.
         group: Position of the group in the optimizer.
-        values: Those of ``lr``, ``weight_decay``, ``betas`` and ``eps`` that the group has.
+        values: Its hyperparameters, such as ``lr`` and ``betas``.
     """
 
     optimizer: int
@@ -81,40 +86,42 @@ def wrong_hyperparameters(planned: Sequence[GroupValues], used: Sequence[GroupVa
 
 def wrong_moments(
     optimizer: int,
-    betas: tuple[float, float],
-    before: tuple[float, float],
-    after: tuple[float, float],
+    state: OptimizerState,
+    decays: Sequence[float],
+    before: Sequence[float],
+    after: Sequence[float],
     gradient: float,
 ) -> str:
-    """Describe moment norms that cannot be the result of an Adam update of the loaded moments.
+    """Describe moment norms that cannot be the result of one step from the loaded moments.
 
     Args:
         optimizer: Position in the chain.
-        betas: b1 and b2 of the step.
-        before: Euclidean norms of exp_avg and exp_avg_sq after the load, on this rank.
+        state: Its state.
+        decays: The decay b of each moment at the step.
+        before: Euclidean norm of each moment after the load, on this rank.
         after: The same norms after the step.
         gradient: An upper bound of the norm of this rank's part of the step's gradient.
 
     Returns:
-        A message, empty if both norms are possible.
+        A message, empty if all norms are possible.
     """
-    kept = betas[0] * before[0], betas[1] * before[1]
-    added = (1.0 - betas[0]) * gradient, (1.0 - betas[1]) * gradient * gradient
-    bounds = (
-        ("exp_avg", max(kept[0] - added[0], 0.0), kept[0] + added[0], after[0]),
-        ("exp_avg_sq", kept[1], kept[1] + added[1], after[1]),
-    )
-    lines = [
-        f"{key} has norm {found:.6g}, expected {low:.6g} to {high:.6g}"
-        for key, low, high, found in bounds
-        if not low * (1 - _ROUNDING) <= found <= high * (1 + _ROUNDING)
-    ]
+    lines = []
+    for moment, b, old, found in zip(state.moments, decays, before, after, strict=True):
+        if not moment.of_gradient:
+            continue
+        kept = b * old
+        added = gradient**moment.order * ((1.0 - b) if moment.average else 1.0)
+        low, high = (max(kept - added, 0.0) if moment.order == 1 else kept), kept + added
+        if not low * (1 - _ROUNDING) <= found <= high * (1 + _ROUNDING):
+            lines.append(f"{moment.tensor} has norm {found:.6g}, expected {low:.6g} to {high:.6g}")
     if not lines:
         return ""
+    what = "an Adam update" if state.adam else f"an update by {state.name}"
+    norms = ", ".join(f"{norm:.6g}" for norm in before)
     return (
-        f"optimizer {optimizer}: 1 step after the load the moment norms cannot be the result of an "
-        f"Adam update of the loaded moments (norms {before[0]:.6g}, {before[1]:.6g}) with a "
-        f"gradient of norm {gradient:.6g}: {'; '.join(lines)}. {_CAUSE}"
+        f"optimizer {optimizer}: 1 step after the load the moment norms cannot be the result of "
+        f"{what} of the loaded moments (norms {norms}) with a gradient of norm {gradient:.6g}: "
+        f"{'; '.join(lines)}. {_CAUSE}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..base import ranks
 from ..checkpoint.state import SavedOptimizer
 from ..errors import HostError, MegatronExtError, PolicyError
+from ..host.optimizers import state_of_member
 from ..plan.decisions import Circumstances, ResumePlan
 from ..plan.hyperparameters import plan_resume
 from ..policy.policy import ResumePolicy
@@ -19,7 +20,7 @@ from ..report.model import OptimizerReport
 from ..report.resume_report import ResumeReport
 from . import apply_rules, nonfinite, prepare_rules
 from .members import adam_optimizers
-from .steps import is_adam, place_step, step_of
+from .steps import decays_decoupled, place_step, step_of
 
 
 def transform_moments(
@@ -27,7 +28,7 @@ def transform_moments(
 ) -> ResumeReport:
     """Apply a policy's moment rules to a live optimizer, between two training steps.
 
-    One fused call per optimizer and device changes Adam's moments in place. Master weights,
+    One fused call per optimizer and device changes the moments in place. Master weights,
     hyperparameters and the scheduler do not change. The call is collective over the default process
     group: every rank calls it with the same policy.
 
@@ -45,8 +46,8 @@ def transform_moments(
 
     Raises:
         PolicyError: The policy decides more than moments and step.
-        PlanError: A rule cannot be applied, and no moment has been changed; or Adam cannot use
-            what the rules made, and the policy's choice for that is ``error``.
+        PlanError: A rule cannot be applied, and no moment has been changed; or the optimizer
+            cannot use what the rules made, and the policy's choice for that is ``error``.
         HostError: The state of an optimizer cannot be reached.
     """
     members: list[Any] = []
@@ -87,9 +88,9 @@ def _plan(policy: ResumePolicy, member: Any) -> ResumePlan:
     saved = SavedOptimizer(tuple(groups), step_of(member.optimizer))
     circumstances = Circumstances(
         clip_grad=member.config.clip_grad,
-        decoupled_weight_decay=getattr(member.config, "decoupled_weight_decay", True),
+        decoupled_weight_decay=decays_decoupled(member),
         live=True,
-        adam=is_adam(member.optimizer),
+        optimizer=state_of_member(member),
     )
     return plan_resume(policy, saved, groups, circumstances)
 

@@ -16,8 +16,10 @@ from .._ops import native
 from .._ops.segments import STATISTICS_COLUMNS, Segment, Statistics
 from ..base.log import say
 from ..base.placement import Run
-from ..checkpoint.state import MOMENT_KEYS
+from ..errors import PlanError
+from ..host.optimizers import state_of
 from ..rules.elementwise import KEEP
+from ..rules.form import MOMENTS
 from .scaled import OpenMoment, is_scaled, open_moment, rules_of
 from .shard_rules import FillColumns, MomentShard
 from .statistics import columns
@@ -34,7 +36,7 @@ class MomentStatistics:
         norm_before: Euclidean norm before; None if only the new values were counted.
         norm_after: Euclidean norm after.
         largest: Largest absolute value after, ignoring NaN.
-        nonfinite: Number of NaN and infinite values after, and of negative ones of exp_avg_sq.
+        nonfinite: Number of NaN and infinite values after, and of negative ones of a second moment.
         changed: Number of elements whose value differs; None if only the new values were counted.
     """
 
@@ -59,7 +61,8 @@ def transform(
     One call of ``megatron_ext::transform_moments_`` changes all shards on a device. TE's fp16 and
     fp8 moments have a scale per tensor: a rescale of the whole tensor only changes the scale. Other
     rules use TE's ``get_unscaled_state`` and ``set_scaled_state``
-    (transformer_engine/pytorch/optimizers/fused_adam.py).
+    (transformer_engine/pytorch/optimizers/fused_adam.py). A parameter with one moment has a call of
+    its own, because the op takes pairs.
 
     Args:
         shards: Parameters with state. Shards without rules are not changed.
@@ -75,14 +78,18 @@ def transform(
     """
     moments = [(open_moment(s, 0), open_moment(s, 1)) for s in shards]
     counts: list[torch.Tensor | None] = [None] * len(shards)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, pair in enumerate(moments):
-        if statistics or not all(m.only_scale for m in pair):
-            by_device.setdefault(pair[0].tensor().device, []).append(i)
+    together: dict[tuple[torch.device, int | None], list[int]] = {}
+    for i, (first, second) in enumerate(moments):
+        if first is None:
+            raise PlanError(f"{shards[i].name} has no moments: {state_of(shards[i].inner)}")
+        if statistics or not first.only_scale or (second is not None and not second.only_scale):
+            alone = i if second is None else None
+            together.setdefault((first.tensor().device, alone), []).append(i)
     calls = []
-    for device, members in by_device.items():
+    unused = _Unused()
+    for (device, _), members in together.items():
         _announce(device.type)
-        exp_avg, exp_avg_sq = ([moments[i][which].tensor() for i in members] for which in (0, 1))
+        exp_avg, exp_avg_sq = zip(*(_tensors(*moments[i], unused) for i in members), strict=True)
         segments = [
             segment
             for tensor, i in enumerate(members)
@@ -98,24 +105,46 @@ def transform(
     for members, call in calls:
         for i, row in zip(members, call(statistics).cpu(), strict=False):
             counts[i] = row
-    for pair in moments:
-        for moment in pair:
-            moment.close()
-    return [_statistics(row) for row in counts]
+    for moment in (m for pair in moments for m in pair if m is not None):
+        moment.close()
+    return [_statistics(s, row) for s, row in zip(shards, counts, strict=True)]
+
+
+class _Unused:
+    """Zeros in the place of a second moment, for the op. It keeps them, so that all calls share."""
+
+    def __init__(self) -> None:
+        self._zeros: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return zeros of the length, dtype and device of a tensor."""
+        held = self._zeros.get((x.device, x.dtype))
+        if held is None or held.numel() < x.numel():
+            held = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
+            self._zeros[x.device, x.dtype] = held
+        return held[: x.numel()].view(x.shape)
+
+
+def _tensors(
+    first: OpenMoment | None, second: OpenMoment | None, unused: _Unused
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert first is not None
+    x = first.tensor()
+    return x, unused.like(x) if second is None else second.tensor()
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Statistics of both moments of some parameters.
+    """Statistics of the moments of some parameters.
 
     Args:
-        nonfinite: Number of elements of each parameter that Adam cannot use: NaN, infinite, or
-            negative in exp_avg_sq.
-        norms: Euclidean norms of exp_avg and exp_avg_sq over all parameters.
+        nonfinite: Number of elements of each parameter that the optimizer cannot use: NaN,
+            infinite, or negative in a second moment.
+        norms: Euclidean norm of each moment over all parameters.
     """
 
     nonfinite: list[int]
-    norms: tuple[float, float]
+    norms: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -124,19 +153,20 @@ def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
 
     Args:
         inner: The torch optimizer that holds the state.
-        params: Keys of its state that have both moments.
+        params: Keys of its state that have all moments.
     """
-    if any(is_scaled(inner, key) for key in MOMENT_KEYS):
+    names = state_of(inner).tensors
+    if len(names) < 2 or any(is_scaled(inner, key) for key in names):
         counted = transform([MomentShard("", inner, p, ()) for p in params], Statistics.AFTER)
-        norms = [math.hypot(*(c[key].norm_after for c in counted)) for key in MOMENT_KEYS]
-        return Survey([sum(s.nonfinite for s in c.values()) for c in counted], tuple(norms))  # type: ignore[arg-type]
+        norms = [math.hypot(*(c[key].norm_after for c in counted)) for key in names]
+        return Survey([sum(s.nonfinite for s in c.values()) for c in counted], tuple(norms))
     counts, squares = [0] * len(params), [0.0, 0.0]
     by_device: dict[torch.device, list[int]] = {}
     for i, param in enumerate(params):
-        by_device.setdefault(inner.state[param]["exp_avg"].device, []).append(i)
+        by_device.setdefault(inner.state[param][names[0]].device, []).append(i)
     for device, members in by_device.items():
         _announce(device.type)
-        both = ([inner.state[params[i]][key] for i in members] for key in MOMENT_KEYS)
+        both = ([inner.state[params[i]][key] for i in members] for key in names)
         found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _SURVEYED].tolist()
         for i, rows in zip(members, found, strict=True):
             for which, (square, nonfinite) in enumerate(rows):
@@ -162,8 +192,9 @@ def magnitude_thresholds(
         reduce: Sums a histogram in place over the ranks that hold the groups' other shards. It is
             called three times (see `megatron_ext._ops.magnitude_thresholds`). None for one rank.
     """
-    which = MOMENT_KEYS.index(key)
-    tensors = [open_moment(s, which).tensor() for s in shards]
+    which = MOMENTS.index(key)
+    opened = [open_moment(s, which) for s in shards]
+    tensors = [moment.tensor() for moment in opened if moment is not None]
     ranges = [[i, 0, x.numel(), g] for i, (x, g) in enumerate(zip(tensors, groups, strict=True))]
     out = _ops.magnitude_thresholds(
         tensors,
@@ -198,12 +229,12 @@ def _of_op(rule: Any) -> Any:
 
 
 def _column_fills(
-    shard: MomentShard, pair: tuple[OpenMoment, OpenMoment]
+    shard: MomentShard, pair: tuple[OpenMoment | None, OpenMoment | None]
 ) -> list[Callable[[], torch.Tensor]]:
     out: list[Callable[[], torch.Tensor]] = []
     for which, moment in enumerate(pair):
         for r, rule in zip(shard.rules, rules_of(shard, which), strict=True):
-            if isinstance(rule, FillColumns):
+            if isinstance(rule, FillColumns) and moment is not None:
                 run = Run(r.begin, r.end, r.index)
                 out.append(functools.partial(_fill_columns, moment, run, rule.values))
     return out
@@ -219,13 +250,16 @@ def _fill_columns(moment: OpenMoment, run: Run, values: torch.Tensor) -> torch.T
     return target
 
 
-def _statistics(row: torch.Tensor | None) -> dict[str, MomentStatistics]:
+def _statistics(shard: MomentShard, row: torch.Tensor | None) -> dict[str, MomentStatistics]:
     if row is None:
         return {}
     out = {}
-    for key, (before, after, largest, nonfinite, changed) in zip(
-        MOMENT_KEYS, row.tolist(), strict=True
+    state = state_of(shard.inner)
+    for slot, (before, after, largest, nonfinite, changed) in zip(
+        MOMENTS, row.tolist(), strict=True
     ):
+        if (key := state.tensor(slot)) is None:
+            continue
         counted = before != -1.0 or changed != -1.0
         out[key] = MomentStatistics(
             norm_before=math.sqrt(before) if counted else None,

@@ -1,20 +1,21 @@
-"""Count moments that Adam cannot use, then refuse, reset or keep them.
+"""Count moments that an optimizer cannot use, then refuse, reset or keep them.
 
-These are NaN and infinite elements, and negative ones of exp_avg_sq, whose square root Adam takes.
+These are NaN and infinite elements, and negative ones of a second moment, whose square root is
+taken (exp_avg_sq of Adam).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..base import ranks
 from ..base.text import first_of
-from ..checkpoint.state import MOMENT_KEYS
 from ..errors import CheckpointError, PlanError
+from ..host.optimizers import SECOND, state_of
 from ..plan.parameters import ParameterPlan
 from ..policy.policy import ResumePolicy
 from ..report.model import MomentReport
@@ -23,7 +24,6 @@ from .moments import Survey, survey
 from .parameters import Shard, held_parameters, names_of
 from .prepare_rules import MomentWork
 from .scaled import is_scaled, store, values
-from .steps import is_adam
 
 _REMEDY = (
     "pass --selective-nonfinite reset to set these elements of both moments to 0, or keep to leave "
@@ -34,55 +34,55 @@ _DONE = {"reset": "reset to 0", "keep": "kept"}
 
 @dataclass(frozen=True)
 class Unusable:
-    """The elements of a parameter's moments that Adam cannot use, on this rank.
+    """The elements of a parameter's moments that the optimizer cannot use, on this rank.
 
     Args:
-        exp_avg: Number of NaN and infinite elements of exp_avg.
-        exp_avg_sq: Number of NaN and infinite elements of exp_avg_sq.
-        negative: Number of negative finite elements of exp_avg_sq.
+        nonfinite: Tensor -> number of NaN and infinite elements.
+        negative: Tensor of a second moment -> number of negative finite elements.
     """
 
-    exp_avg: int = 0
-    exp_avg_sq: int = 0
-    negative: int = 0
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    negative: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """The number of all of them."""
-        return self.exp_avg + self.exp_avg_sq + self.negative
+        return sum(self.nonfinite.values()) + sum(self.negative.values())
 
     def __str__(self) -> str:
         """Write the numbers for a message."""
-        numbers = {
-            f"{self.exp_avg} of exp_avg not finite": self.exp_avg,
-            f"{self.exp_avg_sq} of exp_avg_sq not finite": self.exp_avg_sq,
-            f"{self.negative} of exp_avg_sq negative": self.negative,
-        }
-        return ", ".join(text for text, n in numbers.items() if n)
+        kinds = {"not finite": self.nonfinite, "negative": self.negative}
+        return ", ".join(
+            f"{n} of {tensor} {what}"
+            for what, numbers in kinds.items()
+            for tensor, n in numbers.items()
+            if n
+        )
 
 
 def unusable_of(inner: Any, key: torch.Tensor) -> Unusable:
-    """Count the elements of one parameter's moments that Adam cannot use, by kind.
+    """Count the elements of one parameter's moments that the optimizer cannot use, by kind.
 
     Args:
         inner: The torch optimizer that holds the state.
-        key: A key of its state that has both moments.
+        key: A key of its state that has all moments.
     """
-    m, v = (values(inner, key, name) for name in MOMENT_KEYS)
-    finite = v.isfinite()
+    held = {name: values(inner, key, name) for name in state_of(inner).tensors}
     return Unusable(
-        exp_avg=int((~m.isfinite()).sum()),
-        exp_avg_sq=int((~finite).sum()),
-        negative=int((finite & (v < 0.0)).sum()),
+        nonfinite={name: int((~x.isfinite()).sum()) for name, x in held.items()},
+        negative={
+            name: int((x.isfinite() & (x < 0.0)).sum())
+            for name, x in held.items()
+            if name in SECOND
+        },
     )
 
 
-def count_nonfinite(optimizer: Any) -> tuple[int, tuple[float, float] | None]:
-    """Count the elements of this rank's moments that Adam cannot use, in one read-only pass.
+def count_nonfinite(optimizer: Any) -> tuple[int, tuple[float, ...] | None]:
+    """Count the elements of this rank's moments that it cannot use, in one read-only pass.
 
     Returns:
-        Their number; Euclidean norms of exp_avg and exp_avg_sq, or None if the optimizer has no
-        moments that can be reached.
+        Their number; the Euclidean norm of each moment, or None if the optimizer has none.
     """
     found = _survey(optimizer)
     return (0, None) if found is None else (sum(found[1].nonfinite), found[1].norms)
@@ -118,20 +118,32 @@ def handle_nonfinite(
         if bad:
             listing = first_of([f"{name}: {found}" for name, found in bad.items()])
             error = CheckpointError(
-                f"the checkpoint holds moments that Adam cannot use: {listing}. Load an earlier "
-                f"checkpoint, or {_REMEDY}"
+                f"the checkpoint holds moments that {_name(optimizer)} cannot use: {listing}. Load "
+                f"an earlier checkpoint, or {_REMEDY}"
             )
-    ranks.stop_together("counting moments that Adam cannot use", error)
+    ranks.stop_together(f"counting moments that {_name(optimizer)} cannot use", error)
     if choice == "reset":
         wanted = {id(key) for key in keys}
         for held in held_parameters(optimizer):
             if id(held.key) in wanted:
                 _reset(optimizer.optimizer, held.key)
-    return f"not finite, or negative in exp_avg_sq, in the checkpoint: {_DONE.get(choice, choice)}"
+    done = _DONE.get(choice, choice)
+    return f"not finite{_negative(optimizer.optimizer)}, in the checkpoint: {done}"
+
+
+def _name(optimizer: Any) -> str:
+    """Name the optimizer; every Adam is called so, wherever it keeps its step."""
+    state = state_of(optimizer.optimizer)
+    return "Adam" if state.adam else state.name
+
+
+def _negative(inner: Any) -> str:
+    seconds = [tensor for tensor in state_of(inner).tensors if tensor in SECOND]
+    return f", or negative in {seconds[0]}" if seconds else ""
 
 
 def handle_made(work: MomentWork, moments: MomentReport) -> tuple[MomentReport, tuple[str, ...]]:
-    """Refuse, reset or keep moments that Adam cannot use after the rules; collective.
+    """Refuse, reset or keep moments that cannot be used after the rules; collective.
 
     The report's sums tell every rank whether there are any. Only then the ranks exchange more.
 
@@ -157,7 +169,8 @@ def handle_made(work: MomentWork, moments: MomentReport) -> tuple[MomentReport, 
         for shard in shards:
             _reset(shard.inner, shard.key)
         moments = _measured_again(moments, shards)
-    text = f"{found} elements of the moments not finite, or negative in exp_avg_sq, after the rules"
+    negative = ", or negative in exp_avg_sq" if work.optimizer.moment("exp_avg_sq") else ""
+    text = f"{found} elements of the moments not finite{negative}, after the rules"
     return moments, (f"{text}: {_DONE.get(choice, choice)}",)
 
 
@@ -172,8 +185,9 @@ def _refusal(work: MomentWork, shards: Sequence[Shard]) -> PlanError | None:
     if not bad:
         return None
     return PlanError(
-        f"after the moment rules there are moments that Adam cannot use: {first_of(bad)}. Take "
-        f"smaller numbers, or {_REMEDY}"
+        "after the moment rules there are moments that "
+        f"{'Adam' if work.optimizer.adam else work.optimizer.name} cannot use: {first_of(bad)}. "
+        f"Take smaller numbers, or {_REMEDY}"
     )
 
 
@@ -192,7 +206,8 @@ def _rules_of(policy: ResumePolicy, plans: Mapping[str, ParameterPlan], shard: S
 
 def _measured_again(moments: MomentReport, shards: Sequence[Shard]) -> MomentReport:
     """Return the report with the norms of the moments as they are now; collective."""
-    squares = [0.0, 0.0]
+    names = tuple(moments.rms)
+    squares = [0.0] * len(names)
     for shard in shards:
         for which, norm in enumerate(survey(shard.inner, [shard.key]).norms):
             squares[which] += norm**2
@@ -204,24 +219,25 @@ def _measured_again(moments: MomentReport, shards: Sequence[Shard]) -> MomentRep
         moments,
         rms={
             key: (moments.rms[key][0], (square / elements) ** 0.5 if elements else 0.0)
-            for key, square in zip(MOMENT_KEYS, of_all, strict=True)
+            for key, square in zip(names, of_all, strict=True)
         },
-        nonfinite=dict.fromkeys(MOMENT_KEYS, 0),
-        norms_on_this_rank=(squares[0] ** 0.5, squares[1] ** 0.5),
+        nonfinite=dict.fromkeys(names, 0),
+        norms_on_this_rank=tuple(square**0.5 for square in squares),
     )
 
 
 def _survey(optimizer: Any) -> tuple[list[torch.Tensor], Survey] | None:
     """Survey all moments of an optimizer; returns the keys of its state too."""
     inner = optimizer.optimizer
-    if inner is None or not is_adam(inner):
+    names = state_of(inner).tensors
+    if inner is None or not names:
         return None
-    keys = [k for k, state in inner.state.items() if all(m in state for m in MOMENT_KEYS)]
+    keys = [k for k, state in inner.state.items() if all(m in state for m in names)]
     return keys, survey(inner, keys)
 
 
 def _keys_with_unusable(optimizer: Any) -> list[torch.Tensor]:
-    """List the keys of the state whose moments have elements that Adam cannot use."""
+    """List the keys of the state whose moments have elements that cannot be used."""
     found = _survey(optimizer)
     if found is None:
         return []
@@ -230,10 +246,12 @@ def _keys_with_unusable(optimizer: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _reset(inner: Any, key: torch.Tensor) -> None:
-    """Set both moments to 0 where Adam cannot use one of them."""
-    moments = {name: values(inner, key, name) for name in MOMENT_KEYS}
-    m, v = moments.values()
-    wrong = ~(m.isfinite() & v.isfinite() & (v >= 0.0))
+    """Set all moments to 0 where one of them cannot be used."""
+    moments = {name: values(inner, key, name) for name in state_of(inner).tensors}
+    usable = [
+        x.isfinite() & (x >= 0.0) if n in SECOND else x.isfinite() for n, x in moments.items()
+    ]
+    wrong = ~torch.stack(usable).all(0)
     for name, found in moments.items():
         found.masked_fill_(wrong, 0.0)
         if is_scaled(inner, name):

@@ -17,7 +17,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..base.ranks import stop_together
 from ..checkpoint.state import (
-    MOMENT_KEYS,
     does_not_fit,
     misfits,
     optimizer_section,
@@ -43,7 +42,8 @@ class SelectiveAdam(Selective, DistributedOptimizer):
     At a load, exp_avg, exp_avg_sq, the fp32 master weights and ``step`` come from the checkpoint.
     Every other key of every param_group comes from the current group unless the policy keeps it.
     With unchanged arguments the load is bit for bit the stock load. The inner optimizer may be
-    TransformerEngine's or apex's FusedAdam or torch's AdamW.
+    TransformerEngine's or apex's FusedAdam, torch's AdamW, or another of the table
+    `megatron_ext.host.optimizers`.
 
     Args:
         *args: As for `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
@@ -67,10 +67,19 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         super().__init__(*args, **kwargs)
         self.join(Resume(policy or ResumePolicy()))
         self.resume_chunks = self.model_chunks
-        self._tally, self._proof = LoadedState(), Proof()
+        self._tally, self._proof = LoadedState.of(self.described), Proof()
         self._masters_from_model = self._whole_masters = False
         self._gathered: list[Any] | None = None
         self._awaiting_parameter_state: ResumePlan | None = None
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """The tensors of the state that the load allocates.
+
+        Stock knows them by the config's name, which is not that of every part of a chain, and has
+        Adam's for SGD (distrib_optimizer.py:805, 0.19.2).
+        """
+        return self.described.tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stock state dict, also before the first step of a torch AdamW.
@@ -107,7 +116,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
         load.slots += (
             Slot(param, key, entries, key)
             for param, entries, _ in selective_read.entries_of(self, state_dict)
-            for key in ("param", *MOMENT_KEYS)
+            for key in ("param", *self.described.tensors)
             if param is not None and key in entries
         )
         selective_read.mark_unread(self, state_dict, self.resume_chunks)
@@ -154,7 +163,7 @@ class SelectiveAdam(Selective, DistributedOptimizer):
             return
         state_dict = for_distributed(state_dict)
         plan = self._agreed_plan(state_dict)
-        self._tally, self._proof = LoadedState(), Proof()
+        self._tally, self._proof = LoadedState.of(self.described), Proof()
         self._masters_from_model = plan.policy.master_weights == "model"
         merged = merge.merge_distributed(plan, state_dict, self.optimizer.param_groups)
         self._place_grad_scaler(plan, merged)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..base.placement import Block, Run, block_of, runs
-from ..checkpoint.state import MOMENT_KEYS
 from ..errors import HostError
+from ..host.optimizers import OptimizerState, state_of
 from ..plan.parameters import Parameter
 from . import vocabulary
 
@@ -52,7 +52,13 @@ class Shard:
     @property
     def has_moments(self) -> bool:
         """Whether the optimizer has state for it."""
-        return all(key in self.inner.state.get(self.key, {}) for key in MOMENT_KEYS)
+        held = self.inner.state.get(self.key, {})
+        return bool(self.state.moments) and all(key in held for key in self.state.tensors)
+
+    @property
+    def state(self) -> OptimizerState:
+        """The description of the optimizer's state."""
+        return state_of(self.inner)
 
     def runs(self) -> Iterator[Run]:
         """Yield the runs of its elements in the unsharded parameter."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.state import MOMENT_KEYS
+from ..host.optimizers import state_of
 from .parameters import held_parameters, state_key
 from .paths import walk
 from .proof import Difference, Proof
@@ -42,7 +42,7 @@ def store_scaled(
     inner, param = optimizer.optimizer, state_key(optimizer, model_param)
     if _MASTER not in inner.state.get(param, {}):
         return dict(tensors)
-    scaled = [key for key in MOMENT_KEYS if key in tensors and is_scaled(inner, key)]
+    scaled = [key for key in state_of(inner).tensors if key in tensors and is_scaled(inner, key)]
     for key in scaled:
         store(inner, param, key, tensors[key])
     return {k: v for k, v in tensors.items() if k not in scaled and isinstance(v, torch.Tensor)}

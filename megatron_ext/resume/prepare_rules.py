@@ -13,6 +13,7 @@ from typing import Any
 from ..base import ranks
 from ..base.text import MAX_NAMED
 from ..errors import CheckpointError, PlanError
+from ..host.optimizers import ADAM, OptimizerState, state_of_member
 from ..plan.decisions import ResumePlan
 from ..plan.matching import unmatched, used_group_rules, used_rules
 from ..plan.mean_of import Offer, Parts, means_of, offer, sources_of
@@ -23,7 +24,6 @@ from ..rules.base import Statistic
 from ..rules.elementwise import KEEP
 from ..rules.form import Key
 from .parameters import Shard, locate_parameters, shards_of
-from .steps import is_adam
 
 #: Number of names per rule that a rank sends to the others.
 _NAMED_BY_RANK = 4
@@ -39,7 +39,7 @@ class MomentWork:
         plans: The rules of each parameter, by its name.
         used: Positions of the rules that match a parameter of the chain on this rank.
         used_groups: Positions of the group rules that match a param_group of the chain.
-        kept: Whether the state is kept because the optimizer is not Adam.
+        optimizer: The state of the optimizer.
         wanted: The statistics that some rank needs, the same list on every rank.
         shapes: The unsharded shapes of their parameters.
         offers: What this rank's parameters give to each mean of several parameters that a rule
@@ -56,7 +56,7 @@ class MomentWork:
     plans: Mapping[str, ParameterPlan]
     used: frozenset[int]
     used_groups: frozenset[int] = frozenset()
-    kept: bool = False
+    optimizer: OptimizerState = ADAM
     wanted: tuple[Statistic, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     offers: Mapping[Statistic, Offer] = field(default_factory=dict)
@@ -114,18 +114,13 @@ def prepare(
         )
     )
     elsewhere = [
-        shard.parameter.name
-        for o in members
-        if o is not optimizer and is_adam(o.optimizer)
-        for shard in of_members[id(o)]
+        shard.parameter.name for o in members if o is not optimizer for shard in of_members[id(o)]
     ]
     offers = {one: offer(one, (), new, elsewhere) for one in means_of(policy)}
+    state = state_of_member(optimizer)
     if optimizer.optimizer is None:
-        return MomentWork(policy, (), {}, used, used_groups, offers=offers)
+        return MomentWork(policy, (), {}, used, used_groups, state, offers=offers)
     shards = of_members[id(optimizer)]
-    if not is_adam(optimizer.optimizer):
-        _refuse_rules(policy, optimizer.optimizer, shards)
-        return MomentWork(policy, (), {}, used, used_groups, kept=True)
     parameters = {s.parameter.name: s.parameter for s in shards}
     groups = optimizer.optimizer.param_groups
     plans = {
@@ -134,7 +129,7 @@ def prepare(
     }
     _require_read(unread, plans)
     offers = {one: offer(one, plans.values(), new, elsewhere) for one in offers}
-    return MomentWork(policy, shards, plans, used, used_groups, offers=offers, unread=unread)
+    return MomentWork(policy, shards, plans, used, used_groups, state, offers=offers, unread=unread)
 
 
 def _require_read(
@@ -210,19 +205,6 @@ def _matched(work: MomentWork) -> list[list[str]]:
         ][:_NAMED_BY_RANK]
         for number in range(len(work.policy.rules))
     ]
-
-
-def _refuse_rules(policy: ResumePolicy, inner: Any, shards: Sequence[Shard]) -> None:
-    """Raise if a rule matches a parameter that an optimizer other than Adam updates."""
-    for shard in shards:
-        name, group = shard.parameter.name, inner.param_groups[shard.parameter.group]
-        for rule in policy.rules:
-            if rule.match.fits(name, len(shard.parameter.shape), group):
-                raise PlanError(
-                    f"rule {rule} matches {name}, which {type(inner).__name__} updates: it has no "
-                    "Adam moments, and its state is kept. Narrow the rule, for example with "
-                    "optimizer=adam"
-                )
 
 
 def _shards_by_optimizer(

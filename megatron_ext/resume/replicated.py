@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from ..base.ranks import stop_together
-from ..checkpoint.state import MOMENT_KEYS, optimizer_section
+from ..checkpoint.state import optimizer_section
 from ..errors import MegatronExtError
 from ..policy.policy import ResumePolicy
 from ..report.loaded import LoadedState
@@ -17,15 +17,17 @@ from .other_optimizer import for_replicated
 from .parameter_map import Slot
 from .parameters import held_parameters
 from .proof import Proof, masters_from_model
-from .selective import Selective, kind_of, moments_of
+from .selective import Selective, allocate_moments, kind_of
 from .session import Resume
-from .steps import is_adam, is_torch_adam
 
 
 class _SelectiveReplicated(Selective):
     """Base class for optimizers that are not distributed over the data-parallel ranks."""
 
     _ids_are_live = False
+    #: Whether the param_groups stay in the sharded state dict (`SelectiveLayerWise` drops them).
+    keeps_groups = False
+    init_state_fn: Any
 
     def __init__(self, *args: Any, policy: ResumePolicy | None = None, **kwargs: Any) -> None:
         """Build the stock optimizer and remember the policy."""
@@ -44,6 +46,9 @@ class _SelectiveReplicated(Selective):
     ) -> Any:
         """Return the stock sharded state dict. Its number of groups may differ from the saved."""
         self._requests_load(is_loading)
+        if is_loading and self.init_state_fn is None:
+            # SGD's (core/optimizer/__init__.py:624, 0.19.2), with which stock cannot load.
+            self.init_state_fn = allocate_moments
         state_dict = super().sharded_state_dict(  # type: ignore[misc]
             model_sharded_state_dict, is_loading, **kwargs
         )
@@ -51,8 +56,9 @@ class _SelectiveReplicated(Selective):
             # dist_checkpointing merges only lists of equal length, and the live optimizer has the
             # ids of its parameters anyway.
             self._ids_are_live = True
-            _, section = optimizer_section(state_dict)
-            section.pop("param_groups")  # type: ignore[attr-defined]
+            if not self.keeps_groups:
+                _, section = optimizer_section(state_dict)
+                section.pop("param_groups")  # type: ignore[attr-defined]
             load = self.resume.enter("allocate", self)
             load.awaits_tensors = True
             load.slots += _slots(self, state_dict)
@@ -70,7 +76,7 @@ class _SelectiveReplicated(Selective):
             state_dict = for_replicated(
                 state_dict,
                 masters=hasattr(self, "fp32_from_float16_groups"),
-                step_in_state=is_torch_adam(self.optimizer),
+                step_in_state=self.described.step == "state",
             )
         plan = self._agreed_plan(state_dict)
         live_ids = [g["params"] for g in self.optimizer.state_dict()["param_groups"]]
@@ -91,14 +97,12 @@ class _SelectiveReplicated(Selective):
         super().load_state_dict(merged)  # type: ignore[misc]
         self._ids_are_live = False
         self._write_back(plan)
-        adam = is_adam(self.optimizer)
-        loaded = LoadedState() if adam else LoadedState(keys=("param", "state"))
+        loaded = LoadedState.of(self.described)
         load = self.resume.load
         for held in held_parameters(self):
             state = self.optimizer.state.get(held.key, {})
-            tensors = moments_of(self.optimizer, held.key) if adam else state
             made = () if load is None else load.made(held.model_param)
-            loaded.add({"param": held.key, **tensors}, made)
+            loaded.add({"param": held.key, **state}, made)
         proof = Proof()
         if plan.policy.master_weights == "model":
             masters_from_model(self)
@@ -115,7 +119,8 @@ def _slots(optimizer: Any, state_dict: Mapping[str, Any]) -> Iterator[Slot]:
     The master weights are in a list for each group (core/optimizer/optimizer.py:1162, 0.19.2).
     """
     for param, entries, _ in selective_read.entries_of(optimizer, state_dict):
-        yield from (Slot(param, key, entries, key) for key in MOMENT_KEYS if key in entries)
+        tensors = optimizer.described.tensors
+        yield from (Slot(param, key, entries, key) for key in tensors if key in entries)
     groups = zip(
         getattr(optimizer, "float16_groups", ()),
         state_dict.get("fp32_from_fp16_params", ()),

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from ..base import ranks
 from ..checkpoint.names import OBJECT, Style, kind_and_key
 from ..checkpoint.state_keys import parse_state_key
+from ..host.optimizers import FIRST
 from ..plan.mapped import Mapped, NewParameter, Wanted
 from ..plan.parameter_map import plan_map
 from ..policy.match import MomentRule
@@ -135,7 +136,7 @@ def _is_there(entry: Any, stored: Mapping[str, tuple[int, ...] | None]) -> bool:
 
 def _first_moment(key: str) -> bool:
     state = parse_state_key(key)
-    return state is not None and not state.bucket and state.state == "exp_avg"
+    return state is not None and not state.bucket and state.state in FIRST
 
 
 def _style(chunks: Sequence[Any]) -> Style:

@@ -9,7 +9,6 @@ from ..plan.decisions import ResumePlan
 from ..plan.moments import plan_moments
 from ..plan.resized import ResizedParameter, resized_by
 from .parameters import held_parameters, shards_of
-from .steps import is_adam
 from .vocabulary import rows_of
 
 
@@ -42,7 +41,8 @@ def resized_of(
         if s.parameter.saved_rows is not None
     }
     bare = dict.fromkeys(parameters, 0)
-    if is_adam(optimizer.optimizer):
+    # Rows without a second moment are not worse off than others: nothing is divided by its root.
+    if plan.optimizer.moment("exp_avg_sq") is not None:
         groups = optimizer.optimizer.param_groups
         for decided in plan_moments(plan, list(parameters.values()), saved_groups, groups):
             bare[decided.parameter.name] = resized_by(decided).bare

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.state import MOMENT_KEYS
 from ..errors import PlanError
+from ..host.optimizers import state_of
 from ..rules.base import ElementRule
 from ..rules.elementwise import KEEP
+from ..rules.form import MOMENTS
 from .shard_rules import FillColumns, MomentShard
 
 #: The largest value that TE stores in a dtype (`FusedAdam.dtype_to_range_map`).
@@ -44,13 +45,25 @@ class OpenMoment:
     only_scale: bool = False
 
 
-def open_moment(shard: MomentShard, which: int) -> OpenMoment:
+def open_moment(shard: MomentShard, which: int) -> OpenMoment | None:
     """Open one moment of a shard: its values, and the function that writes them back.
 
+    Args:
+        shard: The shard.
+        which: 0 for the first moment, 1 for the second one.
+
+    Returns:
+        None if the optimizer has no such moment.
+
     Raises:
-        PlanError: The optimizer has no state for it.
+        PlanError: It has no state for it, or there is a rule for a moment that it lacks.
     """
-    key = MOMENT_KEYS[which]
+    described = state_of(shard.inner)
+    key = described.tensor(MOMENTS[which])
+    if key is None:
+        if all(rule == KEEP for rule in rules_of(shard, which)):
+            return None
+        raise PlanError(f"{shard.name} has no {MOMENTS[which]} to change: its state is {described}")
     state = shard.inner.state.get(shard.param, {})
     if key not in state:
         raise PlanError(f"{shard.name} has no {key} to change: the optimizer has no state for it")

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..base.ranks import agree, gather
-from ..checkpoint.state import MARK_KEY, MOMENT_KEYS, read_optimizer
+from ..checkpoint.state import MARK_KEY, read_optimizer
 from ..errors import CheckpointError, MegatronExtError
+from ..host.optimizers import OptimizerState, state_of, state_of_member
 from ..plan import resized
 from ..plan.cautions import lost_step
 from ..plan.decisions import Circumstances, ResumePlan
+from ..plan.fitting import require_own_state
 from ..plan.hyperparameters import plan_resume
 from ..plan.mapped import new_warnings
 from ..plan.preflight_parameters import unnamed
@@ -26,7 +28,7 @@ from . import apply_rules, first_step, merge, nonfinite, prepare_rules
 from .proof import Proof, refuse_differences
 from .resized import resized_of
 from .session import Load, Resume
-from .steps import is_adam, parameters_of, place_step
+from .steps import decays_decoupled, parameters_of, place_step
 
 
 class Selective:
@@ -53,8 +55,8 @@ class Selective:
     stepped = False
     #: Whether the guard has compared the moments after that step.
     moments_checked = False
-    #: Euclidean norms of exp_avg and exp_avg_sq on this rank at the end of the load.
-    norms_after_load: tuple[float, float] | None = None
+    #: Euclidean norm of each moment on this rank at the end of the load.
+    norms_after_load: tuple[float, ...] | None = None
     #: The arguments' clip_grad, because a preset may change the config's.
     _argument_clip_grad: float | None = None
 
@@ -62,6 +64,11 @@ class Selective:
         """Join a resume that the optimizers of a chain share."""
         self.resume = resume
         resume.join(self)
+
+    @property
+    def described(self) -> OptimizerState:
+        """The description of the torch optimizer's state."""
+        return state_of_member(self)
 
     def step_with_ready_grads(self) -> bool:
         """Make Megatron's step; the first one since the load is held against the plan.
@@ -120,9 +127,10 @@ class Selective:
             if (unfit := self._request_error()) is not None:
                 raise unfit
             saved = read_optimizer(state_dict)
-            lost = saved.step is None and load.mapped is not None and is_adam(self.optimizer)
+            lost = saved.step is None and load.mapped is not None and self.described.adam
             if lost and load.counters is not None:
                 saved = replace(saved, step=load.counters[0].iteration or None)
+            require_own_state(saved.groups, self.described)
             phase = self.resume.phase_of(saved)
             plan = plan_resume(
                 phase.policy, saved, self.optimizer.param_groups, self._circumstances(load), phase
@@ -167,9 +175,9 @@ class Selective:
             self._argument_clip_grad = self.config.clip_grad
         return Circumstances(
             clip_grad=self._argument_clip_grad,
-            decoupled_weight_decay=getattr(self.config, "decoupled_weight_decay", True),
+            decoupled_weight_decay=decays_decoupled(self),
             global_batch_size=load.batch_sizes,
-            adam=is_adam(self.optimizer),
+            optimizer=self.described,
         )
 
     def _finish(self, plan: ResumePlan, loaded: LoadedState, proof: Proof) -> None:
@@ -229,8 +237,7 @@ class Selective:
         mark = {} if plan.mark is None else {MARK_KEY: plan.mark}
         values = [{**g.values, **mark} for g in plan.groups]
         merge.write_groups(values, self.optimizer.param_groups)
-        if is_adam(self.optimizer):  # SOAP counts in its state, and a group has no step
-            place_step(self.optimizer, plan.step)
+        place_step(self.optimizer, plan.step)
         if plan.clip_grad is not None:
             # The members of a chain may share the config.
             self.config = copy.copy(self.config)
@@ -245,7 +252,21 @@ def kind_of(optimizer: Any) -> str:
 def moments_of(inner: Any, param: torch.Tensor) -> dict[str, Any]:
     """Return the moments of a parameter; empty if it has no state."""
     state = inner.state.get(param, {})
-    return {k: state[k] for k in MOMENT_KEYS if k in state}
+    return {k: state[k] for k in state_of(inner).tensors if k in state}
+
+
+def allocate_moments(inner: Any, config: Any = None) -> None:
+    """Allocate the moments of parameters without state, as their first step would: zeros.
+
+    Args:
+        inner: The torch optimizer.
+        config: Megatron's OptimizerConfig, which is not used: the signature is Megatron's.
+    """
+    for group in inner.param_groups:
+        for param in group["params"]:
+            if not inner.state[param]:
+                names = state_of(inner).tensors
+                inner.state[param].update({name: torch.zeros_like(param) for name in names})
 
 
 def allocate_torch_adam_state(inner: torch.optim.Optimizer) -> None:

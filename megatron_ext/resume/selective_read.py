@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 
+from ..host.optimizers import state_of
 from ..plan.matching import overwritten
 from ..plan.parameters import Parameter
-from ..rules.form import Key
+from ..rules.form import MOMENTS, Key
 from .parameters import held_parameters, locate_parameters
 from .paths import value_at, walk
-from .steps import is_adam, is_hybrid
+from .steps import is_hybrid
 
 #: Attribute of a marked entry. The copies that Megatron makes for other ranks do not have it.
 _MARK = "megatron_ext_overwritten"
-
-_KEYS: tuple[Key, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class RemovedEntries:
     def names(self) -> dict[Key, frozenset[str]]:
         """The global names of this rank's parameters whose moment was not read, by moment."""
         marks = [getattr(entry, _MARK) for _, entry in self.entries]
-        return {key: frozenset(m.name for m in marks if m.key == key and m.name) for key in _KEYS}
+        return {key: frozenset(m.name for m in marks if m.key == key and m.name) for key in MOMENTS}
 
     def fill_with_zeros(self, state_dict: Any) -> None:
         """Put zeros where the entries were, for the stock loader.
@@ -89,20 +88,24 @@ def mark_unread(optimizer: Any, state_dict: Mapping[str, Any], model_chunks: Seq
         model_chunks: The model it was built for.
     """
     inner, policy = optimizer.optimizer, optimizer.resume.policy
-    if not policy.overwrites_moments or inner is None or not is_adam(inner) or is_hybrid(inner):
+    if not policy.overwrites_moments or inner is None or is_hybrid(inner):
         return
+    state = state_of(inner)
+    tensors = {key: found for key in MOMENTS if (found := state.tensor(key)) is not None}
     names = locate_parameters(model_chunks)
     groups = _groups(optimizer)
     for model_param, entries, shared in entries_of(optimizer, state_dict):
-        name, chosen = "", frozenset(_KEYS)
+        name, chosen = "", frozenset(tensors)
         if model_param is not None:
             if id(model_param) not in names:
                 continue
             name, shape, _ = names[id(model_param)]
-            chosen = overwritten(policy, Parameter(name, shape, 0), groups.get(id(model_param)))
-        for key in chosen:
-            if isinstance(getattr(entries.get(key), "data", None), torch.Tensor):
-                setattr(entries[key], _MARK, _Unread(name, key, shared))
+            group = groups.get(id(model_param))
+            chosen = overwritten(policy, Parameter(name, shape, 0), group, state)
+        for key in chosen & tensors.keys():
+            entry = entries.get(tensors[key])
+            if isinstance(getattr(entry, "data", None), torch.Tensor):
+                setattr(entry, _MARK, _Unread(name, key, shared))
 
 
 def remove_marked(state_dict: Any, *, whole: bool) -> RemovedEntries:
@@ -161,7 +164,8 @@ def _of_buckets(optimizer: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any
                 stored = state[number][dtype][bucket]
                 real = [e for e in stored if not e["padding"].obj]
                 yield from zip(ranges["param_map"], real, strict=True)
-                keys: list[str] = [k for k in _KEYS if all(hasattr(e.get(k), _MARK) for e in real)]
+                tensors = state_of(optimizer.optimizer).tensors
+                keys = [k for k in tensors if all(hasattr(e.get(k), _MARK) for e in real)]
                 yield from ((None, {k: e[k] for k in keys}) for e in stored if e["padding"].obj)
 
 

@@ -33,8 +33,8 @@ class RangeRule:
     Args:
         begin: First element.
         end: One past the last element.
-        exp_avg: The rule for exp_avg.
-        exp_avg_sq: The rule for exp_avg_sq.
+        exp_avg: The rule for the first moment.
+        exp_avg_sq: The rule for the second moment.
         index: Position of the elements in the unsharded parameter (`base.placement.runs`).
     """
 
@@ -47,11 +47,11 @@ class RangeRule:
 
 @dataclass(frozen=True)
 class MomentShard:
-    """Adam's moments of one parameter on this rank, and their rules.
+    """The moments of one parameter on this rank, and their rules.
 
     Args:
         name: The parameter's name, the same on every layout. Random rules depend on it.
-        inner: The torch optimizer that holds the state (torch AdamW, TE or apex FusedAdam).
+        inner: The torch optimizer that holds the state (`megatron_ext.host.optimizers`).
         param: The key of its state.
         rules: The rules, on ranges that do not overlap. Elements outside of them are kept.
     """

@@ -1,4 +1,4 @@
-"""Read and write Adam's ``step`` where an inner optimizer keeps it."""
+"""Read and write the ``step`` where an inner optimizer keeps it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..host.optimizers import state_of, state_of_member
 
 
 def is_torch_adam(inner: Any) -> bool:
@@ -14,17 +15,17 @@ def is_torch_adam(inner: Any) -> bool:
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 
 
-#: Classes whose exp_avg and exp_avg_sq are Adam's: those of torch, apex and TE, the stand-in of
-#: `megatron_ext.cpu`, and CPU offload.
-_ADAM = ("Adam", "AdamW", "FusedAdam", "FusedAdamStandIn", "HybridDeviceOptimizer")
+def decays_decoupled(optimizer: Any) -> bool:
+    """Whether weight decay is not added to the gradient.
 
-
-def is_adam(inner: Any) -> bool:
-    """Whether the inner optimizer is an Adam, or a subclass of one.
-
-    Others have betas too, and even an exp_avg: SOAP and Lion of emerging-optimizers.
+    Megatron's flag is for Adam. Those of emerging-optimizers have a method
+    (emerging_optimizers/mixin.py, 0.3.0).
     """
-    return any(base.__name__ in _ADAM for base in type(inner).__mro__)
+    state = state_of_member(optimizer)
+    if state.adam:
+        return bool(getattr(optimizer.config, "decoupled_weight_decay", True))
+    method = getattr(optimizer.optimizer, "weight_decay_method", "decoupled")
+    return method != "l2" and not state.coupled_decay
 
 
 def is_hybrid(inner: Any) -> bool:
@@ -59,7 +60,8 @@ def step_of(inner: Any) -> int | None:
         int(g["step"]) for g in inner.param_groups if g["params"] and g.get("step") is not None
     }
     of_state = {int(s["step"]) for s in inner.state.values() if "step" in s}
-    found = (of_state or of_groups) if is_torch_adam(inner) else (of_groups or of_state)
+    in_state = state_of(inner).step == "state"
+    found = (of_state or of_groups) if in_state else (of_groups or of_state)
     if len(found) > 1:
         raise CheckpointError(
             f"the optimizer's param_groups disagree about step: found {sorted(found)}, expected one"
@@ -68,13 +70,14 @@ def step_of(inner: Any) -> int | None:
 
 
 def place_step(inner: Any, step: int | None) -> None:
-    """Write ``step`` where the inner optimizer reads it.
+    """Write ``step`` where the inner optimizer reads it; one that reads none is left alone.
 
-    torch's Adam reads one tensor per parameter. Stock gives all parameters the same tensor, which
-    then advances once per parameter (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam reads
-    an int in each group. Before each step HybridDeviceOptimizer copies its groups into those of its
-    inner optimizers (core/optimizer/cpu_offloading/hybrid_optimizer.py:160, 0.19.2), so that with a
-    step in its own groups FusedAdam would begin at the same step again each time.
+    SOAP and LaProp read an int in each parameter's state, torch's Adam a tensor. Stock gives all
+    parameters of the latter the same tensor, which then advances once per parameter
+    (distrib_optimizer.py, 0.19.2 lines 1012-1018). FusedAdam reads an int in each group. Before
+    each step HybridDeviceOptimizer copies its groups into those of its inner optimizers
+    (core/optimizer/cpu_offloading/hybrid_optimizer.py:160, 0.19.2), so that with a step in its own
+    groups FusedAdam would begin at the same step again each time.
     """
     if is_hybrid(inner):
         for group in inner.param_groups:
@@ -82,16 +85,20 @@ def place_step(inner: Any, step: int | None) -> None:
         for one in inner.sub_optimizers:
             place_step(one, step)
         return
-    if not is_torch_adam(inner):
+    where = state_of(inner).step
+    if where == "group":
         for group in inner.param_groups:
             if step is not None:
                 group["step"] = step
+    if where != "state":
         return
     for group in inner.param_groups:
         group.pop("step", None)
         on_device = group.get("capturable") or group.get("fused")
         for param in group["params"]:
             state = inner.state.get(param)
-            if state:
+            if state and not is_torch_adam(inner):
+                state["step"] = step or 0
+            elif state:
                 device = param.device if on_device else torch.device("cpu")
                 state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)

@@ -516,7 +516,10 @@ BAD_STARTS = {
         "--yaml-cfg",
         "command line",
     ],
-    "--optimizer-class megatron_ext.SelectiveAdam --optimizer sgd": ["--optimizer sgd", "Adam"],
+    "--optimizer-class megatron_ext.SelectiveAdam --optimizer sgd --use-distributed-optimizer": [
+        "--optimizer sgd and --use-distributed-optimizer",
+        "Leave --use-distributed-optimizer out",
+    ],
     "--optimizer-class megatron_ext.SelectiveAdam --use-megatron-fsdp": ["--use-megatron-fsdp"],
     "--optimizer-class megatron_ext.SelectiveAdam --selective-keep-hyperparameters lr": [
         "'lr' cannot be kept",

@@ -581,7 +581,10 @@ def test_without_moments_there_is_nothing_to_scan(
     _, found = inspect(capsys, directory)
     assert found["notes"][0] == "moments: none are stored as tensors (sharding fully_reshardable)"
     assert main(["inspect", str(directory), "--moments"]) == 2
-    assert "expected tensors exp_avg, exp_avg_sq, param" in capsys.readouterr().err
+    assert (
+        "expected tensors exp_avg, exp_avg_sq, momentum_buffer, moment2_buffer, param"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.checkpoint.state import SavedOptimizer
+from megatron_ext.host.optimizers import TABLE
 from megatron_ext.plan.cautions import fresh_update, step_growth
 from megatron_ext.plan.decisions import Circumstances
 from megatron_ext.plan.hyperparameters import plan_resume
@@ -309,12 +310,31 @@ def test_a_running_optimizers_hyperparameters_are_said_to_stay() -> None:
 
 
 def test_of_another_optimizer_only_the_preset_is_named() -> None:
-    policy = ResumePolicy(preset=Preset("reset"))
-    assert warnings(policy, adam=False) == (
-        "preset reset: this optimizer is not Adam, so its state and hyperparameters are not "
-        "changed",
+    """Adam's cautions are not for others; what a policy means for them is said."""
+    rows = {row.name: row for row in TABLE}
+    muon, sgd, soap = rows["Muon"], rows["SGD"], rows["SOAP"]
+    assert warnings(ResumePolicy(preset=Preset("reset")), optimizer=muon) == ()
+    assert warnings(ResumePolicy(preset=Preset("batch-size", (1, 2))), optimizer=muon) == (
+        "preset batch-size 1 2 does not change the state and groups of Muon: its formulas are "
+        "derived from Adam's update",
     )
-    assert warnings(ResumePolicy(step="reset"), adam=False) == ()
+    consistent = ResumePolicy(preset=Preset("bias-consistent"))
+    assert warnings(consistent, optimizer=soap) == ()
+    assert warnings(consistent, optimizer=sgd) == (
+        "preset bias-consistent does not change the state and groups of SGD: its moments have no "
+        "bias correction",
+    )
+    without_decay = {name: group(weight_decay=0.0) for name in ("saved", "current")}
+    scaled = ResumePolicy(preset=Preset("gradient-scale", (4.0,)))
+    assert warnings(scaled, optimizer=muon) == ()
+    assert warnings(scaled, optimizer=sgd, **without_decay) == (
+        "preset gradient-scale 4: the update of SGD is 4x as large for such a gradient. Divide "
+        "--lr by that to keep it",
+    )
+    assert warnings(ResumePolicy(step=3), optimizer=muon) == (
+        "step 3: Muon does not depend on the number of steps",
+    )
+    assert warnings(ResumePolicy(step=3), optimizer=soap) == ()
 
 
 # --- batch size

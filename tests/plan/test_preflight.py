@@ -144,6 +144,15 @@ LEGAL: dict[str, tuple[str, dict[str, Any]]] = {
         "--load {muon}",
         {"optimizer": "muon", "use_distributed_optimizer": False},
     ),
+    "a layer-wise optimizer as it was": (
+        "--load {layer_wise}",
+        {"optimizer": "muon", "use_distributed_optimizer": True, "ckpt_format": "torch_dist"},
+    ),
+    "a layer-wise optimizer under its old name": (
+        "--load {layer_wise}",
+        {"optimizer": "dist_muon", "use_distributed_optimizer": False, "ckpt_format": "torch_dist"},
+    ),
+    "SGD": ("--load {muon}", {"optimizer": "sgd", "use_distributed_optimizer": False}),
     "CPU offload": ("--load {one}", {"optimizer_cpu_offload": True}),
     "arguments from the checkpoint": (
         "--load {wide}",
@@ -323,17 +332,27 @@ FAULTS = {
     "a layer-wise optimizer": fault(
         HostError,
         "--load {layer_wise}",
-        *("--optimizer muon and --use-distributed-optimizer", "layer-wise", "does not resume"),
-        "Leave --optimizer-class out",
+        *("--optimizer muon and --ckpt-format torch", "layer-wise", "a file of each rank"),
+        "Use --ckpt-format torch_dist",
         optimizer="muon",
+        ckpt_format="torch",
     ),
     "a layer-wise optimizer's checkpoint": fault(
         CheckpointError,
         "--load {layer_wise}",
-        *("{layer_wise}", "was written with --optimizer muon and --use-distributed-optimizer"),
-        "Leave --optimizer-class out",
+        *("{layer_wise}", "with Megatron's layer-wise distributed optimizer"),
+        "Give --optimizer and --use-distributed-optimizer as they were",
         optimizer="muon",
         use_distributed_optimizer=False,
+    ),
+    "a layer-wise optimizer for another's checkpoint": fault(
+        CheckpointError,
+        "--load {muon}",
+        *("{muon}", "without Megatron's layer-wise distributed optimizer"),
+        "Give --optimizer and --use-distributed-optimizer as they were",
+        optimizer="dist_muon",
+        use_distributed_optimizer=False,
+        ckpt_format="torch_dist",
     ),
     "policy": fault(
         PolicyError,
@@ -346,7 +365,13 @@ FAULTS = {
         *("--selective-policy", "nothing.yaml", "cannot be read"),
     ),
     "optimizer": fault(
-        HostError, "--load {one}", "--optimizer sgd", "only Adam is supported", optimizer="sgd"
+        HostError,
+        "--load {one}",
+        *(
+            "--optimizer sgd and --use-distributed-optimizer",
+            "Leave --use-distributed-optimizer out",
+        ),
+        optimizer="sgd",
     ),
     "FSDP": fault(HostError, "--load {one}", "--use-megatron-fsdp", use_megatron_fsdp=True),
     "FSDP2": fault(HostError, "--load {one}", "--use-torch-fsdp2", use_torch_fsdp2=True),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.checkpoint.state import SavedOptimizer
 from megatron_ext.errors import PlanError, PolicyError
+from megatron_ext.host.optimizers import TABLE
 from megatron_ext.plan.decisions import Circumstances, Decision, ResumePlan
 from megatron_ext.plan.hyperparameters import plan_resume
 from megatron_ext.policy.policy import ResumePolicy
@@ -247,8 +248,12 @@ def test_a_running_optimizers_hyperparameters_are_left_alone() -> None:
 
 def test_what_another_optimizer_updates_is_left_alone() -> None:
     policy = ResumePolicy(preset=Preset("batch-size", (256, 1024)), step="reset")
-    found = plan(policy, circumstances=Circumstances(adam=False))
+    (muon,) = (row for row in TABLE if row.name == "Muon")
+    found = plan(policy, circumstances=Circumstances(optimizer=muon))
     assert (changed(found), found.step) == ({}, 100)
+    (soap,) = (row for row in TABLE if row.name == "SOAP")
+    found = plan(policy, circumstances=Circumstances(optimizer=soap))
+    assert (changed(found), found.step) == ({}, 0)  # SOAP has a bias correction
 
 
 # --- declining

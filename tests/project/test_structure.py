@@ -51,7 +51,8 @@ ARROWS = 90
 
 #: Module -> what it imports inside of a function, and why that does not hide a circle.
 INSIDE = {
-    "hooks.building": {"resume.optimizer", "resume.replicated"},  # they import Megatron
+    # They import Megatron.
+    "hooks.building": {"resume.layer_wise", "resume.optimizer", "resume.replicated"},
     "report.plots": {"report.figures"},  # it imports matplotlib
 }
 

@@ -17,6 +17,7 @@ import torch
 
 from megatron_ext.base.log import say
 from megatron_ext.checkpoint.state import SavedOptimizer
+from megatron_ext.host.optimizers import TABLE, OptimizerState
 from megatron_ext.plan.decisions import Circumstances, Decision
 from megatron_ext.plan.hyperparameters import plan_resume
 from megatron_ext.policy.counters import Counters
@@ -412,13 +413,20 @@ def test_the_lines_tell_what_was_done_to_the_moments() -> None:
         assert line in lines
 
 
+def _loaded(row: OptimizerState) -> LoadedState:
+    keys = LoadedState.of(row).keys
+    return LoadedState(dict.fromkeys(keys, 2), dict.fromkeys(keys, 8), keys=keys)
+
+
 @pytest.mark.parametrize(
     "loaded",
     [
-        LoadedState({"param": 2, "state": 2}, {"param": 8, "state": 8}, keys=("param", "state")),
+        *map(_loaded, TABLE),
+        _loaded(replace(TABLE[2], moments=())),
+        _loaded(replace(TABLE[4], moments=TABLE[4].moments[:1], others=("moment2_buffer",))),
         LoadedState(),
     ],
-    ids=["not Adam", "the running optimizer"],
+    ids=[*(row.name for row in TABLE), "SGD without momentum", "normuon", "the running optimizer"],
 )
 def test_a_report_about_other_state_follows_the_schema(loaded: LoadedState) -> None:
     found = ResumeReport("0.19.2", [replace(optimizer_report(), loaded=loaded)]).to_json()
@@ -555,14 +563,14 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no-moments": lambda d: _optimizer(d).pop("moments"),
     "moments-are-text": lambda d: _optimizer(d).update(moments="kept"),
     "a-rule-without-its-elements": lambda d: _moments(d)["rules"][0].pop("elements"),
-    "one-moment": lambda d: _moments(d)["state"].pop("exp_avg_sq"),
+    "the-second-moment-alone": lambda d: _moments(d)["state"].pop("exp_avg"),
     "half-an-element-changed": lambda d: _moments(d)["state"]["exp_avg"].update(changed=0.5),
     "no-clipping": lambda d: _optimizer(d).pop("clip_grad"),
     "clipping-without-a-source": lambda d: d["optimizers"][2]["clip_grad"].pop("taken"),
     "one-warning": lambda d: _optimizer(d).update(warnings="look"),
     "step-of-half": lambda d: _optimizer(d)["step"].update(value=0.5),
     "negative-count": lambda d: _optimizer(d)["loaded"]["tensors"].update(exp_avg=-1),
-    "no-second-moment": lambda d: _optimizer(d)["loaded"]["elements"].pop("exp_avg_sq"),
+    "no-first-moment": lambda d: _optimizer(d)["loaded"]["elements"].pop("exp_avg"),
     "half-of-another-optimizer": lambda d: _optimizer(d)["loaded"].update(elements={"state": 1}),
     "negative-group": lambda d: _optimizer(d)["groups"][0].update(saved_index=-1),
     "no-note": lambda d: _optimizer(d)["groups"][0].pop("note"),

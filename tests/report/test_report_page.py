@@ -179,7 +179,7 @@ def test_a_resume_that_keeps_everything_says_so() -> None:
     plain = ResumeReport("0.19.2", [optimizer_report()]).to_json()
     page = Parsed(html_page(plain))
     assert "All moments are the checkpoint's. No warnings." in page.text
-    assert "exp_avg and exp_avg_sq are kept as they are in the checkpoint." in page.text
+    assert "The moments are kept as they are in the checkpoint." in page.text
     assert "Warnings and notes" not in page.text
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.host.optimizers import ADAM, TABLE, OptimizerState
 from megatron_ext.resume.guard import GroupValues, wrong_hyperparameters, wrong_moments
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
 from tests.support.training import Zygote
@@ -56,9 +57,9 @@ def test_what_adam_makes_is_always_right(
     norm = float(np.linalg.norm(g))
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     after = float(np.linalg.norm(m)), float(np.linalg.norm(v))
-    assert wrong_moments(0, (b1, b2), before, after, norm) == ""
+    assert wrong_moments(0, ADAM, (b1, b2), before, after, norm) == ""
     # The norm may be an upper bound.
-    assert wrong_moments(0, (b1, b2), before, after, 2 * norm) == ""
+    assert wrong_moments(0, ADAM, (b1, b2), before, after, 2 * norm) == ""
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,38 @@ def test_what_adam_makes_is_always_right(
     ],
 )
 def test_what_adam_cannot_have_made_is_named(after: tuple[float, float], said: str) -> None:
-    message = wrong_moments(2, (0.9, 0.95), (10.0, 4.0), after, 1.0)
+    message = wrong_moments(2, ADAM, (0.9, 0.95), (10.0, 4.0), after, 1.0)
     assert message.startswith("optimizer 2: 1 step after the load")
     assert said in message
+
+
+@given(
+    row=st.sampled_from([row for row in TABLE if not row.adam]),
+    seed=st.integers(0, 2**32),
+    b=st.floats(0.0, 0.999),
+    loaded=st.floats(0.0, 100.0),
+)
+def test_what_another_optimizer_makes_is_right_and_nothing_else(
+    row: OptimizerState, seed: int, b: float, loaded: float
+) -> None:
+    """The recurrence of each row in float64, and moments that were not stepped or doubled."""
+    draw = np.random.default_rng(seed)
+    g, before, after = draw.normal(size=50), [], []
+    for moment in row.moments:
+        old = loaded * draw.normal(size=50)
+        old = np.abs(old) if moment.order == 2 else old
+        added = g**moment.order
+        before.append(float(np.linalg.norm(old)))
+        after.append(float(np.linalg.norm(b * old + added * (1 - b if moment.average else 1))))
+    decays, norm = [b] * len(row.moments), float(np.linalg.norm(g))
+    assert wrong_moments(0, row, decays, before, after, norm) == ""
+    for number, moment in enumerate(row.moments):
+        if moment.of_gradient:
+            wrong = [*after]
+            wrong[number] = 3 * (before[number] + norm**moment.order) + 1
+            said = wrong_moments(0, row, decays, before, wrong, norm)
+            assert f"an update by {row.name}" in said
+            assert f"{moment.tensor} has norm" in said
 
 
 DIST = "--bf16 --use-distributed-optimizer --ckpt-format torch_dist"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.checkpoint.state import MOMENT_KEYS
 from megatron_ext.errors import CheckpointError
+from megatron_ext.host.optimizers import TABLE
 from megatron_ext.report.loaded import LoadedState
+from megatron_ext.rules.form import MOMENTS
 
 
 def shard(*shape: int) -> dict[str, torch.Tensor]:
@@ -62,20 +63,24 @@ def test_missing_moments_are_an_error_that_names_them(elements: dict[str, int], 
 
 
 def test_both_moments_are_enough() -> None:
-    assert MOMENT_KEYS == ("exp_avg", "exp_avg_sq")
+    assert MOMENTS == ("exp_avg", "exp_avg_sq")
     loaded = LoadedState(elements={"exp_avg": 1, "exp_avg_sq": 1})
     assert loaded.require_moments() is None  # type: ignore[func-returns-value]
 
 
-def test_of_an_optimizer_that_is_not_adam_all_but_the_weights_is_one_state() -> None:
-    loaded = LoadedState(keys=("param", "state"))
-    loaded.add({"param": torch.zeros(6), "momentum_buffer": torch.zeros(6), "step": torch.ones(1)})
-    assert loaded.tensors == {"param": 1, "state": 1}
-    assert loaded.elements == {"param": 6, "state": 6}
-    assert loaded.require_moments() is None  # type: ignore[func-returns-value]
-    assert loaded.summed().elements == {"param": 6, "state": 6}
-    with pytest.raises(CheckpointError, match="no element of state was loaded"):
-        LoadedState(elements={"param": 6}, keys=("param", "state")).require_moments()
+def test_each_tensor_of_the_table_is_counted_and_the_others_together() -> None:
+    rows = {row.name: row for row in TABLE}
+    muon = LoadedState.of(rows["Muon"])
+    muon.add({"param": torch.zeros(6), "momentum_buffer": torch.zeros(6), "step": torch.ones(1)})
+    assert muon.elements == {"param": 6, "momentum_buffer": 6}
+    soap = LoadedState.of(rows["SOAP"])
+    state = {key: torch.zeros(4) for key in ("exp_avg", "exp_avg_sq", "L", "R")}
+    soap.add({"param": torch.zeros(6), **state, "step": 3})
+    assert soap.tensors == {"param": 1, "exp_avg": 1, "exp_avg_sq": 1, "state": 2}
+    for loaded in (muon, soap):
+        assert loaded.require_moments() is None  # type: ignore[func-returns-value]
+    with pytest.raises(CheckpointError, match="no element of momentum_buffer was loaded"):
+        LoadedState.of(rows["Muon"]).require_moments()
 
 
 def test_elements_that_are_not_finite_are_summed_too() -> None:

@@ -39,7 +39,9 @@ def _work(rule: ElementRule, dtype: torch.dtype, policy: str = SCALE) -> MomentW
 def test_what_was_not_finite_is_told_from_what_the_change_made_so() -> None:
     done = apply_in_one_pass(_work(Scale(4.0), torch.float32))
     assert done is not None
-    assert done.unusable_before == {"bad": Unusable(exp_avg_sq=3)}
+    assert done.unusable_before == {
+        "bad": Unusable(nonfinite={"exp_avg_sq": 3}, negative={"exp_avg_sq": 0})
+    }
     by_name = {s.parameter.name: c for s, c in zip(done.shards, done.counted, strict=True)}
     assert {name: c["exp_avg_sq"].nonfinite for name, c in by_name.items()} == {
         "good": 0,

@@ -225,11 +225,13 @@ def test_a_parameter_file_is_not_run(
 
 
 BUILD = {
-    "sgd": ({"optimizer": "sgd"}, Layout(), ["--optimizer sgd", "only Adam"]),
-    "layer-wise": (
-        {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True},
+    "sgd": (
+        {"optimizer": "sgd"},
         Layout(),
-        ["--optimizer muon and --use-distributed-optimizer", "Leave --optimizer-class out"],
+        [
+            "--optimizer sgd and --use-distributed-optimizer",
+            "Leave --use-distributed-optimizer out",
+        ],
     ),
     "overlap with the step": (
         {"overlap_param_gather_with_optimizer_step": True},

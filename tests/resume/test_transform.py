@@ -12,13 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext._ops.segments import Statistics
-from megatron_ext.checkpoint.state import MOMENT_KEYS
 from megatron_ext.errors import PlanError
 from megatron_ext.resume import moments
 from megatron_ext.resume.moments import transform
 from megatron_ext.resume.shard_rules import MomentShard, RangeRule
 from megatron_ext.rules.batch_size import BatchSize
 from megatron_ext.rules.elementwise import Fill, Keep, Scale
+from megatron_ext.rules.form import MOMENTS
 from megatron_ext.rules.prune import PruneRandom
 from tests.support.moments import oracle
 
@@ -78,7 +78,7 @@ def test_one_call_of_the_op_changes_what_the_rules_say_and_nothing_else(
         found = transform(shards(adamw, *rules), Statistics.BEFORE_AND_AFTER)
     assert calls.names == ["megatron_ext::transform_moments_"]
     after = state(adamw)
-    for key, factor in zip(MOMENT_KEYS, (0.5, 0.25), strict=True):
+    for key, factor in zip(MOMENTS, (0.5, 0.25), strict=True):
         flat, old = after[0][key].flatten(), before[0][key].flatten()
         assert torch.equal(flat[:6], old[:6] * factor)
         assert torch.equal(flat[6:12], old[6:12])
@@ -87,14 +87,14 @@ def test_one_call_of_the_op_changes_what_the_rules_say_and_nothing_else(
         after[0]["exp_avg_sq"].flatten()[12:], before[0]["exp_avg_sq"].flatten()[12:]
     )
     assert torch.equal(after[1]["exp_avg"], before[1]["exp_avg"])
-    m, v = (before[1][k].numpy() for k in MOMENT_KEYS)
+    m, v = (before[1][k].numpy() for k in MOMENTS)
     expected = oracle(batch_size, v, m, m, 0)
     assert after[1]["exp_avg_sq"].numpy() == pytest.approx(expected, rel=1e-6)
     assert all(torch.equal(a["step"], b["step"]) for a, b in zip(after, before, strict=True))
     assert all(torch.equal(p, w) for p, w in zip(parameters(adamw), weights, strict=True))
 
     for i, row in enumerate(found):
-        for key in MOMENT_KEYS:
+        for key in MOMENTS:
             old, new = before[i][key].double(), after[i][key].double()
             assert row[key].norm_before == pytest.approx(old.norm().item(), rel=1e-6)
             assert row[key].norm_after == pytest.approx(new.norm().item(), rel=1e-6)
@@ -169,7 +169,7 @@ class ScaledAdam(torch.optim.AdamW):
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         super().__init__(params)
-        self.name_to_dtype_map = {k: torch.float16 for k in MOMENT_KEYS}
+        self.name_to_dtype_map = {k: torch.float16 for k in MOMENTS}
         self._scales: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         self.calls: list[str] = []
 
@@ -218,10 +218,10 @@ def test_a_rescale_of_a_te_stand_ins_moment_changes_its_scale_alone(
 
 def test_other_rules_go_through_the_te_stand_ins_own_methods(scaled: ScaledAdam) -> None:
     (p,) = parameters(scaled)
-    old = {k: scaled.get_unscaled_state(p, k) for k in MOMENT_KEYS}
+    old = {k: scaled.get_unscaled_state(p, k) for k in MOMENTS}
     transform(shards(scaled, (RangeRule(0, 40, Fill(0.0), Keep()),)))
     assert scaled.calls == ["exp_avg"]
-    new = {k: scaled.get_unscaled_state(p, k) for k in MOMENT_KEYS}
+    new = {k: scaled.get_unscaled_state(p, k) for k in MOMENTS}
     assert not new["exp_avg"][:40].any()
     torch.testing.assert_close(new["exp_avg"][40:], old["exp_avg"][40:], rtol=2e-3, atol=1e-9)
     assert torch.equal(new["exp_avg_sq"], old["exp_avg_sq"])

@@ -91,6 +91,9 @@ class Layout:
     bias: bool = True
     by_layer: bool = False  # layers are stored separately
     precision: str = ""  # of PRECISIONS
+    scalar: str = "adam"  # what Muon leaves to another optimizer
+    layer_wise: bool = False  # whole parameters on each rank
+    momentum: float = 0.9  # of SGD
 
 
 @dataclass
@@ -129,7 +132,7 @@ def build(
     # Every rank builds a model from its own place in the layout, so parameters are set by name.
     model = _model(layout)
     config = _optimizer_config(layout, hyper)
-    with inner_adam(layout.adam):
+    with inner_adam(layout.adam), _lion_by_the_library(layout):
         optimizer = (get_optimizer or get_megatron_optimizer)(
             config, model, **_overrides(config, hyper)
         )
@@ -348,6 +351,45 @@ def inner_adam(kind: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def _lion_by_the_library(layout: Layout) -> Iterator[None]:
+    """Build one DistributedOptimizer over Lion, as a caller of Megatron's function can.
+
+    `get_megatron_optimizer` itself chains a Lion with an Adam, neither of them distributed.
+    """
+    core = importlib.import_module("megatron.core.optimizer")
+    if layout.optimizer != "lion" or not layout.distributed:
+        yield
+        return
+
+    def build(config: Any, model_chunks: Any, config_overrides: Any, **_: Any) -> Any:
+        from megatron.core import parallel_state
+
+        groups, buffers = core._get_param_groups_and_buffers(
+            model_chunks, 0, config, config_overrides, lambda group: True, "buffers"
+        )
+        return core._get_megatron_optimizer_based_on_param_groups(
+            config=config,
+            model_chunks=model_chunks,
+            param_groups=groups,
+            per_model_buffers=buffers,
+            model_parallel_group=parallel_state.get_model_parallel_group(),
+            data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            data_parallel_group_gloo=parallel_state.get_data_parallel_group_gloo(
+                with_context_parallel=True
+            ),
+            data_parallel_group_idx=0,
+            intra_dist_opt_group=parallel_state.get_intra_distributed_optimizer_instance_group(),
+        )
+
+    stock = core._get_megatron_emerging_optimizer
+    core._get_megatron_emerging_optimizer = build
+    try:
+        yield
+    finally:
+        core._get_megatron_emerging_optimizer = stock
+
+
 def scheduler_for(run: Run, hyper: Hyper) -> Any:
     """A scheduler of another phase on the same optimizer, at the same position."""
     position = run.scheduler.num_steps
@@ -501,6 +543,9 @@ def _optimizer_config(layout: Layout, hyper: Hyper) -> Any:
         optimizer_cpu_offload="offload" in layout.adam,
         optimizer_offload_fraction=0.5,
         overlap_cpu_optimizer_d2h_h2d=layout.adam == "overlapped offload",
+        muon_scalar_optimizer=layout.scalar,
+        sgd_momentum=layout.momentum,
+        use_layer_wise_distributed_optimizer=layout.layer_wise,
         use_precision_aware_optimizer="offload" in layout.adam or bool(layout.precision),
     )
     if layout.precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -35,3 +36,24 @@ def round_trip(masters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bf16 weights of master weights that are split, and what both halves join to."""
     high, low = te_extension.split(torch.from_numpy(masters))
     return high.float().numpy(), te_extension.joined(high, low).numpy()
+
+
+def fused_sgd() -> dict[str, Any]:
+    """The class that Megatron takes for --optimizer sgd, its row, and what it allocates."""
+    import importlib
+
+    from megatron_ext.host.optimizers import state_of
+
+    cls = importlib.import_module("megatron.core.optimizer").SGD
+    param = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = cls([param], lr=0.1, weight_decay=0.1, momentum=0.9)
+    param.grad = torch.ones(6, 4)
+    with contextlib.suppress(NotImplementedError):
+        optimizer.step()
+    return {
+        "class": cls.__name__,
+        "module": cls.__module__,
+        "row": state_of(optimizer),
+        "state": {k: tuple(v.shape) for k, v in optimizer.state[param].items()},
+        "group": set(optimizer.param_groups[0]) - {"params"},
+    }

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from sphinx.ext.autodoc.mock import mock
 
-from . import command_line, compatibility, environment, mathml, policies, schemas
+from . import command_line, compatibility, environment, mathml, optimizers, policies, schemas
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -28,6 +28,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "reference-operations": policies.Operations,
         "reference-formulas": policies.Formulas,
         "reference-rules": policies.Rules,
+        "reference-optimizers": optimizers.Optimizers,
         "reference-policy-file": schemas.PolicyFile,
         "reference-schemas": schemas.Schemas,
         "reference-versions": compatibility.Versions,

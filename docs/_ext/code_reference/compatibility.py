@@ -17,9 +17,8 @@ PYPROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 #: Flags of Megatron that may be refused, each as `preflight.refused_flags` looks at it.
 _SUSPECTS = (
-    {"optimizer": "sgd"},
-    {"optimizer": "lion"},
-    {"optimizer": "muon", "use_distributed_optimizer": True},
+    {"optimizer": "sgd", "use_distributed_optimizer": True},
+    {"optimizer": "muon", "use_distributed_optimizer": True, "ckpt_format": "torch"},
     {"use_megatron_fsdp": True},
     {"use_torch_fsdp2": True},
     {"non_persistent_ckpt_type": "local"},
