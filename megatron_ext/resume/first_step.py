@@ -18,8 +18,8 @@ from ..plan.decisions import GroupPlan
 from ..policy.policy import ResumePolicy
 from ..report.resume_report import ResumeReport
 from . import guard
-from .moments import survey
 from .steps import decays_decoupled, parameters_of
+from .survey import survey
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 
 from .. import _ops
 from .._ops import native
-from .._ops.segments import STATISTICS_COLUMNS, Segment, Statistics
+from .._ops.segments import Segment, Statistics
 from ..base.log import say
 from ..base.placement import Run
 from ..errors import PlanError
@@ -24,8 +24,11 @@ from .scaled import OpenMoment, is_scaled, open_moment, rules_of
 from .shard_rules import FillColumns, MomentShard
 from .statistics import columns
 
+#: Bytes of the fp32 copies of scaled moments that are there at the same time, but for a parameter
+#: that needs more by itself. Small moments are chosen to save memory, and all copies together would
+#: need more than that saves.
+COPIES = 1 << 26
 _COLUMNS_AT_A_TIME = 1 << 22
-_SURVEYED = [STATISTICS_COLUMNS.index(name) for name in ("square_sum_after", "nonfinite")]
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,63 @@ def transform(
         RuntimeError: Ranges overlap or lie outside the shard (`megatron_ext._ops.schema`). No
             moment has been written.
     """
-    moments = [(open_moment(s, 0), open_moment(s, 1)) for s in shards]
+    batches = _batches(shards)
+    if len(batches) > 1:  # what one batch finds out, before the first one writes
+        for shard in shards:
+            _require_ranges(shard)
+    return [found for batch in batches for found in _transform(batch, statistics)]
+
+
+def _batches(shards: Sequence[MomentShard]) -> list[list[MomentShard]]:
+    """Cut shards into batches by the size of the fp32 copies that their scaled moments need."""
+    out: list[list[MomentShard]] = [[]]
+    size = 0
+    for shard in shards:
+        keys = state_of(shard.inner).tensors
+        state = shard.inner.state.get(shard.param, {})
+        mine = sum(4 * state[k].numel() for k in keys if k in state and is_scaled(shard.inner, k))
+        if out[-1] and mine and size + mine > COPIES:
+            out.append([])
+            size = 0
+        out[-1].append(shard)
+        size += mine
+    return out
+
+
+def _require_ranges(shard: MomentShard) -> None:
+    _opened(shard)
+    numel = shard.inner.state[shard.param][state_of(shard.inner).tensors[0]].numel()
+    at = 0
+    for rule in sorted(shard.rules, key=lambda r: (r.begin, r.end)):
+        if not (at <= rule.begin <= rule.end <= numel):
+            raise RuntimeError(
+                f"{shard.name}: elements {rule.begin} to {rule.end} have two rules or are not "
+                f"within the shard's {numel}"
+            )
+        at = rule.end
+
+
+def _opened(shard: MomentShard) -> tuple[OpenMoment, OpenMoment | None]:
+    first, second = open_moment(shard, 0), open_moment(shard, 1)
+    if first is None:
+        raise PlanError(f"{shard.name} has no moments: {state_of(shard.inner)}")
+    return first, second
+
+
+def _transform(
+    shards: Sequence[MomentShard], statistics: Statistics
+) -> list[dict[str, MomentStatistics]]:
+    moments = [_opened(s) for s in shards]
     counts: list[torch.Tensor | None] = [None] * len(shards)
     together: dict[tuple[torch.device, int | None], list[int]] = {}
     for i, (first, second) in enumerate(moments):
-        if first is None:
-            raise PlanError(f"{shards[i].name} has no moments: {state_of(shards[i].inner)}")
         if statistics or not first.only_scale or (second is not None and not second.only_scale):
             alone = i if second is None else None
             together.setdefault((first.tensor().device, alone), []).append(i)
     calls = []
     unused = _Unused()
     for (device, _), members in together.items():
-        _announce(device.type)
+        announce(device.type)
         exp_avg, exp_avg_sq = zip(*(_tensors(*moments[i], unused) for i in members), strict=True)
         segments = [
             segment
@@ -126,53 +173,10 @@ class _Unused:
 
 
 def _tensors(
-    first: OpenMoment | None, second: OpenMoment | None, unused: _Unused
+    first: OpenMoment, second: OpenMoment | None, unused: _Unused
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert first is not None
     x = first.tensor()
     return x, unused.like(x) if second is None else second.tensor()
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Statistics of the moments of some parameters.
-
-    Args:
-        nonfinite: Number of elements of each parameter that the optimizer cannot use: NaN,
-            infinite, or negative in a second moment.
-        norms: Euclidean norm of each moment over all parameters.
-    """
-
-    nonfinite: list[int]
-    norms: tuple[float, ...]
-
-
-@torch.no_grad()
-def survey(inner: Any, params: Sequence[torch.Tensor]) -> Survey:
-    """Compute the norms of some parameters' moments and count what is unusable, in one pass.
-
-    Args:
-        inner: The torch optimizer that holds the state.
-        params: Keys of its state that have all moments.
-    """
-    names = state_of(inner).tensors
-    if len(names) < 2 or any(is_scaled(inner, key) for key in names):
-        counted = transform([MomentShard("", inner, p, ()) for p in params], Statistics.AFTER)
-        norms = [math.hypot(*(c[key].norm_after for c in counted)) for key in names]
-        return Survey([sum(s.nonfinite for s in c.values()) for c in counted], tuple(norms))
-    counts, squares = [0] * len(params), [0.0, 0.0]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, param in enumerate(params):
-        by_device.setdefault(inner.state[param][names[0]].device, []).append(i)
-    for device, members in by_device.items():
-        _announce(device.type)
-        both = ([inner.state[params[i]][key] for i in members] for key in names)
-        found = _ops.Transform.keep(*both)(Statistics.AFTER)[:, :, _SURVEYED].tolist()
-        for i, rows in zip(members, found, strict=True):
-            for which, (square, nonfinite) in enumerate(rows):
-                squares[which] += square
-                counts[i] += int(nonfinite)
-    return Survey(counts, (math.sqrt(squares[0]), math.sqrt(squares[1])))
 
 
 def magnitude_thresholds(
@@ -272,7 +276,7 @@ def _statistics(shard: MomentShard, row: torch.Tensor | None) -> dict[str, Momen
 
 
 @functools.cache
-def _announce(device: str) -> None:
+def announce(device: str) -> None:
     """Log once which kernel is used on a device, and why."""
     if device in native.DEVICES:
         kernel = native.kernel(device)

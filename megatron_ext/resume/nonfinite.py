@@ -20,10 +20,10 @@ from ..plan.parameters import ParameterPlan
 from ..policy.policy import ResumePolicy
 from ..report.model import MomentReport
 from ..rules.elementwise import KEEP
-from .moments import Survey, survey
 from .parameters import Shard, held_parameters, names_of
 from .prepare_rules import MomentWork
 from .scaled import is_scaled, store, values
+from .survey import Survey, survey
 
 _REMEDY = (
     "pass --selective-nonfinite reset to set these elements of both moments to 0, or keep to leave "

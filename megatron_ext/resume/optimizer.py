@@ -16,12 +16,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..base.ranks import stop_together
-from ..checkpoint.state import (
-    does_not_fit,
-    misfits,
-    optimizer_section,
-    require_readable,
-)
+from ..checkpoint.state import does_not_fit, misfits, optimizer_section, require_readable
 from ..errors import CheckpointError
 from ..plan.decisions import ResumePlan
 from ..policy.policy import ResumePolicy

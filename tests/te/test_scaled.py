@@ -163,3 +163,34 @@ def test_a_load_waits_for_the_device_once(
     ((written, waits),) = ext.run("tests.support.proof_cases:waits", 1, hyper=SECOND, **run)
     assert written > 20
     assert waits == WAITS[precision]
+
+
+BATCHED = "tests.support.te_runs:in_batches"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8 and fp16"])
+def test_the_copies_of_a_change_are_bounded(precision: str, ext: RankPool) -> None:
+    """Without a bound they would need more than small moments save."""
+    policy = "moments: [{match: '*', exp_avg: fill 0.25, exp_avg_sq: fill 0.5}]"
+    run: dict[str, Any] = dict(layout=Layout(precision=precision), hyper=FIRST, policy=policy)
+    (whole,) = ext.run(BATCHED, 1, steps=2, copies=None, **run)
+    (batched,) = ext.run(BATCHED, 1, steps=2, copies=1, **run)
+    # A network so small is one batch; each parameter is one with a bound of a byte.
+    assert whole["most"] == whole["all"]
+    assert whole["most"] > 2 * whole["largest"]
+    assert batched["most"] <= batched["largest"]
+    assert batched["all"] == whole["all"]
+    assert batched["state"].keys() == whole["state"].keys()
+    for name, tensors in whole["state"].items():
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(batched["state"][name][key], value)
+
+
+def test_a_bad_range_in_the_last_batch_is_refused_before_the_first_is_written(
+    ext: RankPool,
+) -> None:
+    (found,) = ext.run(
+        "tests.support.te_runs:bad_range", 1, layout=Layout(precision="fp16"), hyper=FIRST
+    )
+    assert "elements 3 to 9 have two rules or are not within the shard's" in found["error"]
+    assert found["unchanged"]
