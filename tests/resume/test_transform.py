@@ -144,7 +144,7 @@ def test_random_rules_depend_on_the_parameters_name(adamw: torch.optim.AdamW) ->
 def test_the_kernel_is_named_once(
     adamw: torch.optim.AdamW, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moments._announce.cache_clear()
+    moments.announce.cache_clear()
     for _ in range(2):
         transform(shards(adamw, (), (), ()))
     out = capsys.readouterr().out
