@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint.stored import StoredCheckpoint
+from ..errors import CheckpointError
 from ..policy.batch_size import batch_size_at
 from ..policy.counters import Counters, begin, overridden
 from ..policy.phase import Phase
@@ -13,14 +14,28 @@ from .planned_arguments import state_of
 
 
 def saved_counters(stored: StoredCheckpoint) -> Counters:
-    """Read the counters of a checkpoint."""
-    args, position = stored.args, state_of(stored).get("num_steps")
+    """Read the counters of a checkpoint.
+
+    Raises:
+        CheckpointError: One of them is no whole number.
+    """
+    position = state_of(stored).get("num_steps")
     names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
     return Counters(
         stored.iteration,
-        **{name: int(args.get(name) or 0) for name in names},
-        num_steps=None if position is None else int(position),
+        **{name: _whole(stored, name, stored.args.get(name) or 0) for name in names},
+        num_steps=None if position is None else _whole(stored, "num_steps", position),
     )
+
+
+def _whole(stored: StoredCheckpoint, name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(
+            f"{stored.directory}: {name} is {value!r}; expected a whole number. The checkpoint is "
+            "damaged: take another one"
+        ) from None
 
 
 def begun(

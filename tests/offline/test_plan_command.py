@@ -23,7 +23,7 @@ import torch
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.stored import open_checkpoint
 from megatron_ext.cli import main
-from megatron_ext.errors import PlanError
+from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.host.schedule import ScheduleValues, values_of
 from megatron_ext.offline.command_line import locate, parse
 from megatron_ext.offline.current_groups import current_groups
@@ -263,6 +263,26 @@ def test_groups_that_megatron_does_not_make_are_not_known(tmp_path: Path) -> Non
         unknown = [w for w in found.all_warnings if "param_groups are not known" in w]
         assert len(unknown) == bool(why)
         assert all(why in w and "--selective-dry-run" in w for w in unknown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheduler", "told"),
+    [
+        ({}, {"num_steps": float("inf")}, "num_steps is inf; expected a whole number"),
+        ({"consumed_train_samples": "many"}, {"num_steps": 0}, "consumed_train_samples is 'many'"),
+    ],
+)
+def test_a_damaged_counter_is_one_error(
+    changes: dict[str, object], scheduler: dict[str, float], told: str, tmp_path: Path
+) -> None:
+    common = {
+        "args": Namespace(**changes),
+        "optimizer": {"optimizer": {"param_groups": [group()]}},
+        "opt_param_scheduler": {"max_lr": 1e-3, **scheduler},
+    }
+    tensors = {"optimizer.state.exp_avg.a.weight": torch.ones(2, 2)}
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        forecast(inspected.store(tmp_path / "one", tensors, common=common))
 
 
 # --- arguments
