@@ -12,11 +12,22 @@
 namespace megatron_ext {
 namespace {
 
+// Adds the square of a value to a sum. The square of an fp32 value is exact in fp64, so that a
+// fused multiply-add gives the same bits.
+MEGATRON_EXT_INLINE double add_square(double sum, float x) {
+  const double wide = x;
+#if defined(MEGATRON_EXT_VECTORS)
+  return __builtin_fma(wide, wide, sum);
+#else
+  return sum + wide * wide;
+#endif
+}
+
 MEGATRON_EXT_INLINE double sum_of_squares(const float* x, int64_t n) {
   double squares = 0.0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; ++i) {
-    squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    squares = add_square(squares, x[i]);
   }
   return squares;
 }

@@ -33,11 +33,12 @@ MEGATRON_EXT_INLINE void apply_and_count(float* x, int64_t n, const Coefficients
 #pragma omp simd reduction(+ : before, after, nonfinite, changed) reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
     const float old = reads(R, S) ? x[i] : 0.0f;
-    x[i] = transform<R>(old, k, {}, 0);
+    const float now = transform<R>(old, k, {}, 0);
+    x[i] = now;
     Tally one;
-    count<S>(one, old, x[i], lowest);
-    before += one.before;
-    after += one.after;
+    count<S>(one, old, now, lowest);
+    before = S == Statistics::before_and_after ? add_square(before, old) : before;
+    after = add_square(after, now);
     largest = one.largest > largest ? one.largest : largest;
     nonfinite += one.nonfinite;
     changed += one.changed;
@@ -111,6 +112,15 @@ MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
   }
 }
 
+// Starts to load the next block while this one is counted, which takes as long.
+template <typename T>
+MEGATRON_EXT_INLINE void fetch(const T* x, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < (n < kBlock ? n : kBlock); i += kLine) {
+    __builtin_prefetch(x + i, 1);
+  }
+}
+
 template <typename T, Rule R, Statistics S>
 void transform_range(void* data, int64_t n, const Coefficients& coefficients,
                      const GlobalIndex& index, int64_t first, float lowest, Tally& tally) {
@@ -120,6 +130,9 @@ void transform_range(void* data, int64_t n, const Coefficients& coefficients,
   Tally total;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t size = n - i < kBlock ? n - i : kBlock;
+    if constexpr (!std::is_same_v<T, float>) {
+      fetch(x + i + size, n - i - size);
+    }
     transform_block<R, S>(x + i, size, k, where, first + i, lowest, total);
   }
   if constexpr (R == Rule::keep) {

@@ -84,7 +84,7 @@ MEGATRON_EXT_INLINE void narrow(const float* x, int64_t n, T* out) {
   }
 }
 
-#if defined(MEGATRON_EXT_F16C)
+#if defined(MEGATRON_EXT_VECTORS)
 // The conversions of fp16, 8 elements at a time.
 template <>
 MEGATRON_EXT_INLINE void widen(const _Float16* x, int64_t n, float* out) {
