@@ -39,27 +39,38 @@ struct Extremes {
   int32_t lowest = 0;
 };
 
-MEGATRON_EXT_INLINE Extremes extremes(const float* x, int64_t n) {
+// With S before and after, also counts the elements that differ, of which a NaN in both is one.
+template <Statistics S>
+MEGATRON_EXT_INLINE Extremes extremes(const float* before, const float* after, int64_t n,
+                                      uint32_t& differing) {
   int32_t magnitude = 0;
   int32_t lowest = 0;
-#pragma omp simd reduction(max : magnitude) reduction(min : lowest)
+  uint32_t others = 0;
+#pragma omp simd reduction(max : magnitude) reduction(min : lowest) reduction(+ : others)
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t value = static_cast<int32_t>(bits(x[i]));
+    const int32_t value = static_cast<int32_t>(bits(after[i]));
     const int32_t without_sign = value & 0x7FFFFFFF;
     magnitude = without_sign > magnitude ? without_sign : magnitude;
     lowest = value < lowest ? value : lowest;
+    if constexpr (S == Statistics::before_and_after) {
+      others += before[i] != after[i] ? 1u : 0u;
+    }
   }
+  differing = others;
   return {magnitude, lowest};
 }
 
 inline constexpr int32_t kLargestFinite = 0x7F7FFFFF;
 inline constexpr int32_t kInfinity = 0x7F800000;
 
-// Adds the current values of a block to the statistics. Values that are not finite or too low are
-// rare, so that two integers find out whether there can be any.
-MEGATRON_EXT_INLINE Extremes count_values(const float* x, int64_t n, float lowest, Tally& tally) {
-  tally.after += sum_of_squares(x, n);
-  const Extremes found = extremes(x, n);
+// Adds a block to the statistics. Values that are not finite or too low are rare, so that two
+// integers find out whether there can be any. `before` is not read without the statistics of it.
+template <Statistics S>
+MEGATRON_EXT_INLINE void count_values(const float* before, const float* after, int64_t n,
+                                      float lowest, Tally& tally) {
+  tally.after += sum_of_squares(after, n);
+  uint32_t changed = 0;
+  const Extremes found = extremes<S>(before, after, n, changed);
   float largest = 0.0f;
   if (found.magnitude <= kLargestFinite && (lowest < 0.0f || found.lowest >= 0)) {
     std::memcpy(&largest, &found.magnitude, sizeof(largest));
@@ -68,32 +79,24 @@ MEGATRON_EXT_INLINE Extremes count_values(const float* x, int64_t n, float lowes
 #pragma omp simd reduction(+ : nonfinite) reduction(max : largest)
     for (int64_t i = 0; i < n; ++i) {
       Tally one;
-      count<Statistics::after>(one, x[i], x[i], lowest);
+      count<Statistics::after>(one, after[i], after[i], lowest);
       largest = one.largest > largest ? one.largest : largest;
       nonfinite += one.nonfinite;
     }
     tally.nonfinite += nonfinite;
   }
   tally.largest = largest > tally.largest ? largest : tally.largest;
-  return found;
-}
-
-// `found` is of `after`. Where it has no NaN, one comparison says all.
-MEGATRON_EXT_INLINE uint32_t count_changed(const float* before, const float* after, int64_t n,
-                                           const Extremes& found) {
-  uint32_t changed = 0;
-  if (found.magnitude <= kInfinity) {
+  if constexpr (S == Statistics::before_and_after) {
+    tally.before += sum_of_squares(before, n);
+    if (found.magnitude > kInfinity) {  // NaN
+      changed = 0;
 #pragma omp simd reduction(+ : changed)
-    for (int64_t i = 0; i < n; ++i) {
-      changed += before[i] != after[i] ? 1u : 0u;
+      for (int64_t i = 0; i < n; ++i) {
+        changed += is_changed(before[i], after[i]) ? 1u : 0u;
+      }
     }
-  } else {
-#pragma omp simd reduction(+ : changed)
-    for (int64_t i = 0; i < n; ++i) {
-      changed += is_changed(before[i], after[i]) ? 1u : 0u;
-    }
+    tally.changed += changed;
   }
-  return changed;
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ MEGATRON_EXT_INLINE void transform_block(float* x, int64_t n, const Coefficients
     tally.changed += apply<R, S>(x, n, k, where, first, x);
   }
   if constexpr (S != Statistics::none) {
-    count_values(x, n, lowest, tally);
+    count_values<Statistics::after>(x, x, n, lowest, tally);
   }
 }
 
@@ -95,7 +95,7 @@ MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
     widen(x, n, old.values);
   }
   if constexpr (R == Rule::keep) {
-    count_values(old.values, n, lowest, tally);
+    count_values<Statistics::after>(old.values, old.values, n, lowest, tally);
     return;
   }
   Block room;
@@ -104,11 +104,7 @@ MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
   narrow(now, n, x);
   if constexpr (S != Statistics::none) {
     widen(x, n, now);
-    const Extremes found = count_values(now, n, lowest, tally);
-    if constexpr (S == Statistics::before_and_after) {
-      tally.before += sum_of_squares(old.values, n);
-      tally.changed += count_changed(old.values, now, n, found);
-    }
+    count_values<S>(old.values, now, n, lowest, tally);
   }
 }
 
@@ -166,12 +162,8 @@ void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coeffici
       widen(v, size, now.values);
     }
     if constexpr (S != Statistics::none) {
-      count_values(momentum, size, lowest_of(0), total_m);
-      const Extremes found = count_values(now.values, size, lowest_of(1), total_v);
-      if constexpr (S == Statistics::before_and_after) {
-        total_v.before += sum_of_squares(old, size);
-        total_v.changed += count_changed(old, now.values, size, found);
-      }
+      count_values<Statistics::after>(momentum, momentum, size, lowest_of(0), total_m);
+      count_values<S>(old, now.values, size, lowest_of(1), total_v);
     }
     if constexpr (kWide) {
       narrow(now.values, size, v);  // last, because `old` may be `v`

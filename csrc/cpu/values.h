@@ -60,7 +60,7 @@ struct Store<BFloat16> {
 // first-level cache, because separate loops are vectorized better than one loop for all sums.
 // Elements of 16 bits are converted a block at a time: a compiler does not vectorize the conversion
 // of fp16, and folds one to double into a call.
-inline constexpr int64_t kBlock = 2048;
+inline constexpr int64_t kBlock = 1024;
 
 struct Block {
   // Behind them a line, so that two blocks do not lie a multiple of a page apart: a processor would
