@@ -103,7 +103,6 @@ MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
   apply<R, Statistics::none>(old.values, n, k, where, first, now);
   narrow(now, n, x);
   if constexpr (S != Statistics::none) {
-    widen(x, n, now);
     count_values<S>(old.values, now, n, lowest, tally);
   }
 }
@@ -159,7 +158,6 @@ void batch_size_range(void* exp_avg, void* exp_avg_sq, int64_t n, const Coeffici
     }
     if constexpr (!kWide) {
       narrow(now.values, size, v);
-      widen(v, size, now.values);
     }
     if constexpr (S != Statistics::none) {
       count_values<Statistics::after>(momentum, momentum, size, lowest_of(0), total_m);
@@ -256,12 +254,13 @@ Difference compare_range(const M* master, const W* weights, int64_t n) {
     Block room_m;
     Block room_w;
     W rounded[kBlock];
-    const float* a = values_of(master, size, room_m);
+    const float* a = room_m.values;
     const float* const b = values_of(weights, size, room_w);
     if constexpr (!std::is_same_v<M, W> && !std::is_same_v<W, float>) {
-      narrow(a, size, rounded);
-      widen(rounded, size, room_m.values);
-      a = room_m.values;
+      widen(master, size, room_m.values);
+      narrow(room_m.values, size, rounded);
+    } else {
+      a = values_of(master, size, room_m);
     }
 #pragma omp simd reduction(+ : elements) reduction(max : largest)
     for (int64_t i = 0; i < size; ++i) {

@@ -48,12 +48,13 @@ struct Store<_Float16> {
 template <>
 struct Store<BFloat16> {
   // Rounds to nearest, ties to even. A NaN must not be rounded to infinity.
-  MEGATRON_EXT_INLINE static BFloat16 from(float x) {
+  MEGATRON_EXT_INLINE static uint32_t rounded(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded;
   }
+  MEGATRON_EXT_INLINE static BFloat16 from(float x) { return {static_cast<uint16_t>(rounded(x))}; }
 };
 
 // The number of elements per block. Each statistic is one pass over a block, which stays in the
@@ -76,11 +77,30 @@ MEGATRON_EXT_INLINE void widen(const T* x, int64_t n, float* out) {
   }
 }
 
+// Stores the values, and leaves in `x` what they were rounded to.
 template <typename T>
-MEGATRON_EXT_INLINE void narrow(const float* x, int64_t n, T* out) {
+MEGATRON_EXT_INLINE void narrow(float* x, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = Store<T>::from(x[i]);
+    const T stored = Store<T>::from(x[i]);
+    out[i] = stored;
+    x[i] = load(stored);
+  }
+}
+
+// In two loops, because a compiler does not vectorize one over elements of two sizes.
+template <>
+MEGATRON_EXT_INLINE void narrow(float* x, int64_t n, BFloat16* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t rounded = Store<BFloat16>::rounded(x[i]) << 16;
+    std::memcpy(x + i, &rounded, sizeof(rounded));
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t value;
+    std::memcpy(&value, x + i, sizeof(value));
+    out[i].bits = static_cast<uint16_t>(value >> 16);
   }
 }
 
@@ -99,14 +119,16 @@ MEGATRON_EXT_INLINE void widen(const _Float16* x, int64_t n, float* out) {
 }
 
 template <>
-MEGATRON_EXT_INLINE void narrow(const float* x, int64_t n, _Float16* out) {
+MEGATRON_EXT_INLINE void narrow(float* x, int64_t n, _Float16* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+    _mm256_storeu_ps(x + i, _mm256_cvtph_ps(half));
   }
   for (; i < n; ++i) {
     out[i] = static_cast<_Float16>(x[i]);
+    x[i] = load(out[i]);
   }
 }
 #endif
