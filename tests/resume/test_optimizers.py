@@ -208,13 +208,10 @@ WRONG_RULES = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_RULES)
-def test_a_rule_without_a_meaning_is_refused_before_anything_is_changed(
-    name: str, ext: RankPool, checkpoints: Checkpoints
+def assert_refused(
+    ext: RankPool, layout: Layout, directory: str, policy: str, error: str, words: list[str]
 ) -> None:
-    case, policy, words = WRONG_RULES[name]
-    layout = CASES[case][0]
-    directory, _ = checkpoints.phase_1(layout, 2)
+    """On both ranks, at the same time, before anything is changed."""
     for (result,) in ext.run(
         "tests.support.policies:refused",
         2,
@@ -223,11 +220,21 @@ def test_a_rule_without_a_meaning_is_refused_before_anything_is_changed(
         directory=directory,
         policies=[policy],
     ):
-        assert result["type"] == "PlanError"
+        assert result["type"] == error
         assert result["in step"]
         assert result["unchanged"]
         for word in words:
             assert word in result["message"]
+
+
+@pytest.mark.parametrize("name", WRONG_RULES)
+def test_a_rule_without_a_meaning_is_refused_before_anything_is_changed(
+    name: str, ext: RankPool, checkpoints: Checkpoints
+) -> None:
+    case, policy, words = WRONG_RULES[name]
+    layout = CASES[case][0]
+    directory, _ = checkpoints.phase_1(layout, 2)
+    assert_refused(ext, layout, directory, policy, "PlanError", words)
 
 
 @pytest.mark.parametrize("format", ["dp_reshardable", "torch"])
@@ -345,17 +352,9 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_changed(
 ) -> None:
     before, now, saved, expected = SWITCHED[name]
     directory, _ = checkpoints.phase_1(before, 2)
-    for (result,) in ext.run(
-        "tests.support.policies:refused",
-        2,
-        layout=now,
-        hyper=FIRST,
-        directory=directory,
-        policies=["{}"],
-    ):
-        assert result["type"] == "CheckpointError"
-        assert "is not that of this optimizer" in result["message"]
-        assert f"those of {saved}" in result["message"]
-        assert f"expected those of {expected}" in result["message"]
-        assert result["in step"]
-        assert result["unchanged"]
+    words = [
+        "is not that of this optimizer",
+        f"those of {saved}",
+        f"expected those of {expected}",
+    ]
+    assert_refused(ext, now, directory, "{}", "CheckpointError", words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,28 +27,40 @@ def flipped(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str
     """
     run = subject.build(layout, hyper)
     (member,) = members_of(run.optimizer)
-    original = member._set_main_param_and_optimizer_states
-    seen = 0
 
-    def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 3 and what.isdigit():
+    def flip(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        if what.isdigit():
             tensors["param"].fill_(float(what))
-        elif seen == 3:
-            target = {"master": tensors["param"], "weight": model_param.data}.get(what)
-            target = tensors[what] if target is None else target
-            bits = target.view(-1)[5:6].view(torch.int16 if target.itemsize == 2 else torch.int32)
-            bits ^= 1 << (0 if target.itemsize == 2 else 16)
-        original(model_param, tensors)
+            return
+        target = {"master": tensors["param"], "weight": model_param.data}.get(what)
+        target = tensors[what] if target is None else target
+        bits = target.view(-1)[5:6].view(torch.int16 if target.itemsize == 2 else torch.int32)
+        bits ^= 1 << (0 if target.itemsize == 2 else 16)
 
-    member._set_main_param_and_optimizer_states = write
+    seen = _at_the_third(member, flip)
     try:
         harness.load(run, directory)
     except Exception as e:
         return {"type": type(e).__name__, "message": str(e)}
-    assert seen > 3
+    assert len(seen) > 3
     return {"type": "", "message": ""}
+
+
+def _at_the_third(
+    member: Any, change: Callable[[torch.Tensor, dict[str, Any]], None]
+) -> list[torch.Tensor]:
+    """Let a load change the third parameter's tensors; returns those that it has written."""
+    original = member._set_main_param_and_optimizer_states
+    seen: list[torch.Tensor] = []
+
+    def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        seen.append(model_param)
+        if len(seen) == 3:
+            change(model_param, tensors)
+        original(model_param, tensors)
+
+    member._set_main_param_and_optimizer_states = write
+    return seen
 
 
 def judged(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str, Any]:
@@ -63,20 +76,15 @@ def judged(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str,
     """
     run = subject.build(layout, hyper)
     (member,) = members_of(run.optimizer)
-    original = member._set_main_param_and_optimizer_states
-    seen = 0
 
-    def write(model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 3 and dist.get_rank() == 0:
+    def spoil(_: torch.Tensor, tensors: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:
             if what == "foreign":
                 tensors["param"].copy_(tensors["param"].flip(0))
             elif what == "negative":
                 tensors["exp_avg_sq"].view(-1)[0] = -tensors["exp_avg_sq"].max()
-        original(model_param, tensors)
 
-    member._set_main_param_and_optimizer_states = write
+    seen = _at_the_third(member, spoil)
     where = "load"
     try:
         harness.load(run, directory)
@@ -86,7 +94,7 @@ def judged(layout: Layout, hyper: Hyper, directory: str, what: str) -> dict[str,
         harness.train(run, 1)
     except Exception as e:
         return {"type": type(e).__name__, "message": str(e), "where": where}
-    assert seen > 3
+    assert len(seen) > 3
     loaded = member.resume.report.optimizers[0].loaded
     return {
         "type": "",

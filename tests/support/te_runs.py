@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -84,12 +85,8 @@ def in_batches(
             return out
 
         inner.get_unscaled_state = counted
-    before = moments.COPIES
-    moments.COPIES = before if copies is None else copies
-    try:
+    with mock.patch.object(moments, "COPIES", moments.COPIES if copies is None else copies):
         megatron_ext.transform_moments(run.optimizer, yaml_file.loads(policy))
-    finally:
-        moments.COPIES = before
     found = {"most": most[0], "largest": 2 * max(sizes), "all": asked[0]}
     for member in members_of(run.optimizer):
         del member.optimizer.get_unscaled_state
@@ -107,19 +104,16 @@ def bad_range(layout: Layout, hyper: Hyper) -> dict[str, Any]:
     def rule(begin: int, end: int) -> RangeRule:
         return RangeRule(begin, end, Fill(0.5), Fill(0.5), WHOLE)
 
-    copies, moments.COPIES = moments.COPIES, 1
-    try:
-        moments.transform(
-            [
-                MomentShard("one", inner, one, (rule(0, 4),)),
-                MomentShard("two", inner, two, (rule(0, 5), rule(3, 9))),
-            ]
-        )
-        error = ""
-    except RuntimeError as e:
-        error = str(e)
-    finally:
-        moments.COPIES = copies
+    shards = [
+        MomentShard("one", inner, one, (rule(0, 4),)),
+        MomentShard("two", inner, two, (rule(0, 5), rule(3, 9))),
+    ]
+    error = ""
+    with mock.patch.object(moments, "COPIES", 1):
+        try:
+            moments.transform(shards)
+        except RuntimeError as e:
+            error = str(e)
     after = inner.get_unscaled_state(one, "exp_avg")
     return {"error": error, "unchanged": bool(torch.equal(before, after))}
 

@@ -12,7 +12,7 @@ from tests.resume.test_policies import SECOND
 from tests.support.cells import chosen
 from tests.support.harness import Layout
 from tests.support.pool import RankPool
-from tests.te.test_cells import MORE, POLICIES, assert_moments, assert_same_steps
+from tests.te.test_cells import MORE, POLICIES, assert_moments, assert_next_steps
 
 pytestmark = pytest.mark.ranks
 
@@ -53,17 +53,7 @@ def test_experts_have_their_moments(
     changed = assert_moments(found["state"], before["state"], oracle, precision)
     assert (changed > 0) == (policy != "keep")
     assert found["checked"]
-    (expected, *_) = stock.run(
-        "tests.support.te_stock:continued",
-        world,
-        layout=layout,
-        first=FIRST,
-        second=SECOND,
-        steps=STEPS,
-        state=None if policy == "keep" else found["state"],
-        more=MORE,
-    )
-    assert_same_steps(found, expected)
+    assert_next_steps(found, stock, layout, world, policy)
     RAN.append((precision, policy, form, world, ep))
 
 
