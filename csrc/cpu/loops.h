@@ -91,17 +91,25 @@ MEGATRON_EXT_INLINE void transform_block(T* x, int64_t n, const Coefficients& k,
                                          const GlobalIndex& where, int64_t first, float lowest,
                                          Tally& tally) {
   Block old;
-  if constexpr (reads(R, S)) {
-    widen(x, n, old.values);
-  }
   if constexpr (R == Rule::keep) {
+    widen(x, n, old.values);
     count_values<Statistics::after>(old.values, old.values, n, lowest, tally);
     return;
   }
   Block room;
   float* const now = S == Statistics::before_and_after ? room.values : old.values;
-  apply<R, Statistics::none>(old.values, n, k, where, first, now);
-  narrow(now, n, x);
+  const auto step = [&](int64_t i, int64_t size) __attribute__((always_inline)) {
+    if constexpr (reads(R, S)) {
+      widen(x + i, size, old.values + i);
+    }
+    apply<R, Statistics::none>(old.values + i, size, k, where, first + i, now + i);
+    narrow(now + i, size, x + i);
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    step(i, kStep);
+  }
+  step(i, n - i);
   if constexpr (S != Statistics::none) {
     count_values<S>(old.values, now, n, lowest, tally);
   }

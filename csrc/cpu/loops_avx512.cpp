@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #define MEGATRON_EXT_VECTORS  // F16C and FMA
+#define MEGATRON_EXT_AVX512
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)

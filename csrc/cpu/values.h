@@ -63,6 +63,10 @@ struct Store<BFloat16> {
 // of fp16, and folds one to double into a call.
 inline constexpr int64_t kBlock = 1024;
 
+// Elements of 16 bits are converted, changed and converted back so many at a time. A load finds
+// what has just been stored faster than in a whole block.
+inline constexpr int64_t kStep = 256;
+
 struct Block {
   // Behind them a line, so that two blocks do not lie a multiple of a page apart: a processor would
   // take a load from one for a load of what it has just stored to the other.
@@ -105,15 +109,22 @@ MEGATRON_EXT_INLINE void narrow(float* x, int64_t n, BFloat16* out) {
 }
 
 #if defined(MEGATRON_EXT_VECTORS)
-// The conversions of fp16, 8 elements at a time.
+// The conversions of fp16, 16 or 8 elements at a time. GCC sees from the bounds that a whole step
+// has no rest.
 template <>
 MEGATRON_EXT_INLINE void widen(const _Float16* x, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
+#if defined(MEGATRON_EXT_AVX512)
+  for (; i < (n & ~15); i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half));
+  }
+#endif
+  for (; i < (n & ~7); i += 8) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
   }
-  for (; i < n; ++i) {
+  for (i = n & ~7; i < n; ++i) {
     out[i] = load(x[i]);
   }
 }
@@ -121,12 +132,19 @@ MEGATRON_EXT_INLINE void widen(const _Float16* x, int64_t n, float* out) {
 template <>
 MEGATRON_EXT_INLINE void narrow(float* x, int64_t n, _Float16* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
+#if defined(MEGATRON_EXT_AVX512)
+  for (; i < (n & ~15); i += 16) {
+    const __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
+    _mm512_storeu_ps(x + i, _mm512_cvtph_ps(half));
+  }
+#endif
+  for (; i < (n & ~7); i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
     _mm256_storeu_ps(x + i, _mm256_cvtph_ps(half));
   }
-  for (; i < n; ++i) {
+  for (i = n & ~7; i < n; ++i) {
     out[i] = static_cast<_Float16>(x[i]);
     x[i] = load(out[i]);
   }
