@@ -1,17 +1,24 @@
-"""Building csrc/ against the oldest torch that it supports: `make test-torch`."""
+"""The kernels with the oldest torch that they support: `make test-torch`.
+
+Its CUDA libraries are not installed; `tests.support.cuda_stubs` has others in their place.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ext._ops import native
 from megatron_ext._ops.native import MINIMUM_TORCH
-from tests._ops.test_build import HAS_NVCC, build
+from tests._ops.test_build import HAS_NVCC, ROOT, build
+from tests.support.cuda_stubs import make_stubs
 
 VARIABLE = "MEGATRON_EXT_OLD_TORCH"
 #: The names that torch may export. Others come from the C and C++ runtimes.
@@ -74,3 +81,41 @@ def test_both_libraries_build_and_need_only_what_the_oldest_torch_has(
         needed = names(built.library(device), "undefined")
         assert len(needed) > 10
         assert needed <= exported
+
+
+def test_both_libraries_load_in_the_oldest_torch_and_give_the_reference(tmp_path: Path) -> None:
+    """The tests of the op, in a tree of their own."""
+    overlay = Path(os.environ[VARIABLE])
+    stubs, tree = tmp_path / "stubs", tmp_path / "tree"
+    for directory in (stubs, tree):
+        directory.mkdir()
+    assert len(make_stubs(overlay / "torch" / "lib", stubs)) > 10
+    for name in ("tests", "pyproject.toml"):
+        (tree / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "megatron_ext", tree / "megatron_ext")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tree}:{overlay}",
+        "LD_LIBRARY_PATH": str(stubs),
+        "MEGATRON_EXT_KERNEL": "native",
+    }
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    loaded = run(
+        "-c",
+        "import torch; from megatron_ext._ops import native; "
+        "print(torch.__version__, *(native.kernel(d).native for d in ('cpu', 'cuda')))",
+    )
+    assert re.fullmatch(
+        rf"{MINIMUM_TORCH}\.\d+\S* True {native.library('cuda').exists()}\n", loaded
+    )
+    summary = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/_ops/test_ops.py")
+    passed = re.search(r"(\d+) passed", summary.splitlines()[-1])
+    assert passed
+    assert int(passed[1]) > 300
