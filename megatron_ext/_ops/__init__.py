@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import schema
 from .native import DEVICES, Kernel, is_native, kernel
-from .quantiles import magnitude_thresholds
+from .quantiles import magnitude_thresholds, magnitude_thresholds_of
 from .segments import Segment, Statistics
 from .transform import Transform
 from .weights import weight_differences
@@ -22,6 +22,7 @@ __all__ = [
     "is_native",
     "kernel",
     "magnitude_thresholds",
+    "magnitude_thresholds_of",
     "schema",
     "weight_differences",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from .. import _ops
 from .._ops import native
+from .._ops.quantiles import Part
 from .._ops.segments import Segment, Statistics
 from ..base.log import say
 from ..base.placement import Run
@@ -197,14 +198,16 @@ def magnitude_thresholds(
             called three times (see `megatron_ext._ops.magnitude_thresholds`). None for one rank.
     """
     which = MOMENTS.index(key)
-    opened = [open_moment(s, which) for s in shards]
-    tensors = [moment.tensor() for moment in opened if moment is not None]
-    ranges = [[i, 0, x.numel(), g] for i, (x, g) in enumerate(zip(tensors, groups, strict=True))]
-    out = _ops.magnitude_thresholds(
-        tensors,
-        torch.tensor(ranges, dtype=torch.int64).reshape(-1, 4),
-        torch.tensor(quantiles, dtype=torch.float64),
-        reduce,
+    device = shards[0].param.device if shards else torch.device("cpu")
+
+    def parts() -> Iterator[Part]:
+        for shard, group in zip(shards, groups, strict=True):
+            if (moment := open_moment(shard, which)) is not None:
+                values = moment.tensor()
+                yield values, [(0, values.numel(), group)]
+
+    out = _ops.magnitude_thresholds_of(
+        parts, torch.tensor(quantiles, dtype=torch.float64), device, reduce
     )
     return [float(x) for x in out.tolist()]
 

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 
 from .. import _ops
+from .._ops.quantiles import Part
 from ..base.placement import Run, within
 from ..plan.mean_of import Parts
 from ..rules.base import Statistic
@@ -201,15 +202,13 @@ def _quantiles(
     reduce: Reduce,
     device: torch.device,
 ) -> dict[Statistic, Value]:
-    # The empty tensor gives the device on a rank without these parameters.
-    tensors, ranges = [torch.empty(0, device=device)], []
-    for group, statistic in enumerate(wanted):
-        for shard in by_name.get(statistic.parameter, ()):
-            found = [
-                [len(tensors), r.begin, r.end, group] for r in runs_of_rows(shard, statistic.rows)
-            ]
-            ranges += found
-            tensors += [moment(shard, statistic.key)] if found else []
+    def parts() -> Iterator[Part]:
+        for group, statistic in enumerate(wanted):
+            for shard in by_name.get(statistic.parameter, ()):
+                found = [(r.begin, r.end, group) for r in runs_of_rows(shard, statistic.rows)]
+                if found:
+                    yield moment(shard, statistic.key), found
+
     elements = torch.tensor([_elements(s, shapes) for s in wanted], dtype=torch.int64)
     copies: list[torch.Tensor] = []
 
@@ -220,11 +219,8 @@ def _quantiles(
         counts //= copies[0]
 
     p = [0.5 if s.kind == "median" else s.fraction for s in wanted]
-    values = _ops.magnitude_thresholds(
-        tensors,
-        torch.tensor(ranges, dtype=torch.int64).reshape(-1, 4),
-        torch.tensor(p, dtype=torch.float64),
-        reduce_once,
+    values = _ops.magnitude_thresholds_of(
+        parts, torch.tensor(p, dtype=torch.float64), device, reduce_once
     )
     return {s: v * s.factor for s, v in zip(wanted, values.tolist(), strict=True)}
 

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 
 import megatron_ext
+from megatron_ext._ops import quantiles
 from megatron_ext.base.placement import WHOLE
 from megatron_ext.policy import yaml_file
 from megatron_ext.resume import moments
@@ -85,7 +86,10 @@ def in_batches(
             return out
 
         inner.get_unscaled_state = counted
-    with mock.patch.object(moments, "COPIES", moments.COPIES if copies is None else copies):
+    with (
+        mock.patch.object(moments, "COPIES", moments.COPIES if copies is None else copies),
+        mock.patch.object(quantiles, "BATCH", quantiles.BATCH if copies is None else copies),
+    ):
         megatron_ext.transform_moments(run.optimizer, yaml_file.loads(policy))
     found = {"most": most[0], "largest": 2 * max(sizes), "all": asked[0]}
     for member in members_of(run.optimizer):

@@ -180,10 +180,27 @@ def test_the_copies_of_a_change_are_bounded(precision: str, ext: RankPool) -> No
     assert whole["most"] > 2 * whole["largest"]
     assert batched["most"] <= batched["largest"]
     assert batched["all"] == whole["all"]
-    assert batched["state"].keys() == whole["state"].keys()
-    for name, tensors in whole["state"].items():
+    _require_equal(batched["state"], whole["state"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8 and fp16"])
+def test_the_copies_for_a_quantile_are_bounded(precision: str, ext: RankPool) -> None:
+    policy = "{preset: relora 0.5}"
+    run: dict[str, Any] = dict(layout=Layout(precision=precision), hyper=FIRST, policy=policy)
+    (whole,) = ext.run(BATCHED, 1, steps=2, copies=None, **run)
+    (batched,) = ext.run(BATCHED, 1, steps=2, copies=1, **run)
+    assert whole["most"] > 2 * whole["largest"]
+    assert batched["most"] <= batched["largest"]
+    # Three times for the quantiles, once for the change.
+    assert batched["all"] == whole["all"] == 4 * whole["most"]
+    _require_equal(batched["state"], whole["state"])
+
+
+def _require_equal(one: Any, other: Any) -> None:
+    assert one.keys() == other.keys()
+    for name, tensors in other.items():
         for key, value in tensors.items():
-            np.testing.assert_array_equal(batched["state"][name][key], value)
+            np.testing.assert_array_equal(one[name][key], value)
 
 
 def test_a_bad_range_in_the_last_batch_is_refused_before_the_first_is_written(
