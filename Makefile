@@ -93,7 +93,7 @@ test-gpu: bootstrap ## the tests that need a CUDA device
 
 bench: bootstrap ## what a resume costs: stock and ours in turn (9 minutes)
 	$(PYTHON_BIN) -m benchmarks.resume
-	$(PYTHON_BIN) -m benchmarks.resume.readme
+	$(PYTHON_BIN) -m benchmarks.resume.page
 
 docs: bootstrap ## build the documentation into docs/_build; warnings are errors
 	$(PYTHON_BIN) -m sphinx -W --keep-going -n -q docs docs/_build

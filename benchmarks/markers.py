@@ -1,4 +1,4 @@
-"""Put figures between two marks of the README."""
+"""Put figures between two marks of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _END = "<!-- end of figures -->\n"
 
@@ -20,5 +21,5 @@ def filled(text: str, name: str, lines: Sequence[str]) -> str:
     before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected {mark!r} and {_END!r}, found no such lines")
+        raise ValueError(f"{PAGE.name}: expected {mark!r} and {_END!r}, found no such lines")
     return before + begin + "\n".join(lines) + "\n" + end + after

@@ -242,7 +242,7 @@ def picture(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def figures(content: Mapping[str, Any]) -> list[str]:
-    """What the README says, from a result."""
+    """What docs/performance.md says, from a result."""
     lines = []
     for case, result in series_of(content):
         samples = result["samples"]

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.resume import cases, model, readme, report, summary
+from benchmarks import markers
+from benchmarks.kernel import page as kernel_page
+from benchmarks.markers import PAGE
+from benchmarks.resume import cases, model, page, report, summary
 from benchmarks.resume.cases import KEEP, RESET, RESET_V, STOCK, VARIANTS, Case
 from benchmarks.resume.scale import Moe, simulate
 
@@ -189,19 +192,24 @@ def test_a_result_becomes_tables_and_a_picture(tmp_path: Path) -> None:
     before = (
         "# Title\n<!-- figures of benchmarks/resume -->\nstale\n<!-- end of figures -->\nafter\n"
     )
-    filled = readme.filled(before, files[0])
-    assert filled.startswith("# Title\n<!-- figures of benchmarks/resume -->\n[2026-11-24, a <proc")
+    filled = page.filled(before, files[0])
+    assert filled.startswith("# Title\n<!-- figures of benchmarks/resume -->\n2026-11-24, a <proc")
     assert filled.endswith("<!-- end of figures -->\nafter\n")
     assert "stale" not in filled
-    assert readme.filled(filled, files[0]) == filled
+    assert page.filled(filled, files[0]) == filled
     with pytest.raises(ValueError, match="expected"):
-        readme.filled("nothing", files[0])
+        page.filled("nothing", files[0])
 
 
-def test_the_readme_has_the_figures_of_the_newest_result() -> None:
-    newest = readme.newest()
+def test_the_page_has_the_figures_of_the_newest_result() -> None:
+    newest = page.newest()
     assert newest is not None
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.filled(text, newest) == text
+    text = PAGE.read_text()
+    assert page.filled(text, newest) == text
     content = json.loads(newest.read_text())
     assert {c.format for c, _ in report.series_of(content)} == set(cases.FORMATS)
+
+
+def test_the_page_has_the_figures_of_the_newest_kernel_results() -> None:
+    text = PAGE.read_text()
+    assert markers.filled(text, "kernel", list(kernel_page.lines())[:-1]) == text

@@ -173,8 +173,8 @@ def test_a_file_says_what_the_flags_say(tmp_path: Path) -> None:
     assert from_flags(["--selective-policy", str(path)]) == RICH
 
 
-def test_the_readmes_example_is_a_policy() -> None:
-    text = Path(__file__).parents[2].joinpath("README.md").read_text()
+def test_the_example_of_the_docs_is_a_policy() -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "what-a-resume-does.md").read_text()
     (example,) = re.findall(r"```yaml\n(# phase2\.yaml.*?)```", text, re.DOTALL)
     assert loads(example).rules != ()
     VALIDATOR.validate(yaml.safe_load(example))

@@ -1,4 +1,4 @@
-"""Put the figures of the newest results into the README: ``python -m benchmarks.kernel.readme``."""
+"""The newest results, for docs/performance.md: ``python -m benchmarks.kernel.page``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import markers
-from ..markers import RESULTS, ROOT
+from ..markers import PAGE, RESULTS
 from .targets import verdicts
 
 DEVICES = ("cuda", "cpu")
@@ -31,7 +31,7 @@ def lines() -> Iterator[str]:
         facts = result["environment"]
         name = facts.get("GPU", facts["CPU"])
         what = f"{result['date']}, {name}, torch {facts['torch']}"
-        yield f"[{what}](benchmarks/results/{path.stem}.md):"
+        yield f"{what} (`benchmarks/results/{path.stem}.md`):"
         yield ""
         yield "| figure | measured | target | |"
         yield "|---|---|---|---|"
@@ -43,5 +43,4 @@ def lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(markers.filled(readme.read_text(), "kernel", list(lines())[:-1]))
+    PAGE.write_text(markers.filled(PAGE.read_text(), "kernel", list(lines())[:-1]))

@@ -1,4 +1,4 @@
-"""Put the figures of the newest result into the README: ``python -m benchmarks.resume.readme``."""
+"""The newest result, for docs/performance.md: ``python -m benchmarks.resume.page``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 
 from .. import markers
-from ..markers import RESULTS, ROOT
+from ..markers import PAGE, RESULTS
 from .report import figures
 
 
 def newest() -> Path | None:
-    """The newest result that the README may quote."""
+    """The newest result that the page may quote."""
     found = sorted(RESULTS.glob("*-resume-*.json"))
     return found[-1] if found else None
 
 
 def filled(text: str, result: Path) -> str:
-    """The README with the figures of a result between its two markers.
+    """The page with the figures of a result between its two markers.
 
     Raises:
         ValueError: It has no such place.
@@ -25,7 +25,7 @@ def filled(text: str, result: Path) -> str:
     content = json.loads(result.read_text())
     facts = content["facts"]
     lines = [
-        f"[{facts['date']}, {facts['CPU']}](benchmarks/results/{result.stem}.md), medians with "
+        f"{facts['date']}, {facts['CPU']} (`benchmarks/results/{result.stem}.md`), medians with "
         "bootstrap 95% intervals:",
         "",
         *figures(content),
@@ -34,7 +34,7 @@ def filled(text: str, result: Path) -> str:
 
 
 if __name__ == "__main__":
-    readme, source = ROOT / "README.md", newest()
+    source = newest()
     if source is None:
         raise SystemExit(f"{RESULTS}: expected a result of benchmarks.resume, found none")
-    readme.write_text(filled(readme.read_text(), source))
+    PAGE.write_text(filled(PAGE.read_text(), source))
