@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..base.values import same
 from ..policy.match import Match
 from ..policy.policy import ResumePolicy
+from ..policy.presets import OF_BATCH_SIZE
 from ..rules.base import ElementRule, Rule
 from ..rules.batch_size import BatchRatio
 from ..rules.bias_consistent import BiasConsistent
@@ -257,7 +258,7 @@ def _batch_size(policy: ResumePolicy, circumstances: Circumstances) -> Iterator[
                 "pure-noise gradient it is about +8% at 4 and +39% at 16"
             )
     sizes: tuple[float, float] | None = circumstances.global_batch_size
-    if policy.preset.name == "batch-size":
+    if policy.preset.name in OF_BATCH_SIZE:
         old, new = (int(a) if a.is_integer() else a for a in policy.preset.arguments)
         if sizes is not None and sizes != (old, new):
             yield (

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, PlanError
 from ..host.optimizers import SECOND, OptimizerState, state_of_groups
 from ..policy.match import MomentRule
 from ..policy.policy import ResumePolicy
-from ..policy.presets import Preset
+from ..policy.presets import OF_BATCH_SIZE, Preset
 from ..rules.base import Rule
 from ..rules.batch_size import BatchRatio, BatchSize
 from ..rules.bias_consistent import BiasConsistent
@@ -74,7 +74,7 @@ def fitted_preset(policy: ResumePolicy, state: OptimizerState, name: str) -> Pai
 
 def has_no_effect(preset: Preset, state: OptimizerState) -> str:
     """Explain why a preset leaves the state and the hyperparameters alone; empty if it does not."""
-    if preset.name == "batch-size" and not state.adam:
+    if preset.name in OF_BATCH_SIZE and not state.adam:
         return "its formulas are derived from Adam's update"
     if preset.name == "bias-consistent" and not state.bias_correction:
         return "its moments have no bias correction"

@@ -53,6 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--selective-take-hyperparameters",
+        "--selective-override",
         metavar="KEY",
         nargs="+",
         action="extend",
@@ -77,6 +78,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--selective-decline",
+        "--selective-preset-exclude",
         metavar="NAME",
         nargs="+",
         action="extend",
@@ -167,6 +169,13 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="The scheduler's position: go on, or start again at 0 (a re-warm-up with kept "
         "moments). Default: restart with --reset-iteration, else continue.",
+    )
+    group.add_argument(
+        "--selective-reset-schedule",
+        dest="selective_schedule",
+        action="store_const",
+        const="restart",
+        help="The same as --selective-schedule restart.",
     )
     group.add_argument(
         "--selective-grad-scaler",

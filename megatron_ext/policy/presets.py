@@ -7,6 +7,7 @@ a restart with the same command line computes the same values.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable
@@ -53,8 +54,8 @@ class Change:
             # 10 x (1 - 0.9) is 1 except for rounding.
             if not 1e-9 < new < 1.0:
                 raise PolicyError(
-                    f"preset batch-size: with k = {self.factor:g} a beta of {old:g} would become "
-                    f"{new:g}; expected k (1 - beta) < 1. Decline betas, or take a smaller ratio"
+                    f"preset for the batch size: with k = {self.factor:g} a beta of {old:g} "
+                    f"would become {new:g}; expected k (1 - beta) < 1. Decline betas, or take a smaller ratio"
                 )
         return out
 
@@ -192,17 +193,24 @@ def _gradient_scale(s: float) -> Effect:
     return Effect(Scale(s), Scale(s * s), changes=changes)
 
 
-def _batch_size(old: float, new: float) -> Effect:
+def _batch_sqrt(old: float, new: float) -> Effect:
     k = new / old
     return Effect(
-        exp_avg_sq=BatchRatio(k),
         changes=(
             Change("max_lr", "lr", math.sqrt(k)),
             Change("min_lr", "lr", math.sqrt(k)),
             Change("betas", "betas", k, complement=True),
             Change("eps", "eps", 1.0 / math.sqrt(k)),
-        ),
+        )
     )
+
+
+def _batch_size(old: float, new: float) -> Effect:
+    return dataclasses.replace(_batch_sqrt(old, new), exp_avg_sq=BatchRatio(new / old))
+
+
+#: Presets for another global batch size; their arguments are the old one and the new one.
+OF_BATCH_SIZE = ("batch-sqrt", "batch-size")
 
 
 #: Name -> the preset's arguments, effect, description and source.
@@ -230,11 +238,18 @@ CATALOGUE = {
         "Adam's scale invariance, arXiv 1412.6980",
         ("eps", "clip_grad"),
     ),
+    "batch-sqrt": _Entry(
+        ("OLD", "NEW"),
+        _batch_sqrt,
+        "the square-root scaling rule, k = NEW / OLD: lr x sqrt(k), 1 - b' = k (1 - b), "
+        "eps / sqrt(k); moments kept",
+        "arXiv 2205.10287",
+        ("lr", "betas", "eps"),
+    ),
     "batch-size": _Entry(
         ("OLD", "NEW"),
         _batch_size,
-        "k = NEW / OLD: lr x sqrt(k), 1 - b' = k (1 - b), eps / sqrt(k); exp_avg_sq by the "
-        "batch-size rule, which is experimental",
+        "batch-sqrt, and exp_avg_sq by the batch-size rule, which is experimental",
         "hyperparameters arXiv 2205.10287; exp_avg_sq experimental",
         ("lr", "betas", "eps", "exp_avg_sq"),
     ),

@@ -21,7 +21,12 @@ from megatron_ext.rules.elementwise import KEEP, RESET, Fill, Floor, Scale
 from megatron_ext.rules.prune import Prune
 
 ROWS = {row.name: row for row in TABLE}
-ARGUMENTS = {"gradient-scale": (2.0,), "batch-size": (1.0, 2.0), "relora": (0.5,)}
+ARGUMENTS = {
+    "gradient-scale": (2.0,),
+    "batch-sqrt": (1.0, 2.0),
+    "batch-size": (1.0, 2.0),
+    "relora": (0.5,),
+}
 KEPT = (KEEP, KEEP)
 REFUSED = "refused"
 #: Preset -> what it does to the two moments, where that is not what it does to Adam's.
@@ -51,6 +56,7 @@ ADAMS: dict[str, tuple[Rule, Rule]] = {
     "reset-momentum": (RESET, KEEP),
     "bias-consistent": (BiasConsistent(), BiasConsistent()),
     "gradient-scale": (Scale(2.0), Scale(4.0)),
+    "batch-sqrt": KEPT,
     "batch-size": (KEEP, BatchRatio(2.0)),
     "relora": (Prune(0.5), Prune(0.5)),
 }
@@ -70,7 +76,7 @@ def test_every_preset_for_every_optimizer() -> None:
             else:
                 assert fitted_preset(policy, row, "w") == expected, (name, preset)
             cells += 1
-    assert cells == 9 * 7
+    assert cells == 9 * 8
 
 
 def test_a_second_moment_is_scaled_by_the_square() -> None:

@@ -166,6 +166,21 @@ def test_flags_yaml_and_python_give_the_same_policy() -> None:
     assert hash(loads(YAML)) == hash(from_flags(FLAGS)) == hash(RICH)
 
 
+def test_the_second_names_of_flags_say_the_same() -> None:
+    for one, other in [
+        (
+            "--selective-preset batch-sqrt 1 4 --selective-decline lr",
+            "--selective-preset batch-sqrt 1 4 --selective-preset-exclude lr",
+        ),
+        (
+            "--selective-hyperparameters checkpoint --selective-take-hyperparameters eps",
+            "--selective-hyperparameters checkpoint --selective-override eps",
+        ),
+        ("--selective-schedule restart", "--selective-reset-schedule"),
+    ]:
+        assert from_flags(one.split()) == from_flags(other.split()) != ResumePolicy()
+
+
 def test_a_file_says_what_the_flags_say(tmp_path: Path) -> None:
     path = tmp_path / "phase2.yaml"
     path.write_text(YAML)

@@ -56,6 +56,7 @@ def changed(found: ResumePlan) -> dict[str, Any]:
         (Preset("reset-momentum"), RESET, KEEP, "keep"),
         (Preset("bias-consistent"), BiasConsistent(), BiasConsistent(), "keep"),
         (Preset("gradient-scale", (3.0,)), Scale(3.0), Scale(9.0), "keep"),
+        (Preset("batch-sqrt", (256, 1024)), KEEP, KEEP, "keep"),
         (Preset("batch-size", (256, 1024)), KEEP, BatchRatio(4.0), "keep"),
         (Preset("relora", (0.9,)), Prune(0.9), Prune(0.9), "keep"),
     ],
@@ -74,6 +75,7 @@ def test_every_preset_says_where_it_comes_from_and_how_it_is_written() -> None:
         "reset-momentum",
         "bias-consistent",
         "gradient-scale S",
+        "batch-sqrt OLD NEW",
         "batch-size OLD NEW",
         "relora P",
     ]
@@ -116,14 +118,15 @@ def test_batch_size_by_the_square_root_rule(
     assert found.clip_grad is None
 
 
-def test_batch_size_with_numbers() -> None:
-    policy = ResumePolicy(preset=Preset("batch-size", (256, 1024)))
+@pytest.mark.parametrize("name", ["batch-size", "batch-sqrt"])
+def test_batch_size_with_numbers(name: str) -> None:
+    policy = ResumePolicy(preset=Preset(name, (256, 1024)))
     found = plan(policy, current=group(max_lr=1e-3, eps=1e-8, betas=(0.9, 0.95)))
     assert decision(found, "max_lr").value == 2e-3
     assert decision(found, "eps").value == 5e-9
     assert decision(found, "betas").value == pytest.approx((0.6, 0.8))
-    assert decision(found, "max_lr").reason == "preset batch-size 256 1024: 0.001 x 2"
-    assert decision(found, "betas").reason == "preset batch-size 256 1024: 1 - 4 (1 - beta)"
+    assert decision(found, "max_lr").reason == f"preset {name} 256 1024: 0.001 x 2"
+    assert decision(found, "betas").reason == f"preset {name} 256 1024: 1 - 4 (1 - beta)"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_a_beta_that_would_reach_0_is_refused_before_anything_is_loaded(
     with pytest.raises(PlanError) as caught:
         plan(ResumePolicy(preset=Preset("batch-size", (old, new))), current=group(betas=betas))
     message = str(caught.value)
-    assert message.startswith(f"preset batch-size: with k = {new / old:g} a beta of ")
+    assert message.startswith(f"preset for the batch size: with k = {new / old:g} a beta of ")
     assert message.endswith("expected k (1 - beta) < 1. Decline betas, or take a smaller ratio")
 
 
