@@ -94,6 +94,7 @@ class _Forecaster:
 
     def __init__(self, stored: StoredCheckpoint, line: CommandLine, place: Place) -> None:
         self.stored = stored
+        self.line = line
         self.arguments = complete(line, place, stored)
         self.now = self.arguments.values
         nothing = CommandLine(argparse.Namespace(), frozenset(), (), "megatron_ext")
@@ -180,12 +181,14 @@ class _Forecaster:
                 f"with these arguments a run loads {arguments.elsewhere}, not {self.stored.root}; "
                 "this plan is for the latter"
             )
-        if arguments.unknown:
+        if self.line.unknown:
             words = " ".join(arguments.unknown[:20])
             more = " ..." if len(arguments.unknown) > 20 else ""
-            self.found.notes.append(
-                f"ignored, because {arguments.parsed_by} does not know these words (a script's own "
-                f"arguments, or a mistake): {words}{more}"
+            flags = ", ".join(map(self.line.described, self.line.unknown_flags))
+            self.found.warnings.append(
+                f"not looked at: {words}{more}. {arguments.parsed_by} does not know "
+                f"{flags or 'these words'}: a mistake, or the training script's own, which a plan "
+                "cannot know"
             )
 
     def _phase(self, policy: ResumePolicy) -> Phase | None:

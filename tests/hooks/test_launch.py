@@ -61,6 +61,10 @@ SCENARIOS = {
     "unchanged ours": Scenario(
         f"{PHASE_1} {DISTRIBUTED} --train-iters 14 {OURS}", "single phase 1"
     ),
+    # Nothing is there: a name that was mistyped, or the first of many restarts.
+    "nothing to load": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} {OURS} --train-iters 2 --load {{directory}}/mistyped", world=2
+    ),
     # The same flags before the script's name.
     "flags first": Scenario(
         f"{PHASE_2} {DISTRIBUTED}",
@@ -259,6 +263,17 @@ def test_the_way_back(runs: Runs) -> None:
     stock = ok(runs["phase 3 stock"])
     assert list(stock.iterations) == [15, 16, 17, 18]
     assert stock.iterations == ok(runs["phase 3 ours"]).iterations
+
+
+@pytest.mark.reads("nothing to load", "ours, no override flag")
+def test_a_run_that_found_no_checkpoint_says_so_once(runs: Runs) -> None:
+    run = ok(runs["nothing to load"])
+    (line,) = (one for one in run.log.splitlines() if "NO CHECKPOINT" in one)
+    path = runs.checkpoint("any").parents[1] / "mistyped"
+    assert line == f"megatron_ext: NO CHECKPOINT in {path}: a new run, nothing resumed"
+    assert line in run.ranks[0]
+    assert list(run.iterations) == [1, 2]
+    assert "NO CHECKPOINT" not in ok(runs["ours, no override flag"]).log
 
 
 @pytest.mark.reads("unchanged stock", "unchanged ours")
