@@ -220,11 +220,17 @@ def test_moments_that_are_reset_are_not_read(runs: Runs) -> None:
             "rms_after": 0.0,
             "changed": 0,
             "nonfinite": 0,
-            "unread": elements[key],
+            "unread": elements["param"],
         }
-    assert elements["param"] == elements["exp_avg"] > 1000
+        # The same in the counts and in the log.
+        assert (elements[key], optimizer["loaded"]["tensors"][key]) == (0, 0)
+        said = f"not loaded: {elements['param']} elements are overwritten without being read"
+        assert [one for one in run.ranks[0].splitlines() if one.startswith(f" > {key}: ")] == [
+            f" > {key}: {said}",
+            f" > {key}: RMS (not read) -> 0, 0 elements changed, 0 not finite",
+        ]
+    assert elements["param"] > 1000
     assert list(run.iterations) == [11, 12, 13, 14]
-    assert "overwritten without being read" in run.ranks[0]
 
 
 @pytest.mark.matrix
@@ -247,7 +253,7 @@ def test_the_case_of_the_first_users(runs: Runs, megatron: Version) -> None:
     assert [f["lr"] for f in first] == pytest.approx([linear(3e-5, 2e-5, 10)] * 2)
     assert [f["weight_decay"] for f in first] == [0.01, 0.0]
     assert "SelectiveAdam in place of DistributedOptimizer" in ours.log
-    assert "> exp_avg: using checkpoint value" in ours.log
+    assert "> exp_avg: loaded from checkpoint" in ours.log
     assert "> first resumed step" in ours.log
 
 

@@ -803,7 +803,7 @@ def test_a_mistyped_flag_of_ours_or_no_script_at_all_is_an_error(
         assert told.err.count("\n") == 1
     status, found = plan(capsys, root, "torchrun", "train.py", "--lr", "1e-3", "--iteration", "10")
     assert (status, found["errors"]) == (1, [])
-    assert found["scheduler"]["max_lr"]["argument"] == 1e-3
+    assert found["optimizers"][0]["groups"][0]["keys"]["max_lr"]["argument"] == 1e-3
 
 
 @pytest.mark.parametrize(
