@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -184,7 +183,7 @@ def _import_problem(module: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Redirect Megatron's import messages to stderr and silence its warnings."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with output.logs_to_stderr():
         warnings.simplefilter("ignore")
         yield
 

@@ -78,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ..offline.forecast import forecast
 
     require_megatron()
-    with warnings.catch_warnings():
+    with output.logs_to_stderr():
         # Megatron warns about optional packages, which a plan does not need.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         found = forecast(options.checkpoint, words, options.iteration)

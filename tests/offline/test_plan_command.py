@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import re
@@ -30,6 +31,7 @@ from megatron_ext.host.schedule import ScheduleValues, values_of
 from megatron_ext.offline.command_line import locate, parse
 from megatron_ext.offline.current_groups import current_groups
 from megatron_ext.offline.forecast import forecast
+from megatron_ext.offline.forecast_model import Forecast
 from megatron_ext.offline.plan_document import document
 from megatron_ext.offline.planned_arguments import complete
 from megatron_ext.offline.stored_parameters import Named, Stored, in_groups, parameters_of
@@ -1017,6 +1019,29 @@ def test_parameters_are_in_the_groups_that_megatron_makes() -> None:
 
 
 # --- what it is like
+
+
+def test_stdout_has_the_document_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+
+    def talking(*args: Any) -> Forecast:
+        # As Megatron does where a library that it imports has set up logging.
+        handler = logging.StreamHandler(sys.stdout)
+        logger = logging.getLogger("megatron.core.optimizer")
+        logger.addHandler(handler)
+        logger.warning("INFO: Setting up optimizer with config")
+        logger.removeHandler(handler)
+        print("> learning rate decay style: linear")
+        return forecast(*args)
+
+    monkeypatch.setattr("megatron_ext.offline.forecast.forecast", talking)
+    main(["plan", str(root), "--lr", "1e-3", "--json"])
+    told = capsys.readouterr()
+    assert json.loads(told.out)["schema"].startswith("megatron_ext/resume-plan/")
+    for line in ("INFO: Setting up optimizer with config", "> learning rate decay style: linear"):
+        assert line in told.err.splitlines()
 
 
 def test_a_plot_without_matplotlib_names_the_remedy(
