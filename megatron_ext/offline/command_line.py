@@ -120,6 +120,17 @@ class CommandLine:
         """Name an unknown flag, with the one that may be meant."""
         return f"{flag} (did you mean {self.alike[flag]}?)" if flag in self.alike else flag
 
+    def unknown_warning(self) -> str | None:
+        """Warn about the unknown words; None if there are none."""
+        if not self.unknown:
+            return None
+        words = " ".join(self.unknown[:20]) + (" ..." if len(self.unknown) > 20 else "")
+        flags = ", ".join(map(self.described, self.unknown_flags)) or "these words"
+        return (
+            f"not looked at: {words}. {self.parsed_by} does not know {flags}: a mistake, or the "
+            "training script's own, which a plan cannot know"
+        )
+
 
 def parse(words: Sequence[str]) -> CommandLine:
     """Parse the words after the checkpoint's name.

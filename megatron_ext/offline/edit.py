@@ -152,7 +152,7 @@ def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
         }
     else:
         store = Store(stored.directory)
-        common = COMMON if (stored.directory / COMMON).is_file() else COMMON_KEY
+        common = COMMON_KEY if store.common_in_store else COMMON
         found = {common: store.common()}
         found |= {k.key: store.object(k.key) for k in store.group_keys()}
     for where, value in found.items():

@@ -94,7 +94,7 @@ class _Forecaster:
 
     def __init__(self, stored: StoredCheckpoint, line: CommandLine, place: Place) -> None:
         self.stored = stored
-        self.line = line
+        self.unknown = line.unknown_warning()
         self.arguments = complete(line, place, stored)
         self.now = self.arguments.values
         nothing = CommandLine(argparse.Namespace(), frozenset(), (), "megatron_ext")
@@ -181,15 +181,8 @@ class _Forecaster:
                 f"with these arguments a run loads {arguments.elsewhere}, not {self.stored.root}; "
                 "this plan is for the latter"
             )
-        if self.line.unknown:
-            words = " ".join(arguments.unknown[:20])
-            more = " ..." if len(arguments.unknown) > 20 else ""
-            flags = ", ".join(map(self.line.described, self.line.unknown_flags))
-            self.found.warnings.append(
-                f"not looked at: {words}{more}. {arguments.parsed_by} does not know "
-                f"{flags or 'these words'}: a mistake, or the training script's own, which a plan "
-                "cannot know"
-            )
+        if self.unknown is not None:
+            self.found.warnings.append(self.unknown)
 
     def _phase(self, policy: ResumePolicy) -> Phase | None:
         stored = self.stored

@@ -115,7 +115,10 @@ def examine_checkpoint(
 
 
 def _openable(stored: StoredCheckpoint | None) -> tuple[MegatronExtError, ...]:
-    reason = None if stored is None else formats.cannot_open(stored)
+    store = None if stored is None else stored.store
+    if stored is None or store is None or not store.common_in_store:
+        return ()
+    reason = formats.cannot_open(stored.directory)
     return () if reason is None else (CheckpointError(reason),)
 
 
