@@ -114,6 +114,11 @@ class Store:
                 raise unexpected(self._directory / INDEX, f"{key} of shape {shape}", expected)
         return shapes
 
+    @property
+    def common_in_store(self) -> bool:
+        """Whether the state common to all ranks is an object in the store, and in no file."""
+        return not (self._directory / COMMON).is_file()
+
     def common(self) -> Any:
         """Read the state common to all ranks (load_common_state_dict, serialization.py)."""
         path = self._directory / COMMON

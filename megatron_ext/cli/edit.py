@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..base.text import printable
@@ -13,6 +14,7 @@ from . import output
 if TYPE_CHECKING:
     from ..offline.edit import Edited
     from ..offline.edit_settings import EditedValue
+    from ..offline.fitting_flags import FittingFlags
 
 
 def add_to(commands: Any) -> None:
@@ -93,7 +95,12 @@ def _document(done: Edited) -> dict[str, Any]:
         {**dataclasses.asdict(c), "in": "scheduler" if c.in_scheduler else "group"}
         for c in done.changes
     ]
-    return {**dataclasses.asdict(done), "directory": str(done.directory), "changes": changes}
+    return {
+        **dataclasses.asdict(done),
+        "directory": str(done.directory),
+        "changes": changes,
+        **dataclasses.asdict(done.flags),
+    }
 
 
 def _lines(done: Edited) -> list[str]:
@@ -111,4 +118,27 @@ def _lines(done: Edited) -> list[str]:
     files = ", ".join(
         f"{n} {way}" for way, n in (*ways.items(), ("written", len(done.written))) if n
     )
-    return [*lines, f"  files: {files}"]
+    return [*lines, f"  files: {files}", *_flag_lines(done.flags)]
+
+
+def _flag_lines(found: FittingFlags) -> Iterator[str]:
+    from ..offline.fitting_flags import OVERRIDE
+
+    if not found.flags:
+        return
+    yield f"flags for stock Megatron: {' '.join(found.flags)}"
+    if found.several:
+        yield (
+            f"  the copy's param_groups differ in {' and '.join(found.several)}, for which stock "
+            "has one flag: only a script that builds such param_groups can load it"
+        )
+    if found.inexpressible:
+        yield (
+            f"  no flag gives the copy's {', '.join(found.inexpressible)}; with {OVERRIDE} the "
+            "scheduler has the arguments' values"
+        )
+    else:
+        yield (
+            "  stock asserts that the scheduler's values are these. For another --train-iters set "
+            f"wd_incr_steps (in samples) too, or add {OVERRIDE}"
+        )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -33,10 +31,11 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "env",
         help="print installed versions, active kernels and problems",
-        description="Print versions and kernels, and check the names of Megatron that this package "
-        "uses. Exit status: 0; 1 if there is a problem (megatron-core is outside the tested range, "
-        "or a device of this machine has no compiled kernel); 2 if MEGATRON_EXT_KERNEL cannot be "
-        "obeyed or Megatron lacks names that this package uses.",
+        description="Print the versions that are imported and the kernels, and check the names of "
+        "Megatron that this package uses. Exit status: 0; 1 if there is a problem (megatron-core "
+        "is outside the tested range, an installed package is not the one that is imported, or a "
+        "device of this machine has no compiled kernel); 2 if MEGATRON_EXT_KERNEL cannot be obeyed "
+        "or Megatron lacks names that this package uses.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -69,12 +68,18 @@ def environment() -> EnvDocument:
 
     from .._ops import native
     from .._ops.native import ENVIRONMENT
+    from .env_versions import imported
 
     kernels = {device: native.kernel(device) for device in native.DEVICES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     asked = os.environ.get(ENVIRONMENT, "auto")
     megatron, adam = _megatron()
-    findings = list(_megatron_findings(megatron))
+    with _quiet():
+        packages = {name: imported(name) for name in PACKAGES}
+    findings = [
+        *_megatron_findings(megatron),
+        *(p.difference for p in packages.values() if p.difference),
+    ]
     for device, kernel in kernels.items():
         # ROCm's devices are named cuda, and there is no kernel that could be built for them.
         can_be_built = device == "cpu" or (devices and torch.version.hip is None)
@@ -89,10 +94,9 @@ def environment() -> EnvDocument:
         "versions": {
             "megatron_ext": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-            # Not that of the wheel, where a checkout comes before it.
-            "megatron-core": megatron["version"],
+            **{name: package.version for name, package in packages.items()},
         },
+        "paths": {name: package.path for name, package in packages.items()},
         "megatron": megatron,
         "inner_optimizer": inner,
         "cuda_devices": devices,
@@ -179,7 +183,7 @@ def _import_problem(module: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Redirect Megatron's import messages to stderr and silence its warnings."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with output.logs_to_stderr():
         warnings.simplefilter("ignore")
         yield
 
@@ -187,7 +191,8 @@ def _quiet() -> Iterator[None]:
 def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
     megatron, inner = found["megatron"], found["inner_optimizer"]
     for name, version in found["versions"].items():
-        yield name, version or "not installed"
+        path = found["paths"].get(name)
+        yield name, (version or "not installed") + (f" from {path}" if path else "")
     tested = "tested" if megatron["tested"] else "not tested itself"
     versions = ", ".join(megatron["tested_versions"])
     yield "this megatron-core", f"{tested} (tested versions: {versions})"
@@ -214,11 +219,3 @@ def _contract_row(megatron: MegatronDocument) -> str:
         and (megatron["training"] or not name.module.startswith(contract.TRAINING))
     ]
     return f"{len(names) - len(megatron['contract'])} of {len(names)} names found"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        found = importlib.util.find_spec(distribution.replace("-", "_"))
-        return "present, version unknown" if found else None

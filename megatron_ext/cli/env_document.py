@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypedDict
 from ..base.schema import Keywords, Versioned
 
 SCHEMA = "megatron_ext/env/1"
-#: Distributions whose versions are told.
+#: Packages whose versions are told, by the names of their distributions.
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
 
 
@@ -71,7 +71,8 @@ class EnvDocument(Versioned):
         status: The exit status: 0; 1 where there are findings; 2 where Megatron lacks what this
             package leans on.
         findings: What is not as it should be, in words.
-        versions: Package -> version; null where it is not installed.
+        versions: Package -> version of what is imported; null where it is not installed.
+        paths: Package -> folder that it is imported from; null where it is not installed.
         megatron: The megatron-core that is imported.
         inner_optimizer: The Adam inside Megatron's optimizers.
         cuda_devices: Names.
@@ -84,6 +85,7 @@ class EnvDocument(Versioned):
     versions: Annotated[
         Mapping[str, str | None], Keywords(required=["megatron_ext", "python", *PACKAGES])
     ]
+    paths: Annotated[Mapping[str, str | None], Keywords(required=list(PACKAGES))]
     megatron: MegatronDocument
     inner_optimizer: InnerOptimizerDocument
     cuda_devices: list[str]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..base.text import printable as printable
@@ -64,6 +65,16 @@ def guarded(command: Callable[[], int]) -> int:
         )
     print("error:", printable(message, keep="\n"), file=sys.stderr)
     return 2
+
+
+@contextmanager
+def logs_to_stderr() -> Iterator[None]:
+    """Send what Megatron prints and logs to stderr: stdout is for the command's own output.
+
+    Megatron's import and its optimizers log, and may print, before a document is complete.
+    """
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        yield
 
 
 def print_json(document: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import output
+from .pasted import script_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,10 +33,11 @@ def add_to(commands: Any) -> None:
         usage="python -m megatron_ext plan CKPT [options] [Megatron arguments]",
         help="print the plan of a resume",
         description="Print the plan of a resume from a checkpoint with these arguments. Give the "
-        "command line of the run, or only the arguments that change: the others are then taken "
+        "command line of the run (torchrun and all), or only the arguments that change: the others "
+        "are then taken "
         "from the checkpoint and listed. No tensor is read and no code of the checkpoint is run. "
-        "Exit status: 0; 1 if there are warnings; 2 if the resume would be refused or the "
-        "checkpoint cannot be read.",
+        "Exit status: 0; 1 if there are warnings, also about unknown flags; 2 if the resume would "
+        "be refused or the checkpoint cannot be read.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="the directory given to --load")
@@ -76,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ..offline.forecast import forecast
 
     require_megatron()
-    with warnings.catch_warnings():
+    with output.logs_to_stderr():
         # Megatron warns about optional packages, which a plan does not need.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         found = forecast(options.checkpoint, words, options.iteration)
@@ -103,6 +105,7 @@ def _own_options(options: argparse.Namespace) -> list[str]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given, words = parser.parse_known_args(options.arguments)
+    words = script_arguments(words)
     for name, value in vars(given).items():
         setattr(options, name, value)
     if options.policy is not None:

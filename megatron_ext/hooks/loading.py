@@ -90,6 +90,10 @@ def load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             result = reading.together(call, file or Path(load_dir))
         else:
             result = call()
+        if current.load is not None and not rank0 and result[0] is None:
+            # Stock says so in one WARNING among hundreds of lines (_load_base_checkpoint,
+            # training/checkpointing.py:1690, 0.19.2), and trains on from random weights.
+            say(f"megatron_ext: NO CHECKPOINT in {load_dir}: a new run, nothing resumed")
         if current.load is not None and current.resumed is not None and not rank0:
             counters.before_the_load(current.resumed, load_dir, args, result[0])
         return result

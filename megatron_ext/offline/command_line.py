@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.directories import Directories, choose, holds, is_remote
@@ -16,6 +18,8 @@ from ..policy.flags import add_flags
 
 _PROG = "python -m megatron_ext plan"
 _USAGE = "python -m megatron_ext plan CKPT [options] [Megatron arguments]"
+#: How this package's flags begin.
+_OURS = ("--selective-", "--no-selective-")
 #: Megatron's flags that a plan depends on -> type of the value (training/arguments.py and
 #: training/config/training_config.py, 0.19.2). Flags without a type are switches.
 FLAGS: dict[str, type | None] = {
@@ -98,12 +102,34 @@ class CommandLine:
         given: The destinations of the flags on the command line.
         unknown: Words that no parser knows.
         parsed_by: Name of the parser.
+        alike: Unknown flag -> the flag of the parser that is most like it.
     """
 
     values: argparse.Namespace
     given: frozenset[str]
     unknown: tuple[str, ...]
     parsed_by: str
+    alike: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unknown_flags(self) -> list[str]:
+        """The flags among the unknown words."""
+        return [word.partition("=")[0] for word in self.unknown if word.startswith("--")]
+
+    def described(self, flag: str) -> str:
+        """Name an unknown flag, with the one that may be meant."""
+        return f"{flag} (did you mean {self.alike[flag]}?)" if flag in self.alike else flag
+
+    def unknown_warning(self) -> str | None:
+        """Warn about the unknown words; None if there are none."""
+        if not self.unknown:
+            return None
+        words = " ".join(self.unknown[:20]) + (" ..." if len(self.unknown) > 20 else "")
+        flags = ", ".join(map(self.described, self.unknown_flags)) or "these words"
+        return (
+            f"not looked at: {words}. {self.parsed_by} does not know {flags}: a mistake, or the "
+            "training script's own, which a plan cannot know"
+        )
 
 
 def parse(words: Sequence[str]) -> CommandLine:
@@ -117,7 +143,8 @@ def parse(words: Sequence[str]) -> CommandLine:
 
     Raises:
         SystemExit: A flag is malformed. argparse has printed the error; the exit status is 2.
-        PolicyError: ``--yaml-cfg`` is given.
+        PolicyError: ``--yaml-cfg`` is given, or a flag that begins like one of this package's and
+            is none.
     """
     if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
         raise PolicyError(
@@ -125,6 +152,12 @@ def parse(words: Sequence[str]) -> CommandLine:
             "Give the arguments on the command line"
         )
     own = _read(_own_parser, words, "megatron_ext")
+    wrong = [f for f in own.unknown_flags if f.startswith(_OURS)]
+    if wrong:
+        raise PolicyError(
+            f"unknown flag: {', '.join(map(own.described, wrong))}. python -m megatron_ext.launch "
+            "--help lists the flags of megatron_ext"
+        )
     if not own.unknown or not contract.has_training():
         return own
     return _read(_megatron_parser, words, f"megatron-core {contract.megatron_version()}")
@@ -133,13 +166,17 @@ def parse(words: Sequence[str]) -> CommandLine:
 def _read(
     make: Callable[[], argparse.ArgumentParser], words: Sequence[str], by: str
 ) -> CommandLine:
-    values, unknown = make().parse_known_args(list(words))
+    parser = make()
+    values, unknown = parser.parse_known_args(list(words))
     bare = make()
     for action in bare._actions:
         action.default = argparse.SUPPRESS
     bare._defaults.clear()
     given, _ = bare.parse_known_args(list(words))
-    return CommandLine(values, frozenset(vars(given)), tuple(unknown), by)
+    line = CommandLine(values, frozenset(vars(given)), tuple(unknown), by)
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    near = {f: difflib.get_close_matches(f, known, 1) for f in line.unknown_flags}
+    return dataclasses.replace(line, alike={f: found[0] for f, found in near.items() if found})
 
 
 def _own_parser() -> argparse.ArgumentParser:

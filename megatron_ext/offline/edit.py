@@ -31,6 +31,7 @@ from ..errors import CheckpointError
 from ..policy.match import Scalar
 from . import allowed, copying
 from .edit_settings import EditedValue, Value, plan_edit, value_at
+from .fitting_flags import FittingFlags, fitting_flags
 from .new_checkpoint import require_new
 
 ProgressBar = Callable[[int, str], AbstractContextManager[copying.Progress | None]]
@@ -52,6 +53,7 @@ class Edited:
         copied: Number of other files, copied.
         cloned: Number of other files whose blocks the file system shares until one side is written.
         linked: Number of other files that are hard links to the source's.
+        flags: The flags with which stock Megatron resumes from the copy.
     """
 
     directory: Path
@@ -61,6 +63,7 @@ class Edited:
     copied: int
     cloned: int
     linked: int
+    flags: FittingFlags
 
 
 def edit(
@@ -82,7 +85,8 @@ def edit(
         source: The directory given to ``--save``, or the directory of one iteration.
         target: A new or empty directory for ``--load``; it gets this one iteration.
         settings: Key of the param_groups, of the scheduler's state or of both -> new value.
-            ``weight_decay`` is that of a group with ``wd_mult`` 1.
+            ``weight_decay`` is that of a group with ``wd_mult`` 1; it sets ``start_wd`` and
+            ``end_wd`` too, from which Megatron's scheduler computes it.
         group: Attributes of the param_groups to edit; by default all are edited. The scheduler
             changes too, unless another group keeps its value.
         iteration: The iteration to copy; by default the one in the tracker file.
@@ -93,7 +97,8 @@ def edit(
         progress_bar: Makes a progress bar for a number of bytes and a label.
 
     Raises:
-        PolicyError: A setting does not fit the saved values. The error names it.
+        PolicyError: A setting does not fit the saved values, or Megatron's scheduler would
+            overwrite it. The error names it.
         CheckpointError: The source is damaged, needs classes that may not be loaded or has links
             to other files, or the target exists.
         OSError: A file cannot be written.
@@ -123,7 +128,8 @@ def edit(
         _check(stored, made, places, values)
         (partial / TRACKER).write_text("release" if stored.release else str(stored.iteration))
     counts = {way: ways[way] for way in ("copied", "cloned", "linked")}
-    return Edited(target / name, stored.iteration, changes, tuple(written), **counts)
+    flags = fitting_flags(open_checkpoint(target))
+    return Edited(target / name, stored.iteration, changes, tuple(written), **counts, flags=flags)
 
 
 def _set(state: Any, change: EditedValue) -> Any:
@@ -146,7 +152,7 @@ def _read_places(stored: StoredCheckpoint) -> dict[str, Any]:
         }
     else:
         store = Store(stored.directory)
-        common = COMMON if (stored.directory / COMMON).is_file() else COMMON_KEY
+        common = COMMON_KEY if store.common_in_store else COMMON
         found = {common: store.common()}
         found |= {k.key: store.object(k.key) for k in store.group_keys()}
     for where, value in found.items():

@@ -13,11 +13,10 @@ from ..checkpoint.state import NOT_HYPERPARAMETERS, canonical, optimizer_section
 from ..checkpoint.stored import has_groups
 from ..errors import PolicyError
 from ..policy.match import Scalar, attributes, has_attributes, scalar
+from .overwritten import COMPUTED, DECAY_BOUNDS, no_effect, refuse_overwritten
 
 #: Keys of the scheduler's state in a checkpoint; the second is the older name.
 _SCHEDULERS = ("opt_param_scheduler", "lr_scheduler")
-#: Keys that the scheduler computes for every group at load; groups may differ in them.
-_COMPUTED = ("lr", "weight_decay")
 Step = str | int
 Value = Scalar | tuple[Scalar, ...]
 #: A param_group or the state of a scheduler: its place, the path of keys, and its content.
@@ -106,14 +105,26 @@ def plan_edit(
         for k in _SCHEDULERS
         if isinstance(state.get(k), Mapping)
     ]
+    others = [g for g in groups if g not in chosen]
+
+    def changes_of(key: str, value: Value) -> list[EditedValue]:
+        found = _group_changes(key, value, chosen, bool(wanted))
+        return found + _scheduler_changes(key, value, schedulers, found, others)
+
     changes = []
     for key, value in settings.items():
-        found = _group_changes(key, value, chosen, bool(wanted))
-        others = [g for g in groups if g not in chosen]
-        found += _scheduler_changes(key, value, schedulers, found, others)
+        found = changes_of(key, value)
         if not found:
             raise _unknown(key, chosen, schedulers, bool(wanted))
         changes += found
+    if schedulers:
+        refuse_overwritten(settings, schedulers)
+        if "weight_decay" in settings:
+            implied = [b for b in DECAY_BOUNDS if b not in settings]
+            bounds = [c for b in implied for c in changes_of(b, settings["weight_decay"])]
+            if implied and not bounds:
+                raise no_effect(bool(wanted))
+            changes += bounds
     _check_range(places, changes)
     return tuple(sorted(changes, key=lambda c: c.in_scheduler))
 
@@ -134,7 +145,7 @@ def _group_changes(key: str, value: Value, groups: list[_Found], named: bool) ->
             new = _typed(key, group[saved], own, f"a param_group of {where}")
             out.append(EditedValue(where, path, saved, group[saved], new))
     values = sorted({repr(c.old) for c in out})
-    if len(values) > 1 and not named and key not in _COMPUTED:
+    if len(values) > 1 and not named and key not in COMPUTED:
         # A tuple cannot be used as an attribute of --group.
         chosen_by = "is_expert_parallel=true" if "," in values[0] else f"{key}={values[0]}"
         raise PolicyError(
@@ -154,7 +165,10 @@ def _scheduler_changes(
         if key not in state:
             continue
         chosen = any(c.old == state[key] for c in mine) or not (mine or others)
-        if others and (not chosen or any(g.get(key) == state[key] for _, _, g in others)):
+        # A group without the key has the scheduler's value.
+        if others and (
+            not chosen or any(g.get(key, state[key]) == state[key] for _, _, g in others)
+        ):
             continue
         new = _typed(key, state[key], value, f"{path[0]} of {where}")
         out.append(EditedValue(where, path, key, state[key], new))

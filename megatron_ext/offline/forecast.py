@@ -94,6 +94,7 @@ class _Forecaster:
 
     def __init__(self, stored: StoredCheckpoint, line: CommandLine, place: Place) -> None:
         self.stored = stored
+        self.unknown = line.unknown_warning()
         self.arguments = complete(line, place, stored)
         self.now = self.arguments.values
         nothing = CommandLine(argparse.Namespace(), frozenset(), (), "megatron_ext")
@@ -180,13 +181,8 @@ class _Forecaster:
                 f"with these arguments a run loads {arguments.elsewhere}, not {self.stored.root}; "
                 "this plan is for the latter"
             )
-        if arguments.unknown:
-            words = " ".join(arguments.unknown[:20])
-            more = " ..." if len(arguments.unknown) > 20 else ""
-            self.found.notes.append(
-                f"ignored, because {arguments.parsed_by} does not know these words (a script's own "
-                f"arguments, or a mistake): {words}{more}"
-            )
+        if self.unknown is not None:
+            self.found.warnings.append(self.unknown)
 
     def _phase(self, policy: ResumePolicy) -> Phase | None:
         stored = self.stored

@@ -20,6 +20,7 @@ from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON
 from ..checkpoint.stored import StoredCheckpoint, open_checkpoint
 from ..errors import CheckpointError
+from ..host.formats import COMMON_IN_STORE
 from ..policy.phase import Mark
 from .master_proof import ONLY_HALF, has_remainders
 
@@ -249,9 +250,9 @@ def _recorded_version(stored: StoredCheckpoint) -> str | None:
 def _written_by(stored: StoredCheckpoint) -> str:
     if stored.store is None:
         return "any version: the format torch does not record it"
-    if (stored.directory / COMMON).is_file():
-        return f"0.18 or earlier: {COMMON} beside the store"
-    return "0.19 or later: common_state in the store"
+    if stored.store.common_in_store:
+        return f"{COMMON_IN_STORE} or later: common_state in the store"
+    return f"0.18 or earlier: {COMMON} beside the store"
 
 
 def _layout(stored: StoredCheckpoint) -> dict[str, int]:

@@ -18,7 +18,7 @@ from ..checkpoint.directories import (
 from ..checkpoint.state import unreadable_sharding
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError, HostError, MegatronExtError
-from ..host import arguments
+from ..host import arguments, formats
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
 from .preflight_parameters import check_parameters, is_by_position
@@ -83,7 +83,8 @@ def examine_checkpoint(
         except CheckpointError as e:
             return (e,), None
     if arguments.dropping_flag(args):
-        return (), None  # nothing of the optimizer is taken from it
+        # Nothing of the optimizer is taken from it, but Megatron has to open it.
+        return _openable(stored), None
     if stored is None and chosen.load is not None:
         try:
             stored = newest(chosen.load, step, _non_persistent(args, chosen.load))
@@ -93,6 +94,8 @@ def examine_checkpoint(
             return (e,), None
     if stored is None:
         return tuple(map(CheckpointError, _nothing_to_start_from(args, chosen, policy))), None
+    if unopenable := _openable(stored):
+        return unopenable, None
     context = ResumeContext(args, policy, chosen, stored)
     wrong: list[MegatronExtError] = [CheckpointError(p) for p in _stored_problems(context)]
     found = Found(stored.directory)
@@ -109,6 +112,14 @@ def examine_checkpoint(
     except MegatronExtError as e:
         wrong.append(e)
     return tuple(wrong), found
+
+
+def _openable(stored: StoredCheckpoint | None) -> tuple[MegatronExtError, ...]:
+    store = None if stored is None else stored.store
+    if stored is None or store is None or not store.common_in_store:
+        return ()
+    reason = formats.cannot_open(stored.directory)
+    return () if reason is None else (CheckpointError(reason),)
 
 
 def _non_persistent(args: Any, load: Path) -> Path | None:

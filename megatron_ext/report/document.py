@@ -105,8 +105,8 @@ def optimizer_json(report: OptimizerReport) -> OptimizerDocument:
         "clip_grad": None if (c := report.plan.clip_grad) is None else decision_json(c),
         "warnings": list(warnings_of(report)),
         "loaded": {
-            "tensors": dict(report.loaded.tensors),
-            "elements": dict(report.loaded.elements),
+            "tensors": report.read_shards,
+            "elements": report.read_elements,
             "new": {key: report.loaded.made.get(key, 0) for key in report.loaded.keys},
             "proven": report.loaded.proven,
         },

@@ -11,8 +11,7 @@ from ..plan.decisions import Decision
 from ..plan.mapped import LeftParameter, Mapped, NewParameter
 from ..policy.counters import Counters
 from ..policy.phase import Phase
-from .loaded import LoadedState
-from .model import MomentReport, OptimizerReport, RuleReport
+from .model import OptimizerReport, RuleReport
 
 #: What is counted under keys that are no tensor's.
 _STATE_NAMES = {"state": "other state", "param": "master weights"}
@@ -20,14 +19,11 @@ _STATE_NAMES = {"state": "other state", "param": "master weights"}
 
 def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int) -> list[str]:
     """Format the report of one optimizer of the chain."""
-    plan, loaded = report.plan, report.loaded
+    plan = report.plan
     title = f"resume of optimizer {number} of {count} ({report.kind})"
     lines = [f"megatron_ext: {title}"]
-    lines += [
-        f" > {_STATE_NAMES.get(key, key)}: using checkpoint value ({loaded.tensors.get(key, 0)} "
-        f"shards, {loaded.elements.get(key, 0)} elements on all ranks{_new(loaded, key)})"
-        for key in (*loaded.keys[1:], loaded.keys[0])
-    ]
+    keys = report.loaded.keys
+    lines += [_loaded_line(report, key) for key in (*keys[1:], keys[0])]
     lines += _master_lines(report)
     lines += [f" > {one}" for one in report.resized if one.new]  # the others have a warning
     lines += _moment_lines(report)
@@ -52,9 +48,17 @@ def optimizer_lines(number: int, count: int, report: OptimizerReport, rank: int)
     return lines
 
 
-def _new(loaded: LoadedState, key: str) -> str:
-    count = loaded.made.get(key, 0)
-    return f"; {count} are new" if count else ""
+def _loaded_line(report: OptimizerReport, key: str) -> str:
+    shards, elements = report.read_shards.get(key, 0), report.read_elements.get(key, 0)
+    made, unread = report.loaded.made.get(key, 0), report.unread.get(key, 0)
+    name = _STATE_NAMES.get(key, key)
+    new = f"; {made} are new" if made else ""
+    if unread and not elements:
+        return f" > {name}: not loaded: {unread} elements are overwritten without being read{new}"
+    if unread:
+        new += f"; {unread} are overwritten without being read"
+    count = f"{shards} shards, {elements} elements on all ranks{new}"
+    return f" > {name}: loaded from checkpoint ({count})"
 
 
 def _master_lines(report: OptimizerReport) -> list[str]:
@@ -141,7 +145,7 @@ def _moment_lines(report: OptimizerReport) -> list[str]:
         ]
         lines += [
             f" > {key}: RMS {_rms_text(before)} -> {after:.6g}, {moments.changed[key]} elements "
-            f"changed, {moments.nonfinite[key]} not finite{_unread_text(moments, key)}"
+            f"changed, {moments.nonfinite[key]} not finite"
             for key, (before, after) in moments.rms.items()
         ]
     if report.loss_scale is not None:
@@ -165,11 +169,6 @@ def _by_tensor(report: OptimizerReport, rule: RuleReport) -> str:
 
 def _rms_text(rms: float | None) -> str:
     return "(not read)" if rms is None else f"{rms:.6g}"
-
-
-def _unread_text(moments: MomentReport, key: str) -> str:
-    count = moments.unread.get(key, 0)
-    return f"; {count} elements were overwritten without being read" if count else ""
 
 
 def warnings_of(report: OptimizerReport) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class OptimizerReport:
     Args:
         kind: Class names of the Megatron optimizer and of the torch optimizer inside.
         plan: The decisions.
-        loaded: Counts of loaded tensors and elements, summed over all ranks.
+        loaded: Counts of the tensors and elements that the load has filled, summed over all ranks.
         parameters: Number of parameters of each param_group on this rank.
         moments: Changes of the moments; None if the policy changes none.
         notes: Further warnings.
@@ -35,6 +35,22 @@ class OptimizerReport:
     notes: tuple[str, ...] = ()
     loss_scale: tuple[float, float] | None = None
     resized: tuple[ResizedParameter, ...] = ()
+
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """Moment -> number of elements that were overwritten without being read."""
+        return {} if self.moments is None else self.moments.unread
+
+    @property
+    def read_shards(self) -> dict[str, int]:
+        """State key -> number of shards with the checkpoint's values."""
+        unread = {} if self.moments is None else self.moments.unread_shards
+        return {k: n - unread.get(k, 0) for k, n in self.loaded.tensors.items()}
+
+    @property
+    def read_elements(self) -> dict[str, int]:
+        """State key -> number of elements with the checkpoint's values."""
+        return {k: n - self.unread.get(k, 0) for k, n in self.loaded.elements.items()}
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class MomentReport:
             negative in a second moment.
         unread: Number of elements of each moment that were not read, because they are overwritten.
             The root mean square before and the number of changes do not include them.
+        unread_shards: Number of shards of each moment that these elements are in.
         norms_on_this_rank: Euclidean norm of each moment after, on this rank.
         warnings: A warning about rules that match nothing.
     """
@@ -77,5 +94,6 @@ class MomentReport:
     changed: Mapping[str, int] = field(default_factory=dict)
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     unread: Mapping[str, int] = field(default_factory=dict)
+    unread_shards: Mapping[str, int] = field(default_factory=dict)
     norms_on_this_rank: tuple[float, ...] = (0.0, 0.0)
     warnings: tuple[str, ...] = ()

@@ -125,7 +125,7 @@ def _loaded(optimizer: Document) -> Table:
     ]
     if rows:
         rows.append(Row(("master weights proven to be the model's", "", _count(loaded["proven"]))))
-    return Table(("from the checkpoint", "shards, all ranks", "elements, all ranks"), tuple(rows))
+    return Table(("state", "shards, all ranks", "elements, all ranks"), tuple(rows))
 
 
 def _scalars(optimizer: Document) -> Table:

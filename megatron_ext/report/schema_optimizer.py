@@ -13,6 +13,8 @@ from .schema_state import PerMoment, PerStateTensor
 class LoadedDocument(TypedDict):
     """Counts of optimizer tensors that were loaded from the checkpoint, summed over all ranks.
 
+    Moments that are overwritten without being read do not count; see ``unread`` in ``moments``.
+
     Attributes:
         tensors: Number of shards, by state tensor.
         elements: Number of elements in these shards, by state tensor.

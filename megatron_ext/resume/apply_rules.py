@@ -26,8 +26,12 @@ from .shard_rules import FillColumns, MomentShard, RangeRule
 from .statistics import Value, compute_statistics, runs_of_rows
 
 #: Columns that are summed over the ranks, for each moment.
-_COLUMNS = ("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed", "unread")
+_COLUMNS = (
+    *("square_sum_before", "square_sum_after", "elements", "nonfinite", "changed"),
+    *("unread", "unread_shards"),
+)
 _AFTER, _CHANGED = _COLUMNS.index("square_sum_after"), _COLUMNS.index("changed")
+_UNREAD, _UNREAD_SHARDS = _COLUMNS.index("unread"), _COLUMNS.index("unread_shards")
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
                 row[i] += value
             if shard.parameter.name in unread.get(key, frozenset()):
                 held = shard.end - shard.begin
-                row[-1] += held
+                row[_UNREAD] += held
+                row[_UNREAD_SHARDS] += 1
                 row[_CHANGED] -= s.changed or 0
         for rows in work.plans[shard.parameter.name].rows:
             held = sum(p.end - p.begin for p in runs_of_rows(shard, ((rows.first, rows.last),)))
@@ -208,6 +213,7 @@ def _report(work: MomentWork, done: AppliedRules) -> MomentReport:
         changed={key: int(c["changed"]) for key, c in by_key.items()},
         nonfinite={key: int(c["nonfinite"]) for key, c in by_key.items()},
         unread={key: int(c["unread"]) for key, c in by_key.items()},
+        unread_shards={key: int(c["unread_shards"]) for key, c in by_key.items()},
         norms_on_this_rank=mine,
         warnings=work.warnings,
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from megatron_ext.checkpoint.stored import open_checkpoint
 from tests.conftest import FIRST, STEPS
 from tests.support.cells import chosen, with_all
 from tests.support.harness import Hyper, Layout
-from tests.support.old_ranks import OldRanks, assert_same_state
-from tests.support.pool import RankPool
+from tests.support.old_ranks import OldRanks, assert_same_state, assert_worth_comparing
+from tests.support.pool import ROOT, RankFailed, RankPool, overlay
 
 pytestmark = pytest.mark.ranks
 
@@ -99,6 +107,49 @@ def test_the_directory_says_what_the_writer_says(version: str, name: str, old: O
     assert all({"wd_mult", "lr_mult"} <= set(g) for g in groups)
     assert found.scheduler["num_steps"] == STEPS * 8
     assert (found.tensors == {}) == (name == "torch")
+
+
+def test_an_older_megatron_refuses_a_newer_store_until_it_has_the_file(
+    megatron: Version, stock: RankPool, old: OldRanks, tmp_path: Path
+) -> None:
+    if megatron < Version("0.19"):
+        pytest.skip("this megatron-core writes the file itself")
+    older = "0.18.2"
+    directory = tmp_path / "it's the newer one's"
+    both = dict(layout=BF16, hyper=FIRST, directory=str(directory))
+    (saved, _) = stock.run("tests.support.old:written", 2, steps=STEPS, **both)
+    path = os.pathsep.join([str(overlay(older)), str(ROOT)])
+    plan = [sys.executable, "-m", "megatron_ext", "plan", str(directory), "--json"]
+    more = ["--lr", "3e-3", "--train-iters", "40", "--global-batch-size", "8"]
+
+    def planned(*words: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [*plan, *more, *words],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (0, 1, 2)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    for words in ((), ("--no-load-optim",)):
+        (error,) = planned(*words)["errors"]
+        assert error.startswith(f"{directory}: megatron-core {older} cannot open this checkpoint.")
+    # What the run would have met after its model was built.
+    ranks = old.ranks(older)
+    with pytest.raises(RankFailed, match=r"common.pt does not exist"):
+        ranks.run("tests.support.old:loaded", 2, **both)
+    # The way out, as it is printed.
+    (command,) = re.findall("python -c .*", error)
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert planned()["errors"] == []
+    (found, _) = ranks.run("tests.support.old:loaded", 2, **both)
+    assert found["steps"] == saved["steps"] == [STEPS]
+    assert_worth_comparing(saved["state"])
+    assert_same_state(found["state"], saved["state"])
 
 
 def test_every_cell_ran(request: pytest.FixtureRequest) -> None:

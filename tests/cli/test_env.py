@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from megatron_ext._ops import native as _native
 from megatron_ext._ops.native import Kernel
 from megatron_ext.cli import main
 from megatron_ext.host import contract, megatron
-from tests.support.pool import ROOT, RankPool
+from tests.support.pool import ROOT, RankPool, overlay
 
 SCHEMA = json.loads(files("megatron_ext").joinpath("schemas/env.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -96,6 +97,15 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
     monkeypatch.delenv("MEGATRON_EXT_KERNEL", raising=False)
+    # As with a checkout alone: there is no distribution of its name.
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "megatron-core":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     return monkeypatch
 
 
@@ -206,6 +216,43 @@ def test_a_fused_adam_that_cannot_be_imported_is_a_finding(
     assert (status, found["findings"]) == (1, [said])
     assert found["inner_optimizer"]["reason"] == said
     assert found["versions"]["apex"] == "present, version unknown"
+    assert found["paths"]["apex"] == str(tmp_path)
+
+
+def test_a_checkout_over_a_wheel_is_told_apart_from_it(tmp_path: Path) -> None:
+    older = "0.18.2"
+    (tmp_path / "megatron").symlink_to(overlay(older) / "megatron")
+    apex = tmp_path / "apex"
+    apex.mkdir()
+    (apex / "__init__.py").write_text("__version__ = '0.2+local'")
+    metadata = tmp_path / "apex-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ext", "env", "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    found = json.loads(done.stdout)
+    VALIDATOR.validate(found)
+    assert done.returncode == found["status"] == 1
+    assert found["versions"]["megatron-core"] == found["megatron"]["version"] == older
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["apex"] == "0.2+local"
+    assert found["paths"]["torch"] == str(Path(torch.__file__).parents[1])
+    assert found["paths"]["megatron-core"] == found["paths"]["apex"] == str(tmp_path)
+    wheel = importlib.metadata.version("megatron-core")
+    for name, version, installed in (
+        ("megatron-core", older, wheel),
+        ("apex", "0.2+local", "0.1"),
+    ):
+        assert (
+            f"{name} {version} is imported from {tmp_path}, but the installed distribution is "
+            f"{installed}. Uninstall that one, or take {tmp_path} off Python's path"
+        ) in found["findings"]
 
 
 def test_the_table_says_what_is_active_and_why_not(

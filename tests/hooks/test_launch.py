@@ -61,6 +61,10 @@ SCENARIOS = {
     "unchanged ours": Scenario(
         f"{PHASE_1} {DISTRIBUTED} --train-iters 14 {OURS}", "single phase 1"
     ),
+    # Nothing is there: a name that was mistyped, or the first of many restarts.
+    "nothing to load": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} {OURS} --train-iters 2 --load {{directory}}/mistyped", world=2
+    ),
     # The same flags before the script's name.
     "flags first": Scenario(
         f"{PHASE_2} {DISTRIBUTED}",
@@ -216,11 +220,17 @@ def test_moments_that_are_reset_are_not_read(runs: Runs) -> None:
             "rms_after": 0.0,
             "changed": 0,
             "nonfinite": 0,
-            "unread": elements[key],
+            "unread": elements["param"],
         }
-    assert elements["param"] == elements["exp_avg"] > 1000
+        # The same in the counts and in the log.
+        assert (elements[key], optimizer["loaded"]["tensors"][key]) == (0, 0)
+        said = f"not loaded: {elements['param']} elements are overwritten without being read"
+        assert [one for one in run.ranks[0].splitlines() if one.startswith(f" > {key}: ")] == [
+            f" > {key}: {said}",
+            f" > {key}: RMS (not read) -> 0, 0 elements changed, 0 not finite",
+        ]
+    assert elements["param"] > 1000
     assert list(run.iterations) == [11, 12, 13, 14]
-    assert "overwritten without being read" in run.ranks[0]
 
 
 @pytest.mark.matrix
@@ -243,7 +253,7 @@ def test_the_case_of_the_first_users(runs: Runs, megatron: Version) -> None:
     assert [f["lr"] for f in first] == pytest.approx([linear(3e-5, 2e-5, 10)] * 2)
     assert [f["weight_decay"] for f in first] == [0.01, 0.0]
     assert "SelectiveAdam in place of DistributedOptimizer" in ours.log
-    assert "> exp_avg: using checkpoint value" in ours.log
+    assert "> exp_avg: loaded from checkpoint" in ours.log
     assert "> first resumed step" in ours.log
 
 
@@ -259,6 +269,17 @@ def test_the_way_back(runs: Runs) -> None:
     stock = ok(runs["phase 3 stock"])
     assert list(stock.iterations) == [15, 16, 17, 18]
     assert stock.iterations == ok(runs["phase 3 ours"]).iterations
+
+
+@pytest.mark.reads("nothing to load", "ours, no override flag")
+def test_a_run_that_found_no_checkpoint_says_so_once(runs: Runs) -> None:
+    run = ok(runs["nothing to load"])
+    (line,) = (one for one in run.log.splitlines() if "NO CHECKPOINT" in one)
+    path = runs.checkpoint("any").parents[1] / "mistyped"
+    assert line == f"megatron_ext: NO CHECKPOINT in {path}: a new run, nothing resumed"
+    assert line in run.ranks[0]
+    assert list(run.iterations) == [1, 2]
+    assert "NO CHECKPOINT" not in ok(runs["ours, no override flag"]).log
 
 
 @pytest.mark.reads("unchanged stock", "unchanged ours")

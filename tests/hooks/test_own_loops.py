@@ -87,7 +87,7 @@ def test_functions_that_were_bound_before_enable_resume(runs: Runs) -> None:
     assert iterations(run) == [5, 6, 7, 8]
     assert lrs(run) == pytest.approx(expected_lrs(4, 4), rel=1e-12)
     assert "guard: 1 step after the load the hyperparameters match the plan" in run.log
-    assert "exp_avg: using checkpoint value" in run.log
+    assert "exp_avg: loaded from checkpoint" in run.log
 
 
 @pytest.mark.reads("same", "lower lr")

@@ -56,7 +56,7 @@ SECOND = Hyper(
 )
 #: All that differs between the phases, so that the scheduler's check passes without a flag too.
 WORDS = (
-    "max_lr=1e-3 min_lr=1e-4 betas=0.8,0.9 eps=1e-6 weight_decay=0.05 start_wd=0.05 end_wd=0.05 "
+    "max_lr=1e-3 min_lr=1e-4 betas=0.8,0.9 eps=1e-6 weight_decay=0.05 "
     "lr_warmup_steps=24 lr_decay_steps=480 wd_incr_steps=480"
 ).split()
 
@@ -360,12 +360,12 @@ def test_a_rate_in_a_tensor_stays_in_one(tmp_path: Path) -> None:
     (path,) = source.rglob("model_optim_rng.pt")
     state = torch.load(path, weights_only=False)
     for saved in state["optimizer"]["optimizer"]["param_groups"]:
-        saved["lr"] = torch.tensor(0.5)
+        saved["max_lr"] = torch.tensor(0.5)
     torch.save(state, path)
-    done = edit(source, tmp_path / "new", {"lr": 1e-3})
+    done = edit(source, tmp_path / "new", {"max_lr": 1e-3})
     state = torch.load(done.directory / done.written[0], weights_only=False)
     for saved in state["optimizer"]["optimizer"]["param_groups"]:
-        assert torch.equal(saved["lr"], torch.tensor(1e-3))
+        assert torch.equal(saved["max_lr"], torch.tensor(1e-3))
 
 
 def test_a_release_and_an_iteration_keep_their_names(tmp_path: Path) -> None:
@@ -463,7 +463,13 @@ GROUPS = [
 ]
 STATE = {
     "optimizer": {"optimizer": {"param_groups": GROUPS}},
-    "opt_param_scheduler": {"max_lr": 3e-3, "min_lr": 3e-4, "num_steps": 8, "start_wd": 0.1},
+    "opt_param_scheduler": {
+        "max_lr": 3e-3,
+        "min_lr": 3e-4,
+        "num_steps": 8,
+        "start_wd": 0.1,
+        "end_wd": 0.1,
+    },
 }
 
 
@@ -490,7 +496,41 @@ def test_the_scheduler_follows_the_groups_that_have_its_value() -> None:
 
 
 def test_weight_decay_is_multiplied_as_the_scheduler_does() -> None:
-    assert planned({"weight_decay": 0.05}) == [(0, 0.1, 0.05), (1, 0.0, 0.0)]
+    bounds = [("scheduler", 0.1, 0.05)] * 2
+    assert planned({"weight_decay": 0.05}) == [(0, 0.1, 0.05), (1, 0.0, 0.0), *bounds]
+    # A group's own bounds are set where it has them; another group without any has the scheduler's.
+    own = {
+        "x": {**STATE, "optimizer": {"param_groups": [group(start_wd=0.1, end_wd=0.1), group()]}}
+    }
+    own["x"]["optimizer"]["param_groups"][1]["wd_mult"] = 0.0
+    changes = plan_edit(own, {"weight_decay": 0.05}, {"wd_mult": 1.0})
+    assert [(c.key, c.path[-1], c.new) for c in changes] == [
+        ("weight_decay", 0, 0.05),
+        ("start_wd", 0, 0.05),
+        ("end_wd", 0, 0.05),
+    ]
+    # Without a scheduler of Megatron's nothing overwrites it.
+    alone = {"x": {"optimizer": {"param_groups": [group()]}}}
+    assert [c.key for c in plan_edit(alone, {"weight_decay": 0.05, "lr": 1e-4})] == [
+        "weight_decay",
+        "lr",
+    ]
+
+
+def test_a_weight_decay_that_changes_has_two_bounds() -> None:
+    state = {**STATE, "opt_param_scheduler": {**STATE["opt_param_scheduler"], "end_wd": 0.2}}
+    with pytest.raises(
+        PolicyError, match=r"from 0.1 \(start_wd\) to 0.2 .*Set start_wd and end_wd"
+    ):
+        plan_edit({"x": state}, {"weight_decay": 0.05})
+    both = plan_edit({"x": state}, {"weight_decay": 0.05, "start_wd": 0.05, "end_wd": 0.05})
+    assert [(c.key, c.new) for c in both if c.in_scheduler] == [
+        ("start_wd", 0.05),
+        ("end_wd", 0.05),
+    ]
+    none = {**STATE, "opt_param_scheduler": {"max_lr": 3e-3, "num_steps": 8}}
+    with pytest.raises(PolicyError, match=r"holds neither. .* give --weight-decay to the run"):
+        plan_edit({"x": none}, {"weight_decay": 0.05})
 
 
 def test_nemos_names_are_found() -> None:
@@ -527,6 +567,9 @@ def test_nemos_names_are_found() -> None:
         ),
         ("eps=1", "wd_mult=7", r"wd_mult=7: fits no param_group.* have wd_mult=0.0 \| wd_mult=1.0"),
         ("eps=1", "color=red", r"color=red: fits no param_group; the checkpoint's have no color"),
+        ("lr=1e-4", "", r"--set lr: .* no effect; expected max_lr and min_lr"),
+        ("weight_decay=0.2", "wd_mult=1", r"weight_decay: .* none of their own. Leave out --group"),
+        ("weight_decay=0.2 end_wd=0.3", "", r"weight_decay=0.2 end_wd=0.3: .* contradict"),
         ("start_wd=0.2", "wd_mult=1", r"start_wd: only the scheduler has.* Leave out --group"),
         ("eps", "", r"--set: expected KEY=VALUE, found 'eps'"),
         ("eps=", "", r"--set: expected KEY=VALUE, found 'eps='"),
@@ -551,7 +594,11 @@ def test_the_command_says_what_it_changed(
     old = GROUPS[0]["eps"]
     assert f"  groups: eps {old!r} -> 1e-06 (2)" in said
     assert "  scheduler: max_lr 0.0003 -> 0.001" in said
-    assert re.fullmatch("  files: 2 (copied|cloned), 1 written", said[-1])
+    assert re.fullmatch("  files: 2 (copied|cloned), 1 written", said[-3])
+    # The groups' min_lr is not the scheduler's: this checkpoint's has none.
+    assert said[-2].startswith("flags for stock Megatron: --lr 0.001 --min-lr 0.0003 --adam-beta1 ")
+    assert said[-2].endswith(" --override-opt_param-scheduler")
+    assert said[-1].startswith("  no flag gives the copy's min_lr; with --override-opt_param-")
     assert cli.main([*command, str(tmp_path / "new"), "--group", "wd_mult=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(c["in"], c["key"]) for c in found["changes"]] == [
@@ -559,6 +606,9 @@ def test_the_command_says_what_it_changed(
         ("group", "eps"),
     ]
     assert found["written"] == ["common.pt"]
+    # Only one of two groups was edited, which stock's one --lr does not give.
+    assert found["flags"][:4] == ["--lr", "0.003", "--min-lr", "0.0003"]
+    assert (found["inexpressible"], found["several"]) == (["max_lr", "min_lr"], ["max_lr"])
 
 
 def test_a_bad_command_ends_with_2_and_one_line(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,11 +25,13 @@ import torch
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.stored import open_checkpoint
 from megatron_ext.cli import main
+from megatron_ext.cli.pasted import script_arguments
 from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.host.schedule import ScheduleValues, values_of
 from megatron_ext.offline.command_line import locate, parse
 from megatron_ext.offline.current_groups import current_groups
 from megatron_ext.offline.forecast import forecast
+from megatron_ext.offline.forecast_model import Forecast
 from megatron_ext.offline.plan_document import document
 from megatron_ext.offline.planned_arguments import complete
 from megatron_ext.offline.stored_parameters import Named, Stored, in_groups, parameters_of
@@ -755,7 +759,53 @@ def test_a_scripts_own_arguments_are_said(
     status, found = plan(capsys, root, "--my-flag", "3", "--lr", "1e-3", "--min-lrr", "1")
     assert status == 1
     assert found["arguments"]["unknown"] == ["--my-flag", "3", "--min-lrr", "1"]
-    assert "--my-flag 3 --min-lrr 1" in "\n".join(found["notes"])
+    (warning,) = (w for w in found["warnings"] if w.startswith("not looked at"))
+    assert warning.startswith("not looked at: --my-flag 3 --min-lrr 1. ")
+    assert " does not know --my-flag, --min-lrr (did you mean --min-lr?): a mistake, or " in warning
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{args}",
+        "torchrun --nproc-per-node 8 --nnodes=2 pretrain_gpt.py {args}",
+        "A=1 B='x.py y' srun -N 2 -m cyclic /opt/bin/torchrun --standalone a/train.py {args}",
+        "python3.12 -u -m torch.distributed.run --nproc-per-node 8 pretrain_gpt.py {args}",
+        "torchrun -m megatron_ext.launch --cpu --cpu-adam torch pretrain_gpt.py {args}",
+        "python -m torch.distributed.run -m megatron_ext.launch {first} pretrain_gpt.py {rest}",
+        "torchrun --nproc-per-node 8 -m my.training {args}",
+        "torchrun \\\n  --nproc-per-node 8 \\\n  pretrain_gpt.py \\\n  {args}",
+    ],
+)
+@pytest.mark.parametrize("one_word", [False, True])
+def test_a_pasted_command_line_is_its_scripts_arguments(command: str, one_word: bool) -> None:
+    first, rest = "--selective-preset scale 0.5 0.25", "--lr 1e-3 --save 'a b'"
+    text = command.format(args=f"{first} {rest}", first=first, rest=rest)
+    # The shell passes a quoted text on as it is, and joins lines in others.
+    given = [text] if one_word else shlex.split(text.replace("\\\n", " "))
+    wanted = ["--selective-preset", "scale", "0.5", "0.25", "--lr", "1e-3", "--save", "a b"]
+    assert script_arguments(given) == wanted
+
+
+def test_a_mistyped_flag_of_ours_or_no_script_at_all_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+    for line, expected in {
+        "--lr 1e-3 --selective-presett reset": (
+            "error: unknown flag: --selective-presett (did you mean --selective-preset?). "
+        ),
+        "--selective-xyz=1": "error: unknown flag: --selective-xyz",
+        "bash run.sh --lr 1e-3": "error: bash: expected Megatron's arguments, or the command line",
+    }.items():
+        assert main(["plan", str(root), *line.split()]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith(expected)
+        assert told.err.count("\n") == 1
+    status, found = plan(capsys, root, "torchrun", "train.py", "--lr", "1e-3", "--iteration", "10")
+    assert (status, found["errors"]) == (1, [])
+    assert found["optimizers"][0]["groups"][0]["keys"]["max_lr"]["argument"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -969,6 +1019,29 @@ def test_parameters_are_in_the_groups_that_megatron_makes() -> None:
 
 
 # --- what it is like
+
+
+def test_stdout_has_the_document_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+
+    def talking(*args: Any) -> Forecast:
+        # As Megatron does where a library that it imports has set up logging.
+        handler = logging.StreamHandler(sys.stdout)
+        logger = logging.getLogger("megatron.core.optimizer")
+        logger.addHandler(handler)
+        logger.warning("INFO: Setting up optimizer with config")
+        logger.removeHandler(handler)
+        print("> learning rate decay style: linear")
+        return forecast(*args)
+
+    monkeypatch.setattr("megatron_ext.offline.forecast.forecast", talking)
+    main(["plan", str(root), "--lr", "1e-3", "--json"])
+    told = capsys.readouterr()
+    assert json.loads(told.out)["schema"].startswith("megatron_ext/resume-plan/")
+    for line in ("INFO: Setting up optimizer with config", "> learning rate decay style: linear"):
+        assert line in told.err.splitlines()
 
 
 def test_a_plot_without_matplotlib_names_the_remedy(

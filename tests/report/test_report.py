@@ -64,9 +64,9 @@ def test_the_lines_tell_the_whole_resume() -> None:
     lines = ResumeReport("0.19.2", [optimizer_report()]).lines()
     assert lines == [
         "megatron_ext: resume of optimizer 0 of 1 (SelectiveAdam over FusedAdam)",
-        " > exp_avg: using checkpoint value (4 shards, 640 elements on all ranks)",
-        " > exp_avg_sq: using checkpoint value (4 shards, 640 elements on all ranks)",
-        " > master weights: using checkpoint value (4 shards, 640 elements on all ranks)",
+        " > exp_avg: loaded from checkpoint (4 shards, 640 elements on all ranks)",
+        " > exp_avg_sq: loaded from checkpoint (4 shards, 640 elements on all ranks)",
+        " > master weights: loaded from checkpoint (4 shards, 640 elements on all ranks)",
         " > master weights: 640 of 640 elements are proven to be the model's weights",
         " > step: 100 (checkpoint)",
         " > param_group 0 (3 parameters on rank 0; saved group 0: same group)",
@@ -322,6 +322,7 @@ def test_moments_that_were_not_read_have_no_norm_before() -> None:
         MOMENTS,
         rms={"exp_avg": (None, 0.0), "exp_avg_sq": (0.25, 0.5)},
         unread={"exp_avg": 640, "exp_avg_sq": 16},
+        unread_shards={"exp_avg": 4, "exp_avg_sq": 1},
     )
     report = ResumeReport("0.19.2", [replace(changed_report(), moments=moments)])
     found = report.to_json()
@@ -329,12 +330,16 @@ def test_moments_that_were_not_read_have_no_norm_before() -> None:
     state = found["optimizers"][0]["moments"]["state"]
     assert (state["exp_avg"]["rms_before"], state["exp_avg"]["unread"]) == (None, 640)
     assert (state["exp_avg_sq"]["rms_before"], state["exp_avg_sq"]["unread"]) == (0.25, 16)
-    lines = [line for line in report.lines() if "RMS" in line]
+    loaded = found["optimizers"][0]["loaded"]
+    assert loaded["tensors"] == {"param": 4, "exp_avg": 0, "exp_avg_sq": 3}
+    assert loaded["elements"] == {"param": 640, "exp_avg": 0, "exp_avg_sq": 624}
+    lines = [line for line in report.lines() if line.startswith(" > exp_avg")]
     assert lines == [
-        " > exp_avg: RMS (not read) -> 0, 12 elements changed, 0 not finite; 640 elements were "
-        "overwritten without being read",
-        " > exp_avg_sq: RMS 0.25 -> 0.5, 16 elements changed, 3 not finite; 16 elements were "
-        "overwritten without being read",
+        " > exp_avg: not loaded: 640 elements are overwritten without being read",
+        " > exp_avg_sq: loaded from checkpoint (3 shards, 624 elements on all ranks; 16 are "
+        "overwritten without being read)",
+        " > exp_avg: RMS (not read) -> 0, 12 elements changed, 0 not finite",
+        " > exp_avg_sq: RMS 0.25 -> 0.5, 16 elements changed, 3 not finite",
     ]
 
 

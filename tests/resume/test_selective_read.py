@@ -90,6 +90,8 @@ def test_what_is_overwritten_is_not_read(
         # A replica counts on each rank that has it; here there is none.
         assert state["unread"] == (elements if key in unread else 0)
         assert (state["rms_before"] is None) == (key in unread)
+        assert report["loaded"]["elements"][key] == (0 if key in unread else elements)
+        assert (report["loaded"]["tensors"][key] == 0) == (key in unread)
         for name, tensors in found["state"].items():
             wanted = stock["state"][name][key]
             if key in unread:

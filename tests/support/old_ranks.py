@@ -30,7 +30,7 @@ class OldRanks:
     def start(self, versions: Iterable[str]) -> None:
         """Start the ranks of some versions at the same time."""
         for version in versions:
-            self._ranks(version)
+            self.ranks(version)
 
     def write(
         self, version: str, layout: Layout, world: int = 2, nemo: bool = False
@@ -40,7 +40,7 @@ class OldRanks:
         if key not in self.made:
             path = str(self.directory / f"{len(self.made)}" / f"iter_{self.steps:07d}")
             Path(path).parent.mkdir()
-            (saved, *_) = self._ranks(version).run(
+            (saved, *_) = self.ranks(version).run(
                 "tests.support.old:written",
                 world,
                 layout=layout,
@@ -56,7 +56,8 @@ class OldRanks:
             self.made[key] = (path, saved)
         return self.made[key]
 
-    def _ranks(self, version: str) -> RankPool:
+    def ranks(self, version: str) -> RankPool:
+        """The ranks of a version."""
         if version not in self.pools:
             self.pools[version] = RankPool("stock", str(overlay(version)))
         return self.pools[version]
