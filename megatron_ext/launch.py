@@ -11,25 +11,34 @@ other rank one line; torchrun shows it as the root cause.
 
 Environment:
     RANK: set by torchrun; rank 0 says which Megatron and which class are used.
+    TORCHELASTIC_ERROR_FILE: set by torchrun; where an error is recorded for its summary.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import runpy
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .base.stopping import print_error, rank, stop
-from .base.text import suggestions
 from .errors import HostError, MegatronExtError
 from .host import megatron
 from .policy import flags
+from .policy.launch_line import PROG, launcher_parser, own_flags_before, peek
 
-_PROG = "python -m megatron_ext.launch"
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+#: Characters of a message that ranks other than 0 print.
+_EXCERPT = 200
+#: Seconds that these ranks wait. torchrun ends all ranks with the first and shows its error, and
+#: rank 0 is the slowest, because it reads the checkpoint.
+_PATIENCE = 5.0
+#: It imports Megatron, so that it is imported only with a class.
+_SESSION = "megatron_ext.hooks.session"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,18 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     try:
         script, told = _prepared(argv)
     except MegatronExtError as e:
-        stop(_PROG, e)
+        _stop(e)
     try:
         _run(script)
     except MegatronExtError as e:
-        if _is_refused():
-            stop(_PROG, e, told=told is not None and str(e) == str(told))
+        session = sys.modules.get(_SESSION)
+        if session is not None and session.is_refused():
+            _stop(e, told=told is not None and str(e) == str(told))
         raise
     except ImportError as e:
         from .host.contract import explain_import
 
         if (error := explain_import(e)) is not None:
-            stop(_PROG, error)
+            _stop(error)
         raise
 
 
@@ -64,7 +74,7 @@ def _prepared(argv: list[str] | None) -> tuple[str, MegatronExtError | None]:
         printed it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(words)
+    options = launcher_parser().parse_args(words)
     script = Path(options.script)
     if not script.is_file():
         raise HostError(
@@ -72,8 +82,8 @@ def _prepared(argv: list[str] | None) -> tuple[str, MegatronExtError | None]:
             "arguments stand after it"
         )
     _order_path(script)
-    arguments = [*_own_flags_before(words, options), *options.arguments]
-    args = _peek(arguments)
+    arguments = [*own_flags_before(words, options), *options.arguments]
+    args = peek(arguments)
     if options.cpu or args.optimizer_class is not None:
         found = megatron.find()
         _say(f"megatron-core {found.version} from {found.root}")
@@ -83,7 +93,7 @@ def _prepared(argv: list[str] | None) -> tuple[str, MegatronExtError | None]:
         cpu.install(adam=options.cpu_adam)
     told = _prepare([options.script, *arguments], args)
     if told is not None:
-        print_error(_PROG, told)
+        _print_error(told)
         _say("all ranks stop as soon as they have joined their process group")
     sys.argv = [options.script, *arguments]
     return options.script, told
@@ -101,65 +111,53 @@ def _run(script: str) -> None:
         return True
 
     # None if the script has called sys.exit(0).
-    if run() and "megatron_ext.hooks.session" in sys.modules:
-        from .hooks import session
-
+    if run() and (session := sys.modules.get(_SESSION)) is not None:
         session.require_built()
 
 
-def _is_refused() -> bool:
-    """Whether an error of the script is a refusal by the preflight, or that nothing was built."""
-    if "megatron_ext.resume.session" not in sys.modules:
-        return False
-    from .resume.session import current
-
-    return current.launched is not None and not (current.agreed and current.built)
+def _rank() -> int:
+    """Return this process's rank, before and after there is a process group."""
+    return int(os.environ.get("RANK", "0"))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print below a usage of forty lines."""
+def _stop(error: MegatronExtError, *, told: bool = False) -> NoReturn:
+    """End this rank with exit status 2.
 
-    def error(self, message: str) -> NoReturn:
-        hint = ""
-        if message.startswith("unrecognized arguments"):
-            unknown = [word for word in message.split() if word.startswith("--")]
-            hint = suggestions(unknown, self._option_string_actions) or (
-                " Megatron's arguments stand after the script's name."
-            )
-        raise HostError(f"{message}.{hint} All options: {_PROG} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_PROG,
-        description="Run an unmodified Megatron training script with --optimizer-class.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--cpu",
-        action="store_true",
-        help="Run on the CPU over gloo where there is no GPU (demos, tests, dry runs).",
-    )
-    parser.add_argument(
-        "--cpu-adam",
-        choices=("fused", "torch"),
-        default="fused",
-        help="With --cpu: the inner optimizer, a stand-in for TE's and apex's FusedAdam "
-        "(default) or torch's AdamW, Megatron's own fallback.",
-    )
-    flags.add_flags(parser)
-    parser.add_argument("script", help="the training script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    return parser
+    Args:
+        error: The reason.
+        told: Whether rank 0 has printed it already.
+    """
+    if told and _rank() == 0:
+        print(f"{PROG}: all ranks stop, because of the error above", file=sys.stderr, flush=True)
+    else:
+        _print_error(error)
+    if _ERROR_FILE in os.environ:
+        if _rank() != 0:
+            time.sleep(_PATIENCE)
+        _record(error)
+    sys.exit(2)
 
 
-def _own_flags_before(words: Sequence[str], options: argparse.Namespace) -> list[str]:
-    """This package's flags that were given before the script: they go to its arguments."""
-    words = words[: len(words) - len(options.arguments) - 1]
-    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    launcher.add_argument("--cpu", action="store_true")
-    launcher.add_argument("--cpu-adam")
-    return list(launcher.parse_known_args(words)[1])
+def _record(error: MegatronExtError) -> None:
+    """Write the error to where torchrun's summary takes it from."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def refuse() -> NoReturn:
+        raise error.with_traceback(None) from None
+
+    with contextlib.suppress(MegatronExtError):
+        refuse()
+
+
+def _print_error(error: MegatronExtError) -> None:
+    """Print an error on stderr: on rank 0 as it is, on others the beginning in one line."""
+    text = f"{PROG}: error: {error}"
+    if _rank() != 0:
+        line = " ".join(str(error).split())
+        line = line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]} ..."
+        text = f"{PROG}: error on rank {_rank()}: {line} (rank 0 prints the whole message)"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _order_path(script: Path) -> None:
@@ -216,38 +214,16 @@ def _require_device(argv: Sequence[str]) -> None:
     late = [word for word in argv[1:] if word in ("--cpu", "--cpu-adam")]
     raise HostError(
         f"there is no GPU, and {late[0]} stands after the script's name, where the launcher does "
-        f"not read it. Put it before: {_PROG} --cpu {argv[0]} ..."
+        f"not read it. Put it before: {PROG} --cpu {argv[0]} ..."
         if late
-        else f"there is no GPU. To run on the CPU, for a small model: {_PROG} --cpu {argv[0]} ..."
+        else f"there is no GPU. To run on the CPU, for a small model: {PROG} --cpu {argv[0]} ..."
     )
 
 
 def _say(text: str) -> None:
     """Print on rank 0; there is no process group yet."""
-    if rank() == 0:
+    if _rank() == 0:
         print(f"megatron_ext: {text}", flush=True)
-
-
-def _peek(words: list[str]) -> argparse.Namespace:
-    """This package's flags, and the one that makes Megatron drop them."""
-    parser = _Parser(prog=_PROG, add_help=False, allow_abbrev=False)
-    flags.add_flags(parser)
-    parser.add_argument("--yaml-cfg", default=None)
-    parser.add_argument(
-        "--use-checkpoint-opt_param-scheduler",
-        "--use-checkpoint-opt-param-scheduler",
-        dest="use_checkpoint_opt_param_scheduler",
-        action="store_true",
-    )
-    classes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    classes.add_argument("--optimizer-class", action="append", default=[])
-    given = list(dict.fromkeys(classes.parse_known_args(words)[0].optimizer_class))
-    if len(given) > 1:
-        raise HostError(
-            f"--optimizer-class is given {len(given)} times, with different classes: "
-            f"{', '.join(given)}. Give the one that is meant"
-        )
-    return parser.parse_known_args(words)[0]
 
 
 def _refuse_without_class(args: argparse.Namespace) -> None:

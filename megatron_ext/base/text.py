@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import html
+from collections.abc import Mapping, Sequence
 
 from ..errors import printable as printable
 
@@ -17,12 +17,20 @@ def first_of(items: Sequence[str]) -> str:
     return named if len(items) <= MAX_NAMED else f"{named} and {len(items) - MAX_NAMED} more"
 
 
-def suggestions(words: Iterable[str], known: Iterable[str]) -> str:
-    """Write which known words are meant by unknown ones; empty if none is near.
+class Summary:
+    """Shows a short summary of a large object in a console and in a notebook."""
 
-    Args:
-        words: The unknown words.
-        known: All that there are.
-    """
-    pairs = [(word, difflib.get_close_matches(word, list(known), 1, 0.8)) for word in words]
-    return "".join(f" Did you mean {near[0]} in place of {word}?" for word, near in pairs if near)
+    def summary(self) -> Mapping[str, object]:
+        """Return what it shows: names and values."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}: {value}" for name, value in self.summary().items())
+        return printable(f"<{type(self).__name__} {shown}>")
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(printable(str(value)))}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"

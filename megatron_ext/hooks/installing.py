@@ -8,10 +8,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from ..base.text import suggestions
 from ..errors import HostError
 from ..host.contract import CORE, TRAINING, check_contract, has_training
-from ..policy.flags import add_flags
+from ..policy.flags import add_flags, suggestions
 from . import data_position, metadata, preflight, running
 from .building import build_emerging, build_optimizer, chain
 from .directories import choose_directories
