@@ -313,7 +313,16 @@ class Wheel(bdist_wheel):
         return any(Path(build.get_ext_fullpath(e.name)).exists() for e in build.extensions)
 
 
+def long_description() -> str:
+    """The README without pictures and links of the repository, which lead nowhere elsewhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             f"{OPS}._{device}",

@@ -188,8 +188,8 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wheel(
     directory: Path, python: str | Path, isolated: Path, **environment: str
-) -> tuple[str, dict[str, str]]:
-    """The name of a wheel that is built in isolation, and the record of its build."""
+) -> tuple[str, dict[str, str], str]:
+    """The name of a wheel that is built in isolation, the record of its build, its metadata."""
     source = directory / "source"
     for name in ("megatron_ext", "csrc"):
         ignored = shutil.ignore_patterns("*.so", "build.json", "__pycache__")
@@ -209,19 +209,25 @@ def wheel(
     (found,) = directory.glob("*.whl")
     with zipfile.ZipFile(found) as archive:
         record = json.loads(archive.read("megatron_ext/_ops/build.json"))
-    return found.name, record
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return found.name, record, archive.read(metadata).decode()
 
 
 def test_a_wheel_without_kernels_says_so_in_its_name(
     isolated: Path, without_torch: Path, tmp_path: Path
 ) -> None:
     """The only line about a build that pip shows has the wheel's name."""
-    name, record = wheel(tmp_path, without_torch, isolated)
+    name, record, metadata = wheel(tmp_path, without_torch, isolated)
     assert name == f"megatron_ext-{__version__}-0_without_kernels-py3-none-any.whl"
     assert record["cpu"] == (
         f"not built: no torch was installed for {without_torch}. Install torch, and then "
         "megatron_ext once more with the same command (uv needs --no-build-isolation)"
     )
+    # The README is shown where there is no repository around it.
+    targets = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert len(targets) > 3
+    assert [t for t in targets if not t.startswith(("https://", "#"))] == []
+    assert "# megatron_ext\n" in metadata
 
 
 def test_an_isolated_build_finds_the_torch_of_its_environment(
@@ -230,7 +236,7 @@ def test_an_isolated_build_finds_the_torch_of_its_environment(
     compiler = tmp_path / "compiler"  # makes empty files
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
     compiler.chmod(0o755)
-    name, record = wheel(
+    name, record, _ = wheel(
         tmp_path, sys.executable, isolated, CXX=str(compiler), MEGATRON_EXT_BUILD_CUDA="0"
     )
     assert name == f"megatron_ext-{__version__}-py3-none-linux_{platform.machine()}.whl"
