@@ -749,6 +749,13 @@ def check_contract() -> None:
     _warn_if_untested(found.version)
 
 
+def is_rebound() -> bool:
+    """Whether `megatron_ext.hooks.installing.install` has rebound Megatron in this process."""
+    module = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    load = module.OptimizerParamScheduler.load_state_dict
+    return hasattr(load, "__megatron_ext_original__")
+
+
 def contract_problems() -> list[str]:
     """List the names of `CONTRACT` that the installed Megatron lacks. Imports their modules."""
     found = Version(megatron_version())

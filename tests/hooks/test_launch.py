@@ -73,6 +73,11 @@ SCENARIOS = {
         "single phase 1",
         script="tests/support/own_script.py",
     ),
+    "the class alone": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --train-iters 11 --override-opt_param-scheduler",
+        "single phase 1",
+        script="tests/support/class_script.py",
+    ),
     "scheduler from checkpoint": Scenario(
         f"{PHASE_2} {DISTRIBUTED} {OURS} --use-checkpoint-opt_param-scheduler", "single phase 1"
     ),
@@ -297,6 +302,13 @@ def test_other_ways_in(runs: Runs) -> None:
     assert first.lrs == pytest.approx([linear(3e-5, 2e-5, i) for i in range(11, 15)])
     assert own.iterations == first.iterations
     assert own.report is not None
+
+
+@pytest.mark.reads("the class alone", "own script")
+def test_a_class_without_the_wrappers_says_so(runs: Runs) -> None:
+    for name, count in (("the class alone", 1), ("own script", 0)):
+        told = "WARNING: the optimizer was built without this package's launcher"
+        assert ok(runs[name]).log.count(told) == count
 
 
 @pytest.mark.matrix
