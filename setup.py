@@ -26,7 +26,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +67,11 @@ NVCC_FLAGS = [
 ]
 
 
+FIND_TORCH = (
+    "import importlib.util as u; found = u.find_spec('torch'); print(found.origin if found else '')"
+)
+
+
 class Impossible(Exception):
     """Why a library cannot be built here."""
 
@@ -91,12 +95,21 @@ class Torch:
         spec = importlib.util.find_spec("torch")
         if spec is not None and spec.origin is not None:
             return Path(spec.origin).parent
-        # pip's isolated build hides the environment's packages from sys.path.
-        for name in ("platlib", "purelib"):
-            directory = Path(sysconfig.get_path(name)) / "torch"
-            if (directory / "version.py").exists():
-                return directory
-        raise Impossible(f"no torch in {sysconfig.get_path('platlib')}")
+        # pip's isolated build hides the environment's packages; its interpreter knows them.
+        hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
+        done = subprocess.run(
+            [sys.executable, "-c", FIND_TORCH],
+            cwd=os.sep,
+            env={k: v for k, v in os.environ.items() if k not in hiding},
+            capture_output=True,
+            text=True,
+        )
+        if origin := done.stdout.strip():
+            return Path(origin).parent
+        raise Impossible(
+            f"no torch was installed for {sys.executable}. Install torch, and then megatron_ext "
+            "once more with the same command (uv needs --no-build-isolation)"
+        )
 
     def flags(self) -> list[str]:
         include = self.root / "include"
@@ -279,14 +292,37 @@ def _first_error(output: str) -> str:
 
 
 class Wheel(bdist_wheel):
-    """The libraries hold no Python: one wheel serves every version of it."""
+    """The libraries hold no Python: one wheel serves every version of it.
+
+    Without libraries it serves every platform. pip shows nothing of a build but the wheel's name,
+    so that the name says it.
+    """
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not self._has_kernels():
+            self.build_number = "0_without_kernels"
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
-        return "py3", "none", platform
+        return "py3", "none", platform if self._has_kernels() else "any"
+
+    def _has_kernels(self) -> bool:
+        build = self.get_finalized_command("build_ext")
+        return any(Path(build.get_ext_fullpath(e.name)).exists() for e in build.extensions)
+
+
+def long_description() -> str:
+    """The README without pictures and links of the repository, which lead nowhere elsewhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
 
 
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             f"{OPS}._{device}",

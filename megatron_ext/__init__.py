@@ -1,11 +1,35 @@
 """Resume a Megatron run with other hyperparameters and keep the Adam moments.
 
 Importing this package imports neither torch nor Megatron; its names are loaded on first use.
+
+- `SelectiveAdam`: `DistributedOptimizer` that keeps the moments and takes hyperparameters from the
+  arguments.
+- `enable`: Enable selective resumes in a host with its own training script.
+- `add_arguments`: Add this package's flags; to be passed to Megatron as ``extra_args_provider``.
+- `get_megatron_optimizer`: Drop-in for `megatron.core.optimizer.get_megatron_optimizer`.
+- `transform_moments`: Apply a policy's moment rules to a live optimizer, between two training
+  steps.
+- `ResumePolicy`: One decision for every piece of optimizer state at a resume.
+- `Preset`: A preset by name.
+- `MomentRule`: The rules for the moments of some parameters.
+- `GroupRule`: Exceptions for the param_groups with certain attributes.
+- `Match`: A pattern for parameters and for their rows.
+- `MegatronExtError`: Base class of every error raised by this package.
+- `PolicyError`: What the user asked for contradicts itself or names something that cannot be
+  decided.
+- `PlanError`: The policy cannot be carried out on this checkpoint with these parameter groups.
+- `CheckpointError`: The checkpoint lacks the optimizer state that is to be kept, or does not fit
+  the model.
+- `AgreementError`: The ranks came to different decisions, or another rank refused.
+- `HostError`: The installed Megatron, or the way it was launched, is not one this package can
+  serve.
+- `GuardError`: The first steps after a resume are not those that were planned.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -78,4 +102,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # ``help`` asks for every name that inspect lists, and would import torch and Megatron.
+    if sys._getframe(1).f_globals.get("__name__") == "inspect":
+        return sorted(name for name in __all__ if name not in _WHERE)
     return sorted(__all__)

@@ -196,8 +196,9 @@ def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
     tested = "tested" if megatron["tested"] else "not tested itself"
     versions = ", ".join(megatron["tested_versions"])
     yield "this megatron-core", f"{tested} (tested versions: {versions})"
-    yield "megatron.training", "installed" if megatron["training"] else "not installed"
     checked = inner["class"] is not None
+    without = _why_not_there() if checked and not megatron["training"] else "not installed"
+    yield "megatron.training", "installed" if megatron["training"] else without
     yield "Megatron API contract", _contract_row(megatron) if checked else "not checked"
     reason = f": {inner['reason']}" if inner["reason"] else ""
     yield "inner optimizer", f"{inner['class'] or 'unknown'}{reason}"
@@ -205,6 +206,15 @@ def _rows(found: EnvDocument) -> Iterator[tuple[str, str]]:
     yield "MEGATRON_EXT_KERNEL", found["MEGATRON_EXT_KERNEL"]
     for device, kernel in found["kernels"].items():
         yield f"{device} kernel", f"{kernel['active']}: {kernel['reason']}"
+
+
+def _why_not_there() -> str:
+    """Say why there is no training loop; asked after Megatron itself has been imported."""
+    from ..host import contract
+
+    there = importlib.util.find_spec(contract.TRAINING) is not None
+    problem = contract.training_problem() if there else ""
+    return f"cannot be imported: {problem}" if problem else "not installed"
 
 
 def _contract_row(megatron: MegatronDocument) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..cli.output import require_package
 from ..errors import MegatronExtError
-from ..host.contract import megatron_version
+from ..host.contract import megatron_version, require_training
 from . import corpus, plot, table
 from .runs import Run, run
 
@@ -52,6 +52,7 @@ def main() -> int:
     out = parser.parse_args().out.resolve()
     try:
         require_package("matplotlib", "the figure of the demo")
+        require_training()
     except MegatronExtError as e:
         parser.error(str(e))
     _empty(out)

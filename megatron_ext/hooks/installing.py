@@ -6,10 +6,11 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
+from ..errors import HostError
 from ..host.contract import CORE, TRAINING, check_contract, has_training
-from ..policy.flags import add_flags
+from ..policy.flags import add_flags, suggestions
 from . import data_position, metadata, preflight, running
 from .building import build_emerging, build_optimizer, chain
 from .directories import choose_directories
@@ -66,9 +67,23 @@ def _add_arguments_too(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        return choose_directories(add_flags(original(parser)))
+        parser = choose_directories(add_flags(original(parser)))
+        # argparse prints a usage of all of Megatron's flags before the error, on every rank.
+        parser.error = functools.partial(_refuse, parser)
+        return parser
 
     return add_megatron_arguments
+
+
+def _refuse(parser: Any, message: str) -> NoReturn:
+    """Raise what argparse found wrong with the script's arguments."""
+    hint = ""
+    if message.startswith("unrecognized arguments"):
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if "--cpu" in unknown:
+            hint = " --cpu is the launcher's: put it before the script's name."
+        hint += suggestions(unknown, parser._option_string_actions)
+    raise HostError(f"{parser.prog}: {message}.{hint}")
 
 
 def _rebind(owner: ModuleType | type, name: str, wrap: Callable[[Any], Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,11 +27,14 @@ from ..resume.session import current
 from .session import request_of
 
 
-def before_the_script(args: Any) -> None:
+def before_the_script(args: Any) -> MegatronExtError | None:
     """Run the launcher's preflight on every rank, before there is a process group.
 
     Args:
         args: Megatron's arguments as parsed.
+
+    Returns:
+        The error for which all ranks stop once they have a process group; None on other ranks.
 
     Raises:
         MegatronExtError: The arguments have a problem, or, in a run of one rank, the checkpoint.
@@ -42,13 +44,8 @@ def before_the_script(args: Any) -> None:
     found = _examined(args, first=rank == 0)
     if found.error is not None and (found.of_arguments or world == 1):
         raise found.error
-    if found.error is not None:
-        print(
-            f"megatron_ext: error: {found.error}\n"
-            "megatron_ext: all ranks stop as soon as they have joined their process group",
-            flush=True,
-        )
     current.preflight = found
+    return found.error
 
 
 def _examined(args: Any, *, first: bool) -> Preflight:
@@ -105,12 +102,6 @@ def setup(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agree(args: Any) -> None:
-    """Stop every rank if one has an error or is not here; a launched run ends as by argparse."""
-    try:
-        ranks.await_everyone("the preflight")
-        ranks.stop_together("the preflight", error_of(args))
-    except MegatronExtError as e:
-        if current.launched is None:
-            raise
-        print(f"python -m megatron_ext.launch: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    """Stop every rank if one has an error or is not here."""
+    ranks.await_everyone("the preflight")
+    ranks.stop_together("the preflight", error_of(args))

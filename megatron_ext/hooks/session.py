@@ -54,6 +54,11 @@ def active_request() -> Request | None:
     return current.launched
 
 
+def is_refused() -> bool:
+    """Whether an error now is about the request: the first optimizer has not been built yet."""
+    return current.launched is not None and not (current.agreed and current.built)
+
+
 def require_built() -> None:
     """Raise if a class was requested and no optimizer was built with it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 from ..errors import HostError
@@ -25,12 +26,17 @@ def resolve_class(path: str) -> type:
             f"--optimizer-class {path}: expected a dotted path such as {DEFAULT_CLASS}, found a "
             "name without a module"
         )
+    imported = None
     try:
-        cls = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        cls = getattr(imported, name)
     except Exception as e:  # a user's module may raise anything when it is imported
+        known = [f"{module}.{other}" for other in dir(imported)] if imported else []
+        near = difflib.get_close_matches(path, [DEFAULT_CLASS, *known], 1)
         raise HostError(
-            f"--optimizer-class {path}: cannot be imported: {type(e).__name__}: {e}. Is {module} "
-            "installed in this environment, on every node?"
+            f"--optimizer-class {path}: cannot be imported: {type(e).__name__}: {e}. "
+            + (f"Did you mean {near[0]}? " if near else "")
+            + f"Is {module} installed in this environment, on every node?"
         ) from e
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise HostError(

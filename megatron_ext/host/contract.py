@@ -5,7 +5,9 @@ from __future__ import annotations
 import dis
 import functools
 import importlib
+import importlib.util
 import inspect
+import platform
 import warnings
 from dataclasses import dataclass
 from types import CodeType
@@ -747,6 +749,13 @@ def check_contract() -> None:
     _warn_if_untested(found.version)
 
 
+def is_rebound() -> bool:
+    """Whether `megatron_ext.hooks.installing.install` has rebound Megatron in this process."""
+    module = importlib.import_module("megatron.core.optimizer_param_scheduler")
+    load = module.OptimizerParamScheduler.load_state_dict
+    return hasattr(load, "__megatron_ext_original__")
+
+
 def contract_problems() -> list[str]:
     """List the names of `CONTRACT` that the installed Megatron lacks. Imports their modules."""
     found = Version(megatron_version())
@@ -766,15 +775,71 @@ def inner_adam() -> str:
     return f"{adam.__module__}.{adam.__qualname__}"
 
 
-@functools.cache
 def has_training() -> bool:
     """Whether Megatron has its training loop (the wheel from 0.17 on, with its extra installed)."""
+    return not training_problem()
+
+
+@functools.cache
+def training_problem() -> str:
+    """Import Megatron's training loop; return the error, or nothing if there is none."""
     try:
         importlib.import_module(f"{TRAINING}.arguments")
         importlib.import_module(f"{TRAINING}.checkpointing")
-    except ImportError:
-        return False
-    return True
+    except ImportError as e:
+        return _described(e)
+    return ""
+
+
+def _described(error: ImportError) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def require_training() -> None:
+    """Refuse a Megatron without its training loop. Imports nothing of it.
+
+    Raises:
+        HostError: As for `require_megatron`, or there is no training loop.
+    """
+    require_megatron()
+    if missing := _missing_training():
+        raise HostError(missing)
+
+
+def _missing_training() -> str:
+    """Say that this copy of Megatron comes without its training loop; empty if it has one."""
+    if importlib.util.find_spec(TRAINING) is not None:
+        return ""
+    found = megatron.find()
+    return (
+        f"megatron-core {found.version} from {found.root} comes without the training loop "
+        f"{TRAINING}. Wheels have it from 0.17 on, for Python 3.12 or later (this is "
+        f"{platform.python_version()}): install megatron-core[training] there, or put a checkout "
+        "of Megatron-LM on the path (PYTHONPATH=/path/to/Megatron-LM)"
+    )
+
+
+def explain_import(error: ImportError) -> HostError | None:
+    """Explain why a script could not import Megatron, where there is no training loop.
+
+    Args:
+        error: What the script raised.
+
+    Returns:
+        The error for the user; None if the script failed to import something else.
+    """
+    problem = training_problem()
+    name = error.name or ""
+    if not problem or not (name.startswith("megatron.") or problem == _described(error)):
+        return None
+    found = megatron.find()
+    if missing := _missing_training():
+        return HostError(f"the script imports {name}. {missing}")
+    return HostError(
+        f"the script imports {TRAINING}, and that of megatron-core {found.version} from "
+        f"{found.root} cannot be imported: {problem}. Install what it needs: pip install "
+        f"'megatron-core[training]=={found.version}'"
+    )
 
 
 def problem_of(name: HostName) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..base.text import Summary
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import MegatronExtError
 from ..plan.decisions import ResumePlan
@@ -49,8 +50,8 @@ class ScheduledValue:
     taken: Literal["arguments", "checkpoint"]
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Summary):
     """The forecast of a resume.
 
     Args:
@@ -82,6 +83,18 @@ class Forecast:
     dropped: str | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, object]:
+        """Return what decides whether the resume is what is wanted."""
+        groups = [group for one in self.optimizers for group in one.plan.groups]
+        changed = (d.key for group in groups for d in group.decisions if d.changed)
+        return {
+            "checkpoint": self.stored.directory,
+            "outcome": self.outcome,
+            "changed": ", ".join(dict.fromkeys(changed)) or "nothing",
+            "warnings": len(self.all_warnings),
+            "errors": "; ".join(map(str, self.errors)) or "none",
+        }
 
     @property
     def outcome(self) -> Outcome:

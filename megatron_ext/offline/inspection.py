@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..base.schema import Count, Keywords, Real
+from ..base.text import Summary
 from ..checkpoint.state import SavedOptimizer
 from ..checkpoint.state_keys import parse_state_key, state_dtype
 from ..checkpoint.store import COMMON
@@ -89,8 +90,8 @@ class OptimizerState:
     grad_scaler: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Summary):
     """The summary of a checkpoint.
 
     Args:
@@ -126,6 +127,16 @@ class Inspection:
     args: Mapping[str, Any]
     moments: tuple[StateTensors, ...]
     notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, object]:
+        """Return the facts that tell checkpoints apart."""
+        return {
+            "directory": self.directory,
+            "format": " ".join(filter(None, (self.format, self.sharding_type))),
+            "iteration": "release" if self.release else self.iteration,
+            "optimizers": len(self.optimizers),
+            "parallel sizes": " ".join(f"{k}={v}" for k, v in self.layout.items()) or "unknown",
+        }
 
 
 def inspect_checkpoint(

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..base.text import Summary
 from ..base.values import plain, same
 from ..host.optimizers import ADAM, OptimizerState
 from ..policy.phase import Phase
@@ -72,8 +73,8 @@ class GroupPlan:
         return {d.key: d.value for d in self.decisions}
 
 
-@dataclass(frozen=True)
-class ResumePlan:
+@dataclass(frozen=True, repr=False)
+class ResumePlan(Summary):
     """All changes that a resume of one optimizer makes to its groups and step.
 
     Args:
@@ -108,6 +109,18 @@ class ResumePlan:
     def continued(self) -> bool:
         """Whether the checkpoint is the phase's own."""
         return self.phase is not None and self.phase.state == "continued"
+
+    def summary(self) -> dict[str, object]:
+        """Return what changes."""
+        decisions = [d for g in self.groups for d in g.decisions]
+        changed = dict.fromkeys(d.key for d in decisions if d.changed)
+        return {
+            "phase": "none" if self.phase is None else self.phase.state,
+            "step": self.step,
+            "param_groups": len(self.groups),
+            "changed": ", ".join(changed) or "nothing",
+            "warnings": len(self.warnings),
+        }
 
     def digest(self) -> str:
         """Hex SHA-256 of all decisions; equal on two ranks if and only if they will do the same."""

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, HostError, MegatronExtError
 from ..host import arguments, formats
 from ..policy.phase import Phase
 from ..policy.policy import ResumePolicy
-from .preflight_parameters import check_parameters, is_by_position
+from .preflight_parameters import check_parameters, check_rules, is_by_position
 from .preflight_phase import ResumeContext, check_length, check_save_directory, phase_of
 from .preflight_schedule import schedule_problems
 
@@ -73,6 +73,7 @@ def examine_checkpoint(
         stored: The checkpoint, if it has been read already.
         known: Whether the policy could be read. If not, checks that depend on it are skipped.
     """
+    planned = stored is not None  # a plan knows the rules' parameters itself
     if is_remote(args.load):
         return (), None  # only Megatron can open it
     # Megatron ignores --ckpt-step 0 (training/checkpointing.py:1664, 0.19.2).
@@ -108,6 +109,7 @@ def examine_checkpoint(
             found = Found(stored.directory, phase, stored.optimizers[0].mark)
             check_save_directory(context, phase)
             check_parameters(stored, phase.policy.parameters)
+            wrong += () if planned else check_rules(stored, phase.policy)
             check_length(context, phase)
     except MegatronExtError as e:
         wrong.append(e)

@@ -1,13 +1,23 @@
-"""Check a parameter map against a checkpoint's metadata, before a model is built."""
+"""Check the names in a policy against a checkpoint's metadata, before a model is built."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
+from ..base.patterns import compiled
 from ..base.text import first_of
 from ..checkpoint.names import MASTER, OBJECT, WEIGHTS, Style, index
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import PlanError
 from ..policy.match import Match
 from ..policy.parameter_map import ParameterMap
+from ..policy.policy import ResumePolicy
+from .matching import unmatched
+from .mean_of import means_of, sources_of
+
+#: The ways in which a model may name what is stored.
+_STYLES = tuple(itertools.starmap(Style, itertools.product((False, True), repeat=2)))
 
 
 def check_parameters(stored: StoredCheckpoint, asked: ParameterMap) -> None:
@@ -34,6 +44,62 @@ def check_parameters(stored: StoredCheckpoint, asked: ParameterMap) -> None:
                 f"in {stored.directory}, which has {first_of(sorted(moments))}. Correct the "
                 "pattern or leave it out"
             )
+
+
+def check_rules(stored: StoredCheckpoint, policy: ResumePolicy) -> Iterator[PlanError]:
+    """Yield the refusals of rules that name no parameter of the checkpoint.
+
+    Only names are compared: dimensions and attributes of param_groups belong to the model. A model
+    that differs from the checkpoint may have more names.
+
+    Args:
+        stored: The checkpoint. Its index is read, but no tensor.
+        policy: The policy, without operations that have been done already.
+    """
+    if policy.parameters or not policy.rules or stored.store is None:
+        return
+    names = _Names(stored)
+    if policy.strict:
+        used = {i for i, rule in enumerate(policy.rules) if names.any(compiled(rule.match.name))}
+        if idle := unmatched(policy, used, range(len(policy.groups)), names.examples):
+            yield PlanError(
+                f"{idle} in {stored.directory}. Correct the rule, or pass --no-selective-strict"
+            )
+    for one in means_of(policy):
+        if not names.any(compiled(one.parameter)):
+            try:
+                sources_of(one, (), names.examples)
+            except PlanError as e:
+                yield e
+
+
+class _Names:
+    """The names that a model may have for a checkpoint's parameters that hold moments."""
+
+    def __init__(self, stored: StoredCheckpoint) -> None:
+        own = Style.of_arguments(stored.args)
+        self._styles = sorted(_STYLES, key=lambda style: style != own)
+        self._stored, self._of_style = stored, dict[Style, tuple[str, ...]]()
+
+    def any(self, fits: Callable[[str], object]) -> bool:
+        """Whether a name fits. Those of other styles are made only if none of the first does."""
+        return any(fits(name) for style in self._styles for name in self._of(style))
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Some of them."""
+        first = self._of(self._styles[0])
+        return tuple(dict.fromkeys((*first[:1], *first[-1:])))
+
+    def _of(self, style: Style) -> tuple[str, ...]:
+        if style not in self._of_style:
+            both = list(index(self._stored.tensors, style))
+            with_moments = [n for k, n in both if k not in (MASTER, OBJECT, WEIGHTS)]
+            found = with_moments or [n for k, n in both if k == WEIGHTS]
+            # The two halves of a gated layer are stored apart, and are one parameter.
+            whole = (n[:-2] if n.endswith(("_w", "_v")) else n for n in found)
+            self._of_style[style] = tuple(sorted({*whole}))
+        return self._of_style[style]
 
 
 def is_by_position(stored: StoredCheckpoint) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .. import rules
@@ -262,3 +263,14 @@ def flag_of(name: str) -> str:
     """Return the flag of an argparse destination."""
     negative = "no-" if name in ("selective_strict", "selective_guard") else ""
     return f"--{negative}{name.replace('_', '-')}"
+
+
+def suggestions(words: Iterable[str], known: Iterable[str]) -> str:
+    """Write which known flags are meant by unknown ones; empty if none is near.
+
+    Args:
+        words: The unknown flags.
+        known: All that there are.
+    """
+    pairs = [(word, difflib.get_close_matches(word, list(known), 1, 0.8)) for word in words]
+    return "".join(f" Did you mean {near[0]} in place of {word}?" for word, near in pairs if near)

@@ -55,6 +55,11 @@ def load(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def compose(text: str) -> yaml.Node | None:
+    """Return the nodes of a document that `load` has accepted, with their lines."""
+    return yaml.compose(text, _Loader)
+
+
 class _Loader(yaml.SafeLoader):
     """Loader that refuses what a policy does not need."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ..base.text import Summary
 from ..plan.jumps import jumps
 from ..plan.mapped import Mapped
 from ..policy.counters import Counters, begin
@@ -24,8 +25,8 @@ from .schema import EnvironmentDocument, ReportDocument, SchedulerDocument
 SCHEMA = "megatron_ext/resume-report/1"
 
 
-@dataclass
-class ResumeReport:
+@dataclass(repr=False)
+class ResumeReport(Summary):
     """The results of one resume, over all optimizers of the run.
 
     Args:
@@ -51,6 +52,15 @@ class ResumeReport:
     def phase(self) -> Phase | None:
         """The phase that begins or continues."""
         return self.optimizers[0].plan.phase if self.optimizers else None
+
+    def summary(self) -> dict[str, object]:
+        """Return the most important results."""
+        return {
+            "phase": "none" if self.phase is None else self.phase.state,
+            "optimizers": ", ".join(one.kind for one in self.optimizers) or "none",
+            "steps": ", ".join(str(one.plan.step) for one in self.optimizers) or "none",
+            "warnings": sum(len(one.plan.warnings) for one in self.optimizers),
+        }
 
     def lines(self, rank: int = 0) -> list[str]:
         """Format the report as log lines.

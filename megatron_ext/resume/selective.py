@@ -13,6 +13,7 @@ import torch
 from ..base.ranks import agree, gather
 from ..checkpoint.state import MARK_KEY, read_optimizer
 from ..errors import CheckpointError, MegatronExtError
+from ..host.contract import is_rebound
 from ..host.optimizers import OptimizerState, state_of, state_of_member
 from ..plan import resized
 from ..plan.cautions import lost_step
@@ -29,6 +30,12 @@ from .proof import Proof, refuse_differences
 from .resized import resized_of
 from .session import Load, Resume
 from .steps import decays_decoupled, parameters_of, place_step
+
+_NOT_REBOUND = (
+    "the optimizer was built without this package's launcher, enable() and add_arguments(): the "
+    "scheduler and the counters load as in stock Megatron, and nothing was checked before. Start "
+    "the script with python -m megatron_ext.launch"
+)
 
 
 class Selective:
@@ -218,6 +225,8 @@ class Selective:
             scales = (self._saved_scale, float(self.grad_scaler.scale))
         elif plan.policy.grad_scaler == "reset":
             notes += ("grad scaler: there is no dynamic loss scale to reset",)
+        if not is_rebound():
+            notes += (_NOT_REBOUND,)
         report = OptimizerReport(
             kind_of(self), plan, summed, counts, moments, notes, scales, self._resized
         )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from megatron_ext.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_NVCC = bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc")) and torch.version.cuda
@@ -159,6 +164,83 @@ def test_what_is_asked_for_and_cannot_be_built_is_an_error(
     built = build(tmp_path, **{"MEGATRON_EXT_BUILD_CPU": "0", **environment})
     assert built.returncode != 0
     assert message in built.output
+
+
+@pytest.fixture(scope="module")
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip's isolated build has on PYTHONPATH: setuptools, and what hides all the rest."""
+    folder = tmp_path_factory.mktemp("isolated")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name.startswith(("setuptools", "_distutils_hack", "pkg_resources")):
+            (folder / entry.name).symlink_to(entry)
+    hide = "import sys\nsys.path[:] = [p for p in sys.path if not p.endswith('site-packages')]\n"
+    (folder / "sitecustomize.py").write_text(hide)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment without torch."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def wheel(
+    directory: Path, python: str | Path, isolated: Path, **environment: str
+) -> tuple[str, dict[str, str], str]:
+    """The name of a wheel that is built in isolation, the record of its build, its metadata."""
+    source = directory / "source"
+    for name in ("megatron_ext", "csrc"):
+        ignored = shutil.ignore_patterns("*.so", "build.json", "__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(directory)!r})"
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": str(isolated), "PYTHONNOUSERSITE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = directory.glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        record = json.loads(archive.read("megatron_ext/_ops/build.json"))
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return found.name, record, archive.read(metadata).decode()
+
+
+def test_a_wheel_without_kernels_says_so_in_its_name(
+    isolated: Path, without_torch: Path, tmp_path: Path
+) -> None:
+    """The only line about a build that pip shows has the wheel's name."""
+    name, record, metadata = wheel(tmp_path, without_torch, isolated)
+    assert name == f"megatron_ext-{__version__}-0_without_kernels-py3-none-any.whl"
+    assert record["cpu"] == (
+        f"not built: no torch was installed for {without_torch}. Install torch, and then "
+        "megatron_ext once more with the same command (uv needs --no-build-isolation)"
+    )
+    # The README is shown where there is no repository around it.
+    targets = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert len(targets) > 3
+    assert [t for t in targets if not t.startswith(("https://", "#"))] == []
+    assert "# megatron_ext\n" in metadata
+
+
+def test_an_isolated_build_finds_the_torch_of_its_environment(
+    isolated: Path, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "compiler"  # makes empty files
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    compiler.chmod(0o755)
+    name, record, _ = wheel(
+        tmp_path, sys.executable, isolated, CXX=str(compiler), MEGATRON_EXT_BUILD_CUDA="0"
+    )
+    assert name == f"megatron_ext-{__version__}-py3-none-linux_{platform.machine()}.whl"
+    assert record["cpu"] == f"built for torch >= 2.10 against torch {torch.__version__}"
 
 
 def test_a_torch_for_rocm_is_named(tmp_path: Path) -> None:

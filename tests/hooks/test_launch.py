@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.version import Version
 
 from megatron_ext import launch
 from megatron_ext.offline.forecast import forecast
 from megatron_ext.offline.plan_document import document
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
-from tests.support.training import Zygote
+from tests.support.training import Training, Zygote, run
 
 pytestmark = [
     pytest.mark.e2e,
@@ -75,6 +76,11 @@ SCENARIOS = {
         f"{PHASE_2} {DISTRIBUTED} {OURS}",
         "single phase 1",
         script="tests/support/own_script.py",
+    ),
+    "the class alone": Scenario(
+        f"{PHASE_1} {DISTRIBUTED} --train-iters 11 --override-opt_param-scheduler",
+        "single phase 1",
+        script="tests/support/class_script.py",
     ),
     "scheduler from checkpoint": Scenario(
         f"{PHASE_2} {DISTRIBUTED} {OURS} --use-checkpoint-opt_param-scheduler", "single phase 1"
@@ -189,6 +195,11 @@ SCENARIOS = {
         "legacy phase 1",
         world=2,
     ),
+    "idle rule": Scenario(
+        f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-rule decoder.layers.7.* reset reset",
+        "phase 1",
+        2,
+    ),
     "unknown key": Scenario(
         f"{PHASE_2} {DISTRIBUTED} {OURS} --selective-keep-hyperparameters max_lr momentum",
         "phase 1",
@@ -207,6 +218,22 @@ def runs(
 def linear(lr: float, min_lr: float, iteration: int, decay: int = 20) -> float:
     """The logged learning rate: of the step after `iteration` steps, linear decay."""
     return min_lr + (lr - min_lr) * (1 - iteration / decay)
+
+
+def refused_once(run: Training) -> str:
+    """The launcher's error on rank 0, told once; every other rank has one line and no traceback."""
+    begin = "python -m megatron_ext.launch: error"
+    first, *others = (run.ranks[rank] for rank in sorted(run.ranks))
+    assert first.count(f"{begin}: ") == 1
+    for rank, text in enumerate(others, 1):
+        (line,) = (one for one in text.splitlines() if one.startswith(begin))
+        assert line.startswith(f"{begin} on rank {rank}: ")
+        assert line.endswith(" (rank 0 prints the whole message)")
+        assert len(line) < 350
+    for text in (first, *others):
+        assert "Traceback" not in text
+        assert "usage:" not in text
+    return first.partition(f"{begin}: ")[2]
 
 
 @pytest.mark.reads("reset")
@@ -298,6 +325,13 @@ def test_other_ways_in(runs: Runs) -> None:
     assert own.report is not None
 
 
+@pytest.mark.reads("the class alone", "own script")
+def test_a_class_without_the_wrappers_says_so(runs: Runs) -> None:
+    for name, count in (("the class alone", 1), ("own script", 0)):
+        told = "WARNING: the optimizer was built without this package's launcher"
+        assert ok(runs[name]).log.count(told) == count
+
+
 @pytest.mark.matrix
 @pytest.mark.reads("grown vocabulary", "grown vocabulary, finetune")
 def test_a_grown_vocabulary(runs: Runs) -> None:
@@ -328,13 +362,12 @@ def test_a_grown_vocabulary_that_the_format_does_not_allow(runs: Runs) -> None:
         refused = runs[f"grown vocabulary, {name}"]
         assert refused.returncode != 0
         assert refused.iterations == {}
-        for rank in (0, 1):
-            # By the preflight; tests/resume/test_vocabulary.py has what the load says.
-            assert "launch: error: " in refused.ranks[rank]
-            assert "padded vocabulary " in refused.ranks[rank]
-            assert form in refused.ranks[rank]
-            assert "--dist-ckpt-optim-fully-reshardable" in refused.ranks[rank]
-            assert "number of parameters" not in refused.ranks[rank]
+        # By the preflight; tests/resume/test_vocabulary.py has what the load says.
+        told = refused_once(refused)
+        assert "padded vocabulary " in told
+        assert form in told
+        assert "--dist-ckpt-optim-fully-reshardable" in told
+        assert "number of parameters" not in refused.log
 
 
 @pytest.mark.reads("scheduler from checkpoint", "keep max_lr")
@@ -454,28 +487,27 @@ def test_override_ckpt_iteration_keeps_its_own_check(runs: Runs) -> None:
     assert "override-ckpt-iteration" in refused.log
 
 
-@pytest.mark.reads("no optimizer to load", "unknown key")
+@pytest.mark.reads("no optimizer to load", "unknown key", "idle rule")
 def test_refusals_reach_every_rank(runs: Runs) -> None:
-    for name, error, words in (
-        (
-            "no optimizer to load",
-            "launch: error: ",
-            ["holds no optimizer state", "--no-load-optim"],
-        ),
-        (
-            "unknown key",
-            "megatron_ext.errors.PlanError",
-            ["'momentum'", "Known keys", "--selective-keep"],
-        ),
+    for name, words in (
+        ("no optimizer to load", ["holds no optimizer state", "--no-load-optim"]),
+        ("idle rule", ["1 of 1 rules match no parameter", "--no-selective-strict"]),
+        ("unknown key", ["'momentum'", "Known keys", "--selective-keep"]),
     ):
         refused = runs[name]
         assert refused.returncode != 0
         assert refused.iterations == {}
         assert sorted(refused.ranks) == [0, 1]
-        for text in refused.ranks.values():
-            assert error in text
-            for word in words:
-                assert word in text
+        if name == "unknown key":  # at the load
+            for text in refused.ranks.values():
+                assert "megatron_ext.errors.PlanError" in text
+        else:
+            told = refused_once(refused)
+            assert "number of parameters" not in refused.log
+            # The ranks stopped together.
+            assert "all ranks stop, because of the error above" in told
+        for word in words:
+            assert word in refused.ranks[0]
 
 
 #: Runs with a report, of checkpoints of all formats.
@@ -556,6 +588,13 @@ BAD_STARTS = {
     ],
     "--optimizer-class megatron_ext.SelectiveAdam --selective-policy tests/support/policy.yaml "
     "--selective-step keep": ["--selective-step", "expected the file or the flags"],
+    "--optimizer-class megatron_ext.SelectivAdam": ["Did you mean megatron_ext.SelectiveAdam?"],
+    "--optimizer-class megatron-ext.SelectiveAdam": ["Did you mean megatron_ext.SelectiveAdam?"],
+    "--optimizer-class megatron_ext.SelectiveAdam --optimizer-class torch.optim.AdamW": [
+        "is given 2 times, with different classes: megatron_ext.SelectiveAdam, torch.optim.AdamW"
+    ],
+    "--optimizer-class megatron_ext.SelectiveAdam --lr x": ["argument --lr: invalid float value"],
+    "--selective-preset": ["argument --selective-preset: expected at least one argument"],
 }
 
 
@@ -569,18 +608,72 @@ def test_bad_arguments_stop_before_the_script(
     monkeypatch.setattr(sys, "path", [*sys.path])
     script = tmp_path / "script.py"
     script.write_text("raise AssertionError('the script was started')\n")
-    with pytest.raises(SystemExit) as exit_:
-        launch.main([str(script), *arguments.split()])
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    for word in (arguments.split()[0], *BAD_STARTS[arguments]):
+    message = refusal_of([str(script), *arguments.split()], capsys)
+    for word in BAD_STARTS[arguments]:
         assert word in message
 
 
-def test_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        launch.main(["no_such_script.py"])
-    assert "no_such_script.py: no such script" in capsys.readouterr().err
+def refusal_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message with which the launcher stops."""
+    with pytest.raises(SystemExit) as exit_:
+        launch.main(argv)
+    assert exit_.value.code == 2
+    text = capsys.readouterr().err
+    assert "usage:" not in text
+    assert text.count("python -m megatron_ext.launch: error: ") == 1
+    return text.partition("python -m megatron_ext.launch: error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such_script.py", "no_such_script.py: no such script"),
+        ("", "the following arguments are required: script"),
+        ("--optimizer-clas x.py", "Did you mean --optimizer-class in place of --optimizer-clas?"),
+        ("--lr 1 x.py", "--lr. Megatron's arguments stand after the script's name"),
+    ],
+)
+def test_a_wrong_start_of_the_command_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal_of(words.split(), capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("late", [True, False])
+def test_a_machine_without_a_gpu(
+    late: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script = tmp_path / "script.py"
+    script.write_text("raise AssertionError('the script was started')\n")
+    words = "--optimizer-class megatron_ext.SelectiveAdam --lr 1e-4 --train-iters 4"
+    message = refusal_of([str(script), *words.split(), *(["--cpu"] if late else [])], capsys)
+    assert f"python -m megatron_ext.launch --cpu {script} ..." in message
+    assert ("--cpu stands after the script's name" in message) == late
+
+
+def test_torchrun_shows_the_error_as_the_root_cause(tmp_path: Path) -> None:
+    done = run(tmp_path, "", script=tmp_path / "no_such_script.py")
+    assert done.returncode == 1
+    assert "no_such_script.py: no such script" in refused_once(done)
+    summary = (tmp_path / "torchrun.log").read_text().partition("Root Cause")[2]
+    assert "rank      : 0 (local_rank: 0)" in summary
+    assert "exitcode  : 2" in summary
+    assert f"megatron_ext.errors.HostError: {tmp_path}/no_such_script.py: no such" in summary
+
+
+def test_torchrun_shows_what_the_script_raised(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise ValueError('of the script')\n")
+    done = run(tmp_path, "", script=script, launcher="", world=1)
+    assert done.returncode == 1
+    summary = (tmp_path / "torchrun.log").read_text().partition("Root Cause")[2]
+    assert "ValueError: of the script" in summary
+    assert "ValueError: of the script" in done.ranks[0]
 
 
 def test_every_scenario_is_read() -> None:

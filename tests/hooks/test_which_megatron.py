@@ -213,6 +213,46 @@ def test_cpu_without_a_megatron_is_the_same_error(places: SimpleNamespace) -> No
     assert "found no Megatron" in refused(done)
 
 
+def test_the_demo_without_a_megatron_is_the_same_error(places: SimpleNamespace) -> None:
+    command = ["-m", "megatron_ext.demo", "--out", str(places.elsewhere / "demo")]
+    done = start(command, places.elsewhere, places.bare, site=False)
+    assert "found no Megatron" in refused(done)
+    assert not (places.elsewhere / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        # As the wheel for Python 3.10 and 3.11.
+        (None, ["comes without the training loop megatron.training", "3.12 or later (this is"]),
+        (
+            "import no_such_dependency",
+            ["cannot be imported: ModuleNotFoundError: No module named 'no_such_dependency'"],
+        ),
+    ],
+)
+def test_a_script_that_cannot_import_the_training_loop(
+    training: str | None, words: list[str], places: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = copy(tmp_path / "copy", "0.16.1", "core")
+    if training is not None:
+        (folder / "megatron" / "training").mkdir()
+        (folder / "megatron" / "training" / "__init__.py").touch()
+        (folder / "megatron" / "training" / "arguments.py").write_text(training)
+    script = tmp_path / "script.py"
+    script.write_text("import megatron.training.arguments\n")
+    path = f"{folder}{os.pathsep}{places.bare}"
+    command = ["-m", "megatron_ext.launch", str(script)]
+    error = refused(start(command, places.elsewhere, path, site=False))
+    for word in (f"megatron-core 0.16.1 from {folder} ", "megatron-core[training]", *words):
+        assert word in error
+    # What the script cannot import for another reason is its own affair.
+    script.write_text("import no_such_package\n")
+    done = start(command, places.elsewhere, path, site=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'no_such_package'\n")
+
+
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_two_megatrons_that_are_mixed_are_both_named(
     entrance: str, places: SimpleNamespace

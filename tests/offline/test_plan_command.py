@@ -32,12 +32,16 @@ from megatron_ext.offline.command_line import locate, parse
 from megatron_ext.offline.current_groups import current_groups
 from megatron_ext.offline.forecast import forecast
 from megatron_ext.offline.forecast_model import Forecast
+from megatron_ext.offline.inspection import inspect_checkpoint
 from megatron_ext.offline.plan_document import document
 from megatron_ext.offline.planned_arguments import complete
 from megatron_ext.offline.stored_parameters import Named, Stored, in_groups, parameters_of
 from megatron_ext.policy.phase import Mark, digest_of
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
+from megatron_ext.report.loaded import LoadedState
+from megatron_ext.report.model import OptimizerReport
+from megatron_ext.report.resume_report import ResumeReport
 from tests.checkpoint.test_stored import Evil, bend
 from tests.conftest import FIRST, STEPS, Checkpoints
 from tests.support import inspected
@@ -620,6 +624,30 @@ def test_a_rule_that_matches_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (first["parameters"], first["elements"]) == (1, 3 * 5)
     assert first["examples"] == ["decoder.layers.2.mlp.w[1:4]"]
     assert (preset["parameters"], preset["elements"]) == (3, 2 * 20 + 5)
+
+
+def test_large_objects_show_a_summary_in_a_notebook(tmp_path: Path) -> None:
+    tensors = {"optimizer.state.exp_avg.decoder.layers.mlp.w": torch.ones(3, 4, 5)}
+    common = {"args": Namespace(lr=1e-3, min_lr=0.0, train_iters=9, global_batch_size=8)}
+    directory = inspected.store(tmp_path / "<b>", tensors, common=common)
+    found = forecast(directory, ["--lr", "1e-4", "--train-iters", "20"])
+    plan, checkpoint = found.optimizers[0].plan, inspect_checkpoint(directory)
+    report = ResumeReport("0.19.2", [OptimizerReport("A", plan, LoadedState(), ())])
+    for one, shown in (
+        (found, ["outcome: resume", "changed: max_lr", "<b>"]),
+        (plan, ["changed: max_lr", "step: 5"]),
+        (report, ["phase: none", "optimizers: A"]),
+        (checkpoint, ["format: torch_dist", "<b>"]),
+    ):
+        name = type(one).__name__
+        assert repr(one).startswith(f"<{name} ")
+        assert len(repr(one)) < 600
+        page = one._repr_html_()
+        assert page.startswith(f"<table><caption>{name}</caption><tr><th>")
+        for word in shown:
+            assert word in repr(one)
+            key, _, value = word.partition(": ")
+            assert (f"<th>{key}</th><td>{value}" if value else "&lt;b&gt;") in page
 
 
 MEAN_OF = ("--selective-rule", "new_norm", "reset")

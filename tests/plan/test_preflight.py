@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ext.checkpoint.directories import name_of
 from megatron_ext.checkpoint.store import TRACKER
@@ -22,7 +23,7 @@ from megatron_ext.policy.flags import add_flags
 from megatron_ext.policy.phase import Mark, digest_of, identity
 from megatron_ext.policy.policy import ResumePolicy
 from megatron_ext.policy.presets import Preset
-from tests.support import specimens
+from tests.support import inspected, specimens
 from tests.support.checkpoints import DEFAULTS, checkpoint, checksums
 
 RESET = ResumePolicy(preset=Preset("reset"))
@@ -915,6 +916,45 @@ def test_a_start_that_is_gone_is_known_by_its_name(place: Place) -> None:
     place.begun(RESET, place.one, place.new)
     shutil.rmtree(place.one)
     place.assert_legal("--selective-from {one} --load {new} --save {new} --selective-preset reset")
+
+
+#: Shapes in an index: homogeneous layers, a gated layer's halves, and a norm that is trained.
+NAMED = {
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (2, 4),
+    "decoder.layers.mlp.linear_fc1.weight_w": (2, 8, 4),
+    "decoder.layers.mlp.linear_fc1.weight_v": (2, 8, 4),
+}
+RULES = [
+    # Rule's pattern, its rule for exp_avg, more flags, words of the refusal.
+    ("decoder.layers.7.*", "reset", "", ["1 of 1 rules match no parameter that holds moments"]),
+    ("frozen.weight", "reset", "", ["Names look like decoder.layers.0.mlp.linear_fc1.weight,"]),
+    ("decoder.layers.1.mlp.*", "fill_mean-of_*.qknorm", "", ["fill mean-of *.qknorm for exp_avg"]),
+    ("decoder.layers.1.*", "reset", "", []),
+    ("*.linear_fc1.weight[4:]", "fill_mean-of_*.layer_norm_weight", "", []),
+    # A model without Transformer Engine names the same parameter so.
+    ("decoder.layers.0.input_layernorm.weight", "reset", "", []),
+    ("decoder.layers.7.*", "reset", "--no-selective-strict", []),
+    ("decoder.layers.7.*", "reset", "--selective-new-parameters decoder.layers.7.*", []),
+]
+
+
+@pytest.mark.parametrize(("pattern", "rule", "flags", "words"), RULES)
+def test_a_rule_that_names_no_stored_parameter(
+    pattern: str, rule: str, flags: str, words: list[str], place: Place
+) -> None:
+    root = checkpoint(place.named, format="torch_dist", sharding="fully_reshardable")
+    kinds = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+    tensors = {k + key: torch.zeros(shape) for k in kinds for key, shape in NAMED.items()}
+    tensors["frozen.weight"] = torch.zeros(4)
+    made = inspected.store(place.index, tensors)
+    for name in (".metadata", "__0_0.distcp"):
+        shutil.copy(made / name, root / "iter_0000010")
+    args = place.parse(f"--load {root} --selective-rule {pattern} {rule} keep {flags}")
+    args.selective_rule[0][1] = rule.replace("fill_mean-of_", "fill mean-of ")
+    found = preflight.examine(args).errors
+    assert len(found) == bool(words), found
+    for word in words:
+        assert word in str(found[0])
 
 
 def test_a_policy_that_cannot_be_read_accuses_no_checkpoint(place: Place) -> None:

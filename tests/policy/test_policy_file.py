@@ -369,6 +369,24 @@ def test_what_no_policy_has_is_refused_with_the_place_and_what_was_expected(
     assert message in refusal(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("phase: x\n\npresett: reset", 3),
+        ("preset: reset\nmoments:\n- match: a\n- match: b\n  exp_avgg: reset", 5),
+        ("preset: reset\nmoments:\n- match: a\n  exp_avg: reset\n- match: b\n  exp_avg: rset", 6),
+        ("hyperparameters:\n  keep:\n  - betas\n  - lr", 4),
+        ("step: 1\npreset: {name: batch-size, old: 1, new: x}", 2),
+        ("strict: true\ncounters:\n  iteration: rest", 3),
+        # Neither a place nor a word of the file.
+        ("phase: x\nstep: -4", None),
+    ],
+)
+def test_a_refusal_names_the_line(text: str, line: int | None) -> None:
+    found = re.match(r"line (\d+): ", refusal(text))
+    assert (found and int(found[1])) == line
+
+
 #: The most characters of a policy file.
 SIZE = 1 << 18
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 40))

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 import megatron_ext
-from megatron_ext import cli, launch
+from megatron_ext import cli
 from megatron_ext.host.contract import CONTRACT, TESTED
 from megatron_ext.policy import from_flags, yaml_file
 from megatron_ext.policy.flags import add_flags
+from megatron_ext.policy.launch_line import launcher_parser
 from megatron_ext.policy.presets import forms
 from megatron_ext.rules import GRAMMAR
 from tests.support.hosts import HOSTS, Host
@@ -172,7 +173,7 @@ def test_every_command_is_one(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
         checked += 1
     for words in commands_of(path):
         if "megatron_ext.launch" in words:
-            parses(launch._parser(), words[words.index("megatron_ext.launch") + 1 :])
+            parses(launcher_parser(), words[words.index("megatron_ext.launch") + 1 :])
         if "--optimizer-class" in words:
             given = parses(flags_parser(), words, all_known=False)
             request = from_flags.request_from_args(given)
@@ -321,7 +322,7 @@ def test_formulas_are_mathml(site: Path) -> None:
 def test_every_flag_is_in_the_reference_with_its_help(site: Path) -> None:
     page = Text(site / "reference" / "flags.html")
     formatter = argparse.HelpFormatter("")
-    actions = [*flags_parser()._actions, *launch._parser()._actions]
+    actions = [*flags_parser()._actions, *launcher_parser()._actions]
     assert len(actions) > 20
     for action in actions:
         if isinstance(action, argparse._HelpAction):

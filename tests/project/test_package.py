@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pydoc
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tomllib
 from packaging.version import Version
 
 import megatron_ext
+from megatron_ext import cli
 from megatron_ext.host.contract import TESTED
 from megatron_ext.version import __version__
 from tests.support import structure
@@ -127,6 +129,30 @@ def test_every_public_name_resolves(ext: RankPool) -> None:
         "get_megatron_optimizer",
         "transform_moments",
     }
+
+
+def test_help_shows_the_names_with_their_first_sentences_and_imports_nothing() -> None:
+    assert heavy_modules_after("import megatron_ext, pydoc; pydoc.render_doc(megatron_ext)") == []
+    text = " ".join(pydoc.render_doc(megatron_ext, renderer=pydoc.plaintext).split())
+    for name, module in megatron_ext._WHERE.items():
+        tree = ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
+        (node,) = [n for n in tree.body if getattr(n, "name", None) == name]
+        assert isinstance(node, ast.ClassDef | ast.FunctionDef)
+        first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+        assert f"- `{name}`: {first}" in text
+
+
+def test_the_command_alone_prints_one_line_for_each_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    assert exit_.value.code == 0
+    _, _, listed = capsys.readouterr().out.partition("  COMMAND\n")
+    lines = [line.split() for line in listed.splitlines()]
+    commands = next(a.choices for a in cli.command_line()._actions if a.choices)
+    assert [name for name, *_ in lines] == list(commands or ())
+    assert all(len(words) > 3 for words in lines)
 
 
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:

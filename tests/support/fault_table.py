@@ -194,8 +194,11 @@ class Table:
         name = Path(fault.path).name
         # A bit of a tensor may be found by what it does to a parameter, whose name is told.
         words = ("CheckpointError", "AgreementError", "error: ")
+        # The launcher's line on other ranks than 0 is cut.
+        line = "launch: error on rank "
         clean = all(
-            (name in text or "a tensor" in fault.damage) and any(w in text for w in words)
+            line in text
+            or ((name in text or "a tensor" in fault.damage) and any(w in text for w in words))
             for text in run.ranks.values()
         )
         return "error" if clean and len(run.ranks) == 2 else "RAW", run.log

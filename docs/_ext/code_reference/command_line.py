@@ -30,9 +30,9 @@ class Launcher(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Those that are no flags of the script."""
-        from megatron_ext import launch
+        from megatron_ext.policy.launch_line import launcher_parser
 
-        parser = launch._parser()
+        parser = launcher_parser()
         shared = {option for action in flags() for option in action.option_strings}
         own = [a for a in parser._actions if not shared & set(a.option_strings)]
         usage = f"usage: {parser.prog} [--cpu] [--cpu-adam ...] SCRIPT.py [Megatron arguments]"
