@@ -114,7 +114,7 @@ def print_table(
 
     Args:
         to: A console from `console`.
-        title: Title above the table.
+        title: Title above the table, or nothing.
         columns: Names of the columns.
         rows: Rows of any values; numbers are aligned on the right.
     """
@@ -127,7 +127,8 @@ def print_table(
         all(isinstance(v, int | float) or v is None for v in column)
         for column in zip(*body, strict=True)
     ]
-    to.print(styled(title, "bold"))
+    if title:
+        to.print(styled(title, "bold"))
     for number, row in enumerate(cells):
         if number or any(row):
             for line in _lines_of(row, widths, right):
@@ -227,6 +228,8 @@ def large(count: int, unit: str = "") -> str:
         count: At least 0.
         unit: The unit.
     """
+    if count >= 10 ** (3 * len(_POWERS)):  # no count that a file can hold
+        return str(count)
     size, power = float(count), 0
     while size >= 999.95 and power < len(_POWERS) - 1:
         size, power = size / 1000, power + 1

@@ -126,11 +126,7 @@ def _print_first_step(to: Console, found: Forecast) -> None:
 def _print_curves(to: Console, curves: Sequence[Curve]) -> None:
     """Print some points of every curve."""
     columns = ("curve", "opt", "group", "", "iteration", "samples", "lr", "decay")
-    rows = [
-        (c.label, c.optimizer, c.group, name, *at)
-        for c in curves
-        for name, at in _points(c)
-    ]
+    rows = [(c.label, c.optimizer, c.group, name, *at) for c in curves for name, at in _points(c)]
     output.print_table(to, "learning rate and weight decay", columns, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def _words_of(action: argparse.Action, value: Any, text: str | list[str]) -> lis
         return [option] if value is action.const else []
     if isinstance(text, list):
         return [option, *text]
-    if isinstance(action.type, Callable) and isinstance(value, list | tuple | dict):
+    if callable(action.type) and isinstance(value, list | tuple | dict):
         try:
             if action.type(text) != value:
                 return None
