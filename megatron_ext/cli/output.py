@@ -2,7 +2,6 @@
 
 Environment:
     NO_COLOR: If it is set, a terminal gets no colours and no bold text either.
-    COLUMNS: Width of the output. Default: the terminal's; 200 if stdout is not a terminal.
 """
 
 from __future__ import annotations
@@ -94,9 +93,8 @@ def console() -> Console:
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
-    columns = os.environ.get("COLUMNS", "")
     return Console(
-        width=int(columns) if columns.isdecimal() else None if terminal else _WIDE,
+        width=None if terminal else _WIDE,
         color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
         force_terminal=terminal,
         markup=False,
@@ -173,7 +171,7 @@ def shortened(name: str, width: int) -> str:
 
 
 def print_text(to: Console, text: str, indent: int = 0, style: str = "") -> None:
-    """Print a text, folded between words; a path or a flag is never broken.
+    """Print a text. On a terminal it is folded between words, but a path or a flag never is.
 
     Args:
         to: A console from `console`.
@@ -181,13 +179,15 @@ def print_text(to: Console, text: str, indent: int = 0, style: str = "") -> None
         indent: Spaces before every line but the first.
         style: Style of a terminal.
     """
-    lines = textwrap.wrap(
-        printable(text),
-        to.width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines = [printable(text)]
+    if to.is_terminal:
+        lines = textwrap.wrap(
+            lines[0],
+            to.width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     for line in lines:
         to.print(styled(line, style), soft_wrap=True)
 
