@@ -101,9 +101,8 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         from .plan_summary import print_summary
 
-        command = ["plan", options.checkpoint, *words]
-        if options.iteration is not None:
-            command[2:2] = ["--iteration", str(options.iteration)]
+        iteration = [] if options.iteration is None else ["--iteration", str(options.iteration)]
+        command = ["plan", *iteration, options.checkpoint, *words]
         print_summary(to := output.console(), found, command, full=options.full)
         if options.full:
             from .plan_tables import print_tables

@@ -146,6 +146,8 @@ def _text_of(action: argparse.Action, value: Any) -> str | list[str] | None:
         number = value.placeholder_arguments[:1] if isinstance(value, Placeholder) else ()
         if hasattr(choice, "name") and (choice is value or (choice.value,) == number):
             return str(choice.name)
+    if isinstance(value, list | tuple | dict):  # parsed from one word
+        return str(value).replace(" ", "")
     return None if isinstance(value, Placeholder) else str(value)
 
 
