@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.placeholders import Placeholder
-from ..errors import HostError
+from ..checkpoint.run_config import RUN_CONFIG
+from ..checkpoint.stored import StoredCheckpoint
+from ..errors import CheckpointError, HostError
 from ..host import arguments, contract
-from .command_line import CommandLine, parse
+from .command_line import CommandLine, flag_of, parse
 from .forecast_model import Forecast
 from .planned_arguments import OF_A_RUN, superseded
 
@@ -49,6 +51,8 @@ _DTYPES = {
     torch.float16: "fp16",
     torch.uint8: "fp8",
 }
+#: Every run has them, and Megatron has no defaults.
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "micro_batch_size")
 #: Ranks of one node if the checkpoint's run had more than one.
 _OF_A_NODE = 8
 _WIDTH = 78
@@ -66,22 +70,37 @@ def command_of(found: Forecast, words: Sequence[str]) -> tuple[str, list[str]]:
 
     Raises:
         HostError: Megatron's training part is not installed, so that its flags are not known.
+        CheckpointError: The checkpoint does not have the arguments of a run.
     """
     line = parse(words)
     notes = [f"{_SCRIPT}: a checkpoint does not name its script; write yours there"]
     saved: list[list[str]] = []
     if not found.arguments.complete:
-        if not contract.has_training():
-            raise HostError(
-                "--emit-command: Megatron's flags are not known, because megatron.training cannot "
-                "be imported. Install it, or give the whole command line of the run"
-            )
+        _require_arguments(found.stored, line)
         saved = [*_saved_words(found.stored.args, line, notes)]
     own = _own_words(found, line)
     if not line.values.save:
         notes.append("no --save is given: this run would save no checkpoint")
     given = [[*group] for group in _by_flag([*words, *own])]
     return _folded([*_launcher(found.stored.args, notes), *saved, *given]), notes
+
+
+def _require_arguments(stored: StoredCheckpoint, line: CommandLine) -> None:
+    """Refuse a command whose missing arguments nobody knows."""
+    if not contract.has_training():
+        raise HostError(
+            "--emit-command: Megatron's flags are not known, because megatron.training cannot be "
+            "imported. Install it, or give the whole command line of the run"
+        )
+    missing = [n for n in _REQUIRED if n not in line.given and stored.args.get(n) is None]
+    bridge = (stored.directory / RUN_CONFIG).is_file()
+    if missing or bridge:
+        what = f"no {', '.join(map(flag_of, missing))}"
+        raise CheckpointError(
+            f"--emit-command: expected the arguments of a Megatron-LM run in {stored.directory}, "
+            f"found {f'the {RUN_CONFIG} of Megatron-Bridge' if bridge else what}. Give the whole "
+            "command line of the run"
+        )
 
 
 def _launcher(saved: Mapping[str, Any], notes: list[str]) -> Iterator[list[str]]:

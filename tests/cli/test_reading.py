@@ -323,6 +323,30 @@ def test_the_emitted_command_has_the_arguments_of_the_checkpoint(
     assert len(notes) == (2 if world == 24 else 1)
 
 
+@needs_training
+def test_a_command_of_unknown_arguments_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
+    found = f"error: --emit-command: expected the arguments of a Megatron-LM run in {root}/iter_"
+    assert main(["plan", str(root), "--emit-command"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    error = told.err.splitlines()[-1]
+    assert error.startswith(found)
+    assert "found no --hidden-size, --num-attention-heads, --micro-batch-size. Give" in error
+    whole = "--num-layers 2 --micro-batch-size 1 --global-batch-size 8 --my-flag 3 --lr 1e-3 "
+    whole = [*whole.split(), "--train-iters", "100"]
+    assert main(["plan", str(root), *whole, "--emit-command"]) == 1
+    told = capsys.readouterr().out
+    (emitted,) = re.findall(r"pretrain_gpt.py (.*)", told.replace("\\\n", " "))
+    ours = ["--optimizer-class", "megatron_ext.SelectiveAdam", "--load", str(root)]
+    assert shlex.split(emitted) == [*whole, *ours]
+    (root / "iter_0000010" / "run_config.yaml").touch()
+    assert main(["plan", str(root), "--emit-command"]) == 2
+    assert "found the run_config.yaml of Megatron-Bridge. Give" in capsys.readouterr().err
+
+
 # --- inspect and diff
 
 
