@@ -95,13 +95,12 @@ def _print(
 ) -> None:
     output.print_text(to, f"a: {a.directory}", 3)
     output.print_text(to, f"b: {b.directory}", 3)
-    sections = dict.fromkeys(c.section for c in changes)
-    for section in sections:
+    for section in dict.fromkeys(c.section for c in changes):
         of_one = [c for c in changes if c.section == section]
         both = [c for c in of_one if c.only is None]
         # The largest relative change first, then what has none.
         both.sort(key=lambda c: -abs(_relative(c) or 0.0))
-        rows = [(c.name, *_sides(c), _percent(_relative(c))) for c in both]
+        rows = [(c.name, *output.as_texts(c.a, c.b), _percent(_relative(c))) for c in both]
         output.print_table(to, section, ("", "a", "b", "change"), rows)
         for side in "ab":
             names = [_alone(c) for c in of_one if c.only == side]
@@ -113,7 +112,7 @@ def _print(
 def _relative(change: Difference) -> float | None:
     """Compute (b - a) / |a| of two numbers; None for others."""
     a, b = change.a, change.b
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b)):
+    if not all(type(v) in (int, float) for v in (a, b)):
         return None
     try:
         found = (b - a) / abs(a) if a else math.copysign(math.inf, b)
@@ -126,13 +125,6 @@ def _percent(relative: float | None) -> str:
     if relative is None:
         return ""
     return "from 0" if math.isinf(relative) else f"{100 * relative:+.4g}%"
-
-
-def _sides(change: Difference) -> tuple[str, str]:
-    texts = [output.as_text(v) or "None" for v in (change.a, change.b)]
-    if texts[0] == texts[1]:  # they differ in a later digit
-        texts = [str(change.a), str(change.b)]
-    return texts[0], texts[1]
 
 
 def _alone(change: Difference) -> str:

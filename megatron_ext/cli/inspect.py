@@ -78,12 +78,10 @@ def _print(to: Console, found: Inspection) -> None:
     for number, optimizer in enumerate(found.optimizers):
         _print_groups(to, f"optimizer {number}: step {optimizer.step}", optimizer.groups)
         if optimizer.mark is not None:
-            mark = f"{optimizer.mark.describe()} (offset {optimizer.mark.offset})"
-            output.print_text(to, f"  {mark}", 2)
-            to.print()
+            mark = optimizer.mark
+            output.print_text(to, f"  {mark.describe()} (offset {mark.offset})", 2)
         if optimizer.grad_scaler:
             output.print_text(to, f"  grad_scaler: {_listed(optimizer.grad_scaler)}", 4)
-            to.print()
     columns = ["state", "dtype", "by", "tensors", "chunks", "elements", "size"]
     several = any(m.optimizer is not None for m in found.moments)
     rows = [
@@ -103,8 +101,7 @@ def _print_groups(to: Console, title: str, groups: tuple[Mapping[str, Any], ...]
     """Print the values that all param_groups have in common, then the others, one line a group."""
     texts = [{key: output.as_text(value) or "None" for key, value in g.items()} for g in groups]
     keys = dict.fromkeys(key for g in texts for key in g)
-    common = [k for k in keys if len({g.get(k) for g in texts}) == 1]
-    shared = {k: texts[0][k] for k in common}
+    shared = {k: texts[0][k] for k in keys if len({g.get(k) for g in texts}) == 1}
     count = "1 param_group" if len(groups) == 1 else f"{len(groups)} param_groups, all with"
     output.print_text(to, title, style="bold")
     output.print_text(to, f"  {count}: {_listed(shared)}", 4)

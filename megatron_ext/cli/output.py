@@ -126,7 +126,7 @@ def print_table(
         for column in zip(*body, strict=True)
     ]
     if title:
-        to.print(styled(title, "bold"))
+        to.print(styled(title, "bold"), soft_wrap=True)
     for number, row in enumerate(cells):
         if number or any(row):
             for line in _lines_of(row, widths, right):
@@ -219,6 +219,17 @@ def as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(as_text, value))})"
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_texts(old: Any, new: Any) -> tuple[str, str]:
+    """Write two values that differ, with as many digits as that takes.
+
+    Args:
+        old: Anything.
+        new: Anything else.
+    """
+    texts = as_text(old) or "none", as_text(new) or "none"
+    return texts if texts[0] != texts[1] else (str(old), str(new))
 
 
 def large(count: int, unit: str = "") -> str:

@@ -143,15 +143,9 @@ def _emit(found: Forecast, words: Sequence[str], *, policy: bool) -> None:
             print(output.printable(f"{kind}: {text}"), file=sys.stderr)
     if found.errors:
         return
-    if policy:
-        from ..policy.yaml_file import dumps
+    from ..offline.emitted import command_of, policy_of
 
-        if found.policy is not None:
-            print(dumps(found.policy), end="")
-        return
-    from ..offline.emitted import command_of
-
-    text, notes = command_of(found, words)
+    text, notes = (policy_of(found), []) if policy else command_of(found, words)
     for note in notes:
         print(output.printable(f"note: {note}"), file=sys.stderr)
     print(text)

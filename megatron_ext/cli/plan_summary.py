@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..base.values import same
-from ..offline.planned_arguments import DEFAULT
 from ..report.log_lines import parameter_lines
 from . import output
 
@@ -71,6 +70,8 @@ def print_summary(to: Console, found: Forecast, command: Sequence[str], *, full:
 
 
 def _rows(found: Forecast, *, full: bool) -> Iterator[tuple[str, str]]:
+    from ..offline.planned_arguments import DEFAULT
+
     stored = found.stored
     form = " ".join(filter(None, (stored.format, stored.sharding_type)))
     yield "checkpoint", f"{stored.directory} ({form})"
@@ -179,12 +180,7 @@ def _moments(one: OptimizerForecast) -> Iterator[str]:
 
 
 def _arrow(old: Any, new: Any) -> str:
-    if same(old, new):
-        return output.as_text(new)
-    texts = [output.as_text(v) or "none" for v in (old, new)]
-    if texts[0] == texts[1]:  # they differ in a later digit
-        texts = [str(old), str(new)]
-    return " -> ".join(texts)
+    return output.as_text(new) if same(old, new) else " -> ".join(output.as_texts(old, new))
 
 
 def _where(places: Sequence[tuple[int, int]], total: int) -> str:

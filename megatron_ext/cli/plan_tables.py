@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..offline.emitted import flag_words
 from ..report.log_lines import parameter_lines
 from . import output
 
@@ -25,6 +24,8 @@ def print_tables(to: Console, found: Forecast) -> None:
         to: The console.
         found: The forecast.
     """
+    from ..offline.emitted import flag_words
+
     to.print()
     output.print_table(to, "plan", ("", ""), _summary(found))
     output.print_table(to, "counters", ("", "checkpoint", "resumed run"), _counters(found))
@@ -35,7 +36,6 @@ def print_tables(to: Console, found: Forecast) -> None:
     columns = ("scheduler", "checkpoint", "argument", "value", "taken from")
     rows = [(k, v.checkpoint, v.argument, v.value, v.taken) for k, v in found.scheduler.items()]
     output.print_table(to, "scheduler", columns, rows)
-    _print_first_step(to, found)
     _print_curves(to, found.curves)
     for source in dict.fromkeys(a.source for a in found.arguments.assumed):
         of_one = [a for a in found.arguments.assumed if a.source == source]
@@ -44,13 +44,11 @@ def print_tables(to: Console, found: Forecast) -> None:
 
 
 def _summary(found: Forecast) -> Iterator[tuple[str, Any]]:
-    stored, arguments = found.stored, found.arguments
+    arguments = found.arguments
     if found.phase is not None:
         yield "phase", found.phase.why
     elif found.dropped:
         yield "phase", f"{found.dropped}: the optimizer's state is not loaded"
-    yield "checkpoint", stored.directory
-    yield "format", " ".join(filter(None, (stored.format, stored.sharding_type)))
     rest = "missing arguments have Megatron's defaults"
     if not arguments.complete:
         rest = "missing arguments come from the checkpoint (listed at the end)"
@@ -87,11 +85,6 @@ def _print_optimizer(to: Console, number: int, one: OptimizerForecast) -> None:
         if group.dropped:
             names = ", ".join(group.dropped)
             output.print_text(to, f"not used, only in the checkpoint: {names}")
-    for index in plan.unused_saved_groups:
-        output.print_text(to, f"saved param_group {index} corresponds to no current one: not used")
-    if plan.clip_grad is not None:
-        d = plan.clip_grad
-        output.print_text(to, f"clip_grad: {d.argument} -> {d.value} ({d.reason})")
     columns = ("rule", "exp_avg", "exp_avg_sq", "parameters", "elements", "for example")
     rules = [(*dataclasses.astuple(r)[:-1], "\n".join(r.examples)) for r in one.rules or ()]
     _print_multiline(to, f"optimizer {number}: moments", columns, rules)
@@ -112,15 +105,6 @@ def _print_multiline(
         for row in [(*first, name) if n == 0 else (*[""] * len(first), name)]
     ]
     output.print_table(to, title, columns, lines)
-
-
-def _print_first_step(to: Console, found: Forecast) -> None:
-    rows = [
-        (f"optimizer {curve.optimizer} group {curve.group}", lr, decay)
-        for curve, lr, decay in found.first_step
-    ]
-    columns = ("first resumed step", "lr", "weight decay")
-    output.print_table(to, "first resumed step", columns, rows)
 
 
 def _print_curves(to: Console, curves: Sequence[Curve]) -> None:

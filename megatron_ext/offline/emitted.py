@@ -14,6 +14,7 @@ from ..checkpoint.run_config import RUN_CONFIG
 from ..checkpoint.stored import StoredCheckpoint
 from ..errors import CheckpointError, HostError
 from ..host import arguments, contract
+from ..policy.yaml_file import dumps
 from .command_line import CommandLine, flag_of, parse
 from .forecast_model import Forecast
 from .planned_arguments import OF_A_RUN, superseded
@@ -56,6 +57,16 @@ _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "micro_batch_si
 #: Ranks of one node if the checkpoint's run had more than one.
 _OF_A_NODE = 8
 _WIDTH = 78
+
+
+def policy_of(found: Forecast) -> str:
+    """Write the policy as YAML.
+
+    Args:
+        found: The forecast, without errors.
+    """
+    assert found.policy is not None  # else there is an error
+    return dumps(found.policy).removesuffix("\n")
 
 
 def command_of(found: Forecast, words: Sequence[str]) -> tuple[str, list[str]]:

@@ -336,7 +336,7 @@ def test_a_command_of_unknown_arguments_is_refused(
     assert error.startswith(found)
     assert "found no --hidden-size, --num-attention-heads, --micro-batch-size. Give" in error
     whole = "--num-layers 2 --micro-batch-size 1 --global-batch-size 8 --my-flag 3 --lr 1e-3 "
-    whole = [*whole.split(), "--train-iters", "100"]
+    whole = [*whole.split(), "--train-iters", "100", "--use-distributed-optimizer"]
     assert main(["plan", str(root), *whole, "--emit-command"]) == 1
     told = capsys.readouterr().out
     (emitted,) = re.findall(r"pretrain_gpt.py (.*)", told.replace("\\\n", " "))
