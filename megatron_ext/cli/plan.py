@@ -26,9 +26,9 @@ def add_to(commands: Any) -> None:
         help="print the plan of a resume",
         description="Print the plan of a resume from a checkpoint with these arguments. Give the "
         "command line of the run, or only the arguments that change: the others are then taken "
-        "from the checkpoint and listed. No tensor is read and no code of the checkpoint is run. "
-        "Exit status: 0; 1 if there are warnings; 2 if the resume would be refused or the "
-        "checkpoint cannot be read.",
+        "from the checkpoint, and --full lists them. No tensor is read and no code of the "
+        "checkpoint is run. Exit status: 0; 1 if there are warnings; 2 if the resume would be "
+        "refused or the checkpoint cannot be read.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="the directory given to --load")

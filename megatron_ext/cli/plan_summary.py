@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..base.values import same
@@ -83,10 +83,13 @@ def _rows(found: Forecast, *, full: bool) -> Iterator[tuple[str, str]]:
         counted = [(name, before[key], after[key]) for key, name in _COUNTERS.items()]
         told = [f"{name} {_arrow(a, b)}" for name, a, b in counted if a is not None or b]
         yield "counters", ", ".join(told)
-    several = len(found.optimizers) > 1
+    moments: dict[str, list[int]] = {}
     for number, one in enumerate(found.optimizers):
         for text in _moments(one):
-            yield f"moments {number}" if several else "moments", text
+            moments.setdefault(text, []).append(number)
+    for text, numbers in moments.items():
+        all_of_them = len(numbers) == len(found.optimizers)
+        yield "moments", text if all_of_them else f"optimizer {numbers[0]}: {text}"
     if found.dropped:
         yield "moments", f"dropped by {found.dropped}"
     changes = [*_changes(found), *_scheduler(found)]
@@ -108,17 +111,21 @@ def _rows(found: Forecast, *, full: bool) -> Iterator[tuple[str, str]]:
 def _first_steps(found: Forecast) -> Iterator[tuple[str, str]]:
     """Tell learning rate and weight decay of the first step, each pair of values once."""
     first = {(c.optimizer, c.group): at for c, *at in found.first_step}
-    saved = {
-        (number, group.index): {d.key: d.checkpoint for d in group.decisions}
-        for number, one in enumerate(found.optimizers)
-        for group in one.plan.groups
+    # Without a plan the groups are those of the checkpoint.
+    saved: dict[tuple[int, int], Mapping[str, Any]] = {
+        (number, index): group
+        for number, one in enumerate(found.stored.optimizers)
+        for index, group in enumerate(one.groups)
     }
+    for number, one in enumerate(found.optimizers):
+        for planned in one.plan.groups:
+            saved[number, planned.index] = {d.key: d.checkpoint for d in planned.decisions}
     for position, (key, label) in enumerate((("lr", "first lr"), ("weight_decay", "weight decay"))):
         lines: dict[str, list[tuple[int, int]]] = {}
         for place, values in first.items():
             old, new = saved.get(place, {}).get(key), values[position]
             if key == "lr" or not same(old, new):
-                ratio = f" ({new / old:.3g}x)" if isinstance(old, float) and old else ""
+                ratio = f" ({new / old:.3g}x)" if isinstance(old, float) and old and new else ""
                 lines.setdefault(f"{_arrow(old, new)}{ratio * (old != new)}", []).append(place)
         for text, places in lines.items():
             yield label, f"{text}{_where(places, len(first))}"
@@ -166,7 +173,8 @@ def _change(checkpoint: Any, argument: Any, value: Any, reason: str) -> str:
 
 def _moments(one: OptimizerForecast) -> Iterator[str]:
     step = f"step {_arrow(one.plan.saved_step, one.plan.step)}"
-    changing = [r for r in one.rules or () if (r.exp_avg, r.exp_avg_sq) != ("keep", "keep")]
+    rules = [r for r in one.rules or () if r.parameters]
+    changing = [r for r in rules if (r.exp_avg, r.exp_avg_sq) != ("keep", "keep")]
     if one.rules is None:
         yield f"what the rules cover is not known offline; {step}"
     elif not changing:

@@ -704,6 +704,10 @@ def test_dropped_moments_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["warnings"] == ["--no-load-optim: the checkpoint's Adam moments are dropped"]
     assert found["counters"]["iteration"]["value"] == 10
     assert found["scheduler"]["num_steps"] == 0
+    _, text = printed(capsys, root, "--no-load-optim")
+    first = found["scheduler"]["first_step"][0]["lr"]
+    assert re.search(rf"^  first lr +0\.002 -> {first:.4g} \({first / 2e-3:.3g}x\)$", text, re.M)
+    assert re.search(r"^  moments +dropped by --no-load-optim$", text, re.M)
     _, found = plan(capsys, root, "--finetune")
     assert found["counters"]["iteration"]["value"] == 0
 
