@@ -66,8 +66,9 @@ def _convert(options: argparse.Namespace) -> int:
             f"their master weights the model's weights: {', '.join(done.reset)}",
             file=sys.stderr,
         )
-    print(
+    output.print_text(
+        output.console(),
         f"{done.directory}: reassembled {done.reshaped} optimizer tensors, copied {done.copied} "
-        f"tensors and objects, wrote {done.size} bytes"
+        f"tensors and objects, wrote {done.size} bytes",
     )
     return 0

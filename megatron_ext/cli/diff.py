@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import output
+from . import moment_tables, output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +37,7 @@ def add_to(commands: Any) -> None:
         "distance between tensors of the same key and shape; compare each checkpoint's master "
         "weights with its model's weights",
     )
+    moment_tables.add_options(parser, sorted_by=False)
     parser.set_defaults(run=run)
 
 
@@ -52,6 +53,7 @@ def _diff(options: argparse.Namespace) -> int:
     from ..offline.inspection import inspect_checkpoint
 
     a, b = open_checkpoint(options.a), open_checkpoint(options.b)
+    moment_tables.check_options(options, a, b)
     changes = compare(inspect_checkpoint(a), inspect_checkpoint(b))
     distances = _distances(a, b) if options.moments else None
     proofs = _proofs(a, b) if options.moments else None
@@ -59,7 +61,13 @@ def _diff(options: argparse.Namespace) -> int:
         output.print_json(diff_document(a, b, changes, distances, proofs))
     else:
         to = output.console()
-        _print(to, a, b, changes, distances)
+        _print(to, a, b, changes)
+        if distances is not None:
+            moment_tables.print_distances(to, distances, options)
+            if not distances:
+                output.print_text(to, "no moments have the same key and shape")
+        elif not changes:
+            output.print_text(to, "no differences")
         for side, stored, proof in zip(("a: ", "b: "), (a, b), proofs or (), strict=False):
             output.print_proof(to, side, stored, proof)
     wrong = any(proof.differences for proof in proofs or ())
@@ -83,27 +91,42 @@ def _proofs(a: StoredCheckpoint, b: StoredCheckpoint) -> tuple[MasterProof, Mast
 
 
 def _print(
-    to: Console,
-    a: StoredCheckpoint,
-    b: StoredCheckpoint,
-    changes: Sequence[Difference],
-    distances: Sequence[TensorDistance] | None,
+    to: Console, a: StoredCheckpoint, b: StoredCheckpoint, changes: Sequence[Difference]
 ) -> None:
-    to.print(output.cell(f"a: {a.directory}"))
-    to.print(output.cell(f"b: {b.directory}"))
-    rows = [(c.section, c.name, _side(c, "a"), _side(c, "b")) for c in changes]
-    output.print_table(to, "differences", ("", "", "a", "b"), rows)
-    if not changes:
-        to.print("no differences" if distances is None else "no differences besides the moments")
-    if distances is not None:
-        columns = ["optimizer", "state", "name", "elements", "distance", "relative", "different"]
-        rows_of_moments = [dataclasses.astuple(d) for d in distances]
-        output.print_table(to, "distance of the moments", columns, rows_of_moments)
-        if not distances:
-            to.print("no moments have the same key and shape")
+    output.print_text(to, f"a: {a.directory}", 3)
+    output.print_text(to, f"b: {b.directory}", 3)
+    for section in dict.fromkeys(c.section for c in changes):
+        of_one = [c for c in changes if c.section == section]
+        both = [c for c in of_one if c.only is None]
+        # The largest relative change first, then what has none.
+        both.sort(key=lambda c: -abs(_relative(c) or 0.0))
+        rows = [(c.name, *output.as_texts(c.a, c.b), _percent(_relative(c))) for c in both]
+        output.print_table(to, section, ("", "a", "b", "change"), rows)
+        for side in "ab":
+            names = [_alone(c) for c in of_one if c.only == side]
+            if names:
+                output.print_text(to, f"{section}, only in {side}: {', '.join(names)}", 2)
+                to.print()
 
 
-def _side(change: Difference, side: str) -> str:
-    if change.only not in (None, side):
-        return "-"
-    return str(getattr(change, side))
+def _relative(change: Difference) -> float | None:
+    """Compute (b - a) / |a| of two numbers; None for others."""
+    a, b = change.a, change.b
+    if not all(type(v) in (int, float) for v in (a, b)):
+        return None
+    try:
+        found = (b - a) / abs(a) if a else math.copysign(math.inf, b)
+    except OverflowError:
+        return None
+    return None if math.isnan(found) else found
+
+
+def _percent(relative: float | None) -> str:
+    if relative is None:
+        return ""
+    return "from 0" if math.isinf(relative) else f"{100 * relative:+.4g}%"
+
+
+def _alone(change: Difference) -> str:
+    value = change.a if change.only == "a" else change.b
+    return change.name if change.section == "args" else f"{change.name} ({output.as_text(value)})"

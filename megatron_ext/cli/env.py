@@ -54,7 +54,7 @@ def _env(options: argparse.Namespace) -> int:
         to = output.console()
         output.print_table(to, "environment", ("", ""), _rows(found))
         for text in found["findings"]:
-            to.print(output.cell(f"problem: {text}"))
+            output.print_text(to, f"problem: {text}", style="yellow")
     return found["status"]
 
 

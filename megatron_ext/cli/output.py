@@ -1,10 +1,17 @@
-"""Output shared by the commands: tables of untrusted text, JSON, progress and errors."""
+"""Output shared by the commands: tables of untrusted text, JSON, progress and errors.
+
+Environment:
+    NO_COLOR: If it is set, a terminal gets no colours and no bold text either.
+"""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -22,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Width in columns if stdout is not a terminal, so that lines in a log are not broken.
 _WIDE = 200
+#: Smallest width of a column that is shortened, and the spaces between two columns.
+_NARROWEST, _GAP = 9, "  "
+_POWERS = ("", "k", "M", "G", "T", "P")
 
 
 def require_package(name: str, purpose: str) -> None:
@@ -87,33 +97,110 @@ def print_json(document: Any) -> None:
 
 
 def console() -> Console:
-    """Make a console for stdout, without markup: names in a checkpoint could look like markup."""
+    """Make a console for stdout, without markup: names in a checkpoint could look like markup.
+
+    It prints escape codes only on a terminal, and none if NO_COLOR is set.
+    """
     from rich.console import Console
 
-    wide = None if sys.stdout.isatty() else _WIDE
-    return Console(width=wide, markup=False, highlight=False, emoji=False)
+    terminal = sys.stdout.isatty()
+    return Console(
+        width=None if terminal else _WIDE,
+        color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
+        force_terminal=terminal,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
 
 
 def print_table(
     to: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 ) -> None:
-    """Print a table, or nothing if there are no rows.
+    """Print a table that fits the width, or nothing if there are no rows.
+
+    Text is folded between words. A name that is too long is shortened in the middle.
 
     Args:
         to: A console from `console`.
-        title: Title above the table.
+        title: Title above the table, or nothing.
         columns: Names of the columns.
-        rows: Rows of any values.
+        rows: Rows of any values; numbers are aligned on the right.
     """
-    from rich.table import Table
+    body = [[*row] for row in rows]
+    if not body:
+        return
+    cells = [[printable(as_text(value)) for value in row] for row in [[*columns], *body]]
+    widths = _fitted([max(map(len, column)) for column in zip(*cells, strict=True)], to.width)
+    right = [
+        all(isinstance(v, int | float) or v is None for v in column)
+        for column in zip(*body, strict=True)
+    ]
+    if title:
+        to.print(styled(title, "bold"), soft_wrap=True)
+    for number, row in enumerate(cells):
+        if number or any(row):
+            for line in _lines_of(row, widths, right):
+                to.print(styled(line, "" if number else "dim"), soft_wrap=True)
+    to.print()
 
-    table = Table(title=cell(title), title_justify="left")
-    for name in columns:
-        table.add_column(cell(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(cell, row))
-    if table.row_count:
-        to.print(table)
+
+def _fitted(widths: list[int], width: int) -> list[int]:
+    """Take columns from the widest until all fit."""
+    room = width - 2 - len(_GAP) * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _lines_of(row: list[str], widths: list[int], right: list[bool]) -> Iterator[str]:
+    folded = [_folded(text, width) for text, width in zip(row, widths, strict=True)]
+    for parts in itertools.zip_longest(*folded, fillvalue=""):
+        aligned = [
+            part.rjust(width) if end else part.ljust(width)
+            for part, width, end in zip(parts, widths, right, strict=True)
+        ]
+        yield f"  {_GAP.join(aligned)}".rstrip()
+
+
+def _folded(text: str, width: int) -> list[str]:
+    words = " ".join(shortened(word, width) for word in text.split(" "))
+    return textwrap.wrap(words, width, break_on_hyphens=False) or [""]
+
+
+def shortened(name: str, width: int) -> str:
+    """Leave out the middle of a name that is longer than the width.
+
+    Args:
+        name: A word.
+        width: At least 3.
+    """
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 2
+    return f"{name[:head]}\u2026{name[len(name) - (width - 1 - head) :]}"
+
+
+def print_text(to: Console, text: str, indent: int = 0, style: str = "") -> None:
+    """Print a text. On a terminal it is folded between words, but a path or a flag never is.
+
+    Args:
+        to: A console from `console`.
+        text: Any text.
+        indent: Spaces before every line but the first.
+        style: Style of a terminal.
+    """
+    lines = [printable(text)]
+    if to.is_terminal:
+        lines = textwrap.wrap(
+            lines[0],
+            to.width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    for line in lines:
+        to.print(styled(line, style), soft_wrap=True)
 
 
 def print_proof(to: Console, side: str, stored: StoredCheckpoint, proof: MasterProof) -> None:
@@ -128,23 +215,60 @@ def print_proof(to: Console, side: str, stored: StoredCheckpoint, proof: MasterP
     from ..offline.master_proof import explain
 
     for line in explain(stored, proof):
-        to.print(cell(f"{side}{line}"))
+        print_text(to, f"{side}{line}")
     columns = ("tensor", "elements that differ", "of", "largest difference")
     rows = [(d.name, d.elements, d.of, d.largest) for d in proof.differences]
     print_table(to, f"{side}master weights that are not the model's weights", columns, rows)
 
 
-def cell(value: Any) -> Text:
-    """Make text without markup and without control characters.
+def as_text(value: Any) -> str:
+    """Write a value of a table: a number with four digits, nothing for None.
 
     Args:
         value: Anything.
     """
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(as_text, value))})"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_texts(old: Any, new: Any) -> tuple[str, str]:
+    """Write two values that differ, with as many digits as that takes.
+
+    Args:
+        old: Anything.
+        new: Anything else.
+    """
+    texts = as_text(old) or "none", as_text(new) or "none"
+    return texts if texts[0] != texts[1] else (str(old), str(new))
+
+
+def large(count: int, unit: str = "") -> str:
+    """Write a count with four digits, as in 328.7k or 1.315 MB.
+
+    Args:
+        count: At least 0.
+        unit: The unit.
+    """
+    if count >= 10 ** (3 * len(_POWERS)):  # no count that a file can hold
+        return str(count)
+    size, power = float(count), 0
+    while size >= 999.95 and power < len(_POWERS) - 1:
+        size, power = size / 1000, power + 1
+    space = " " if unit else ""
+    return f"{size:.4g}{space}{_POWERS[power]}{unit}"
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Make text without markup and without control characters.
+
+    Args:
+        text: Any text.
+        style: Style of a terminal.
+    """
     from rich.text import Text
 
-    if isinstance(value, float):
-        value = f"{value:.6g}"
-    return Text(printable("" if value is None else str(value)))
+    return Text(printable(text), style=style)
 
 
 @contextmanager

@@ -62,11 +62,11 @@ def _print(stored: StoredCheckpoint, found: Verification) -> None:
     output.print_table(to, "elements that training cannot use", columns, rows)
     output.print_proof(to, "", stored, found.master_weights)
     for note in found.notes:
-        to.print(output.cell(note))
+        output.print_text(to, note)
     verdict = ("nothing wrong was found", "the bytes are whole, the values are not", "damaged")
-    to.print(
-        output.cell(
-            f"{found.directory}: {found.items} items of {found.files} files, {found.size} bytes "
-            f"read: {verdict[found.status]}"
-        )
+    output.print_text(
+        to,
+        f"{found.directory}: {found.items} items of {found.files} files, {found.size} bytes "
+        f"read: {verdict[found.status]}",
+        style=("green", "yellow", "bold red")[found.status],
     )

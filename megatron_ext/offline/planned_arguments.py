@@ -14,7 +14,7 @@ from ..policy import request
 from .command_line import FLAGS, CommandLine, Place, flag_of
 
 #: Arguments that are meant to differ between runs; never filled in from the checkpoint.
-_OF_A_RUN = (
+OF_A_RUN = (
     "finetune",
     "no_load_optim",
     "override_opt_param_scheduler",
@@ -78,6 +78,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 #: A schedule needs one argument of each tuple, also with the command line of a whole run.
 _NEEDED = (("lr",), ("train_iters", "train_samples"), ("global_batch_size",))
+#: Source of an assumed value that is neither the checkpoint's nor its optimizer's.
+DEFAULT = "the default"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def complete(line: CommandLine, place: Place, stored: StoredCheckpoint) -> Plann
             assumed = [a for a in assumed if a.flag != flag_of(name)]
     if getattr(values, "optimizer_class", None) is None:
         values.optimizer_class = request.DEFAULT_CLASS
-        assumed.append(Assumption("--optimizer-class", request.DEFAULT_CLASS, "no other was given"))
+        assumed.append(Assumption("--optimizer-class", request.DEFAULT_CLASS, DEFAULT))
     if place.consistent:
         values.load, values.selective_where = str(place.directories.load), place.directories.where
     if place.directories.where == "own":
@@ -178,6 +180,29 @@ def _wanted(
     values: argparse.Namespace, given: frozenset[str], whole: bool, saved: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield the arguments to fill in."""
+    taken = superseded(given, saved)
+    if whole:
+        for names in _NEEDED:
+            if not any(getattr(values, name, None) for name in names):
+                yield from (name for name in names if name not in taken)
+        return
+    for name in (*FLAGS, *_OF_THE_MODEL):
+        if name in OF_A_RUN:
+            if getattr(values, name, None) is None:
+                setattr(values, name, None)
+        elif name not in given and name not in taken:
+            yield name
+        elif getattr(values, name, None) is None:
+            setattr(values, name, _DEFAULTS.get(name))
+
+
+def superseded(given: frozenset[str], saved: Mapping[str, Any]) -> set[str]:
+    """Name the arguments that must not be filled in beside those that are given.
+
+    Args:
+        given: The destinations of the flags on the command line.
+        saved: The checkpoint's arguments.
+    """
     taken = {name for group in _ALTERNATIVES if given & set(group) for name in group}
     if saved.get("train_samples"):
         taken |= {"train_iters"} - given  # Megatron computes it, and saves it too
@@ -187,19 +212,7 @@ def _wanted(
         taken |= {"expert_tensor_parallel_size"}  # by default the same
     if given & _PADDING:
         taken |= {"padded_vocab_size"}
-    if whole:
-        for names in _NEEDED:
-            if not any(getattr(values, name, None) for name in names):
-                yield from (name for name in names if name not in taken)
-        return
-    for name in (*FLAGS, *_OF_THE_MODEL):
-        if name in _OF_A_RUN:
-            if getattr(values, name, None) is None:
-                setattr(values, name, None)
-        elif name not in given and name not in taken:
-            yield name
-        elif getattr(values, name, None) is None:
-            setattr(values, name, _DEFAULTS.get(name))
+    return taken
 
 
 def _saved(stored: StoredCheckpoint) -> Iterator[tuple[str, Any]]:

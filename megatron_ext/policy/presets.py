@@ -54,8 +54,9 @@ class Change:
             # 10 x (1 - 0.9) is 1 except for rounding.
             if not 1e-9 < new < 1.0:
                 raise PolicyError(
-                    f"preset for the batch size: with k = {self.factor:g} a beta of {old:g} "
-                    f"would become {new:g}; expected k (1 - beta) < 1. Decline betas, or take a smaller ratio"
+                    f"preset for the batch size: with k = {self.factor:g} a beta of {old:g} would "
+                    f"become {new:g}; expected k (1 - beta) < 1. Decline betas, or take a smaller "
+                    "ratio"
                 )
         return out
 

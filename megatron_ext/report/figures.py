@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import first_of
 from ..errors import PolicyError
 
 if TYPE_CHECKING:
@@ -43,36 +44,68 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    constant = all(len(set(c.weight_decay)) == 1 for c in curves)
+    figure = Figure(figsize=(9, 4.2 if constant else 6), dpi=100, layout="constrained")
+    ratios = (1,) if constant else (3, 2)
+    above, *others = figure.subplots(len(ratios), sharex=True, height_ratios=ratios, squeeze=False)[
+        :, 0
+    ]
     ends = [c.iterations[-1] for c in curves if c.phase == 1]
     starts = [c.iterations[0] for c in curves if c.phase == 2]
     shift = max(ends) - min(starts) if ends and starts else 0
-    for axes, values, name in (
-        (above, "lr", "learning rate"),
-        (below, "weight_decay", "weight decay"),
-    ):
+    drawn = [(above, "lr", "learning rate")]
+    drawn += [(below, "weight_decay", "weight decay") for below in others]
+    for axes, values, name in drawn:
         _draw(axes, curves, values, shift)
         axes.set_ylabel(name)
         if starts:
             axes.axvline(min(starts) + shift, color="black", linewidth=1, linestyle=":")
-    below.set_xlabel("iteration" if not shift else "iteration, of both phases together")
+    lowest = drawn[-1][0]
+    lowest.set_xlabel("iteration" if not shift else "iteration, of both phases together")
+    if constant and curves:
+        figure.supxlabel(f"weight decay, constant: {_constants(curves)}", fontsize=9)
     if starts:
+        at = min(starts) + shift
+        left, right = above.get_xlim()
+        late = at > (left + right) / 2  # the text is on the side that has room
         above.annotate(
-            f"new phase, from iteration {min(starts)}",
-            (min(starts) + shift, 0.98),
+            f"new phase, from iteration {min(starts)}{_jump(curves)}",
+            (at, 0.98),
             xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
+            xytext=(-5 if late else 5, 0),
             textcoords="offset points",
+            horizontalalignment="right" if late else "left",
             verticalalignment="top",
             fontsize=9,
         )
     return figure
 
 
+def _jump(curves: Sequence[Curve]) -> str:
+    """Tell the last and the first learning rate where all groups have the same ones."""
+    ends = {c.lr[-1] for c in curves if c.phase == 1}
+    starts = {c.lr[0] for c in curves if c.phase == 2}
+    if len(ends) != 1 or len(starts) != 1:
+        return ""
+    (old,), (new,) = ends, starts
+    return f"\nlearning rate {old:.4g} to {new:.4g}"
+
+
+def _constants(curves: Sequence[Curve]) -> str:
+    """Tell the weight decay of every line, once if it is the same in both phases."""
+    phases: dict[str, list[str]] = {}
+    for name, curve in _distinct(curves, "weight_decay"):
+        groups = name.removeprefix(f"{curve.label}: ")
+        phases.setdefault(curve.label, []).append(f"{curve.weight_decay[0]:.4g} ({groups})")
+    told = {label: first_of(values) for label, values in phases.items()}
+    if len(set(told.values())) == 1:
+        return plain_text(next(iter(told.values())))
+    return plain_text("; ".join(f"{label} {text}" for label, text in told.items()))
+
+
 def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
     """Draw one quantity of all curves, with the legend above the axes."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     colours: dict[tuple[int, int], str] = {}
     for number, (name, curve) in enumerate(_distinct(curves, values)):
@@ -83,9 +116,10 @@ def _draw(axes: Any, curves: Sequence[Curve], values: str, shift: int) -> None:
         label = plain_text(name) if number < _LEGEND else "_"
         axes.plot(x, getattr(curve, values), label=label, **style)
     top = max((max(getattr(c, values)) for c in curves), default=0.0) or 1.0
-    axes.set_ylim(-0.04 * top, 1.12 * top)
+    axes.set_ylim(-0.04 * top, 1.2 * top)
     axes.margins(x=0.01)
     axes.grid(alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     if axes.get_legend_handles_labels()[1]:

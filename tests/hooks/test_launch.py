@@ -6,6 +6,9 @@ and each test reads what its runs printed.
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +18,11 @@ import torch
 from packaging.version import Version
 
 from megatron_ext import launch
+from megatron_ext.cli import main
 from megatron_ext.offline.forecast import forecast
 from megatron_ext.offline.plan_document import document
 from tests.support.runs import Runs, Scenario, needs_training, ok, runs_of
-from tests.support.training import Training, Zygote, run
+from tests.support.training import ROOT, SCRIPT, Training, Zygote, run
 
 pytestmark = [
     pytest.mark.e2e,
@@ -282,6 +286,30 @@ def test_the_case_of_the_first_users(runs: Runs, megatron: Version) -> None:
     assert "SelectiveAdam in place of DistributedOptimizer" in ours.log
     assert "> exp_avg: loaded from checkpoint" in ours.log
     assert "> first resumed step" in ours.log
+
+
+@pytest.mark.reads("single phase 1", "flags first")
+def test_the_command_that_a_plan_emits_is_that_run(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pasted into a shell in the script's folder, it trains as the run that was typed by hand."""
+    expected = ok(runs["flags first"]).iterations
+    words = ["plan", str(runs.checkpoint("single phase 1")), *PHASE_2.split()]
+    assert main([*words, "--emit-command"]) == 0
+    shutil.copy(SCRIPT, tmp_path / "pretrain_gpt.py")
+    (tmp_path / "run.sh").write_text(capsys.readouterr().out)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "run.sh"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    log = done.stdout + done.stderr
+    assert Training(done.returncode, log, {}, None).iterations == expected, log[-3000:]
+    assert done.returncode == 0
 
 
 @pytest.mark.reads("ours", "ours, no override flag")

@@ -27,6 +27,8 @@ VALUES = ScheduleValues(
     wsd_decay_steps=ANNEAL * BATCH,
     lr_wsd_decay_style="linear",
 )
+#: With a weight decay that grows.
+GROWING = replace(VALUES, start_wd=0.01, end_wd=0.1, wd_incr_style="linear")
 SPAN = Span(0, 120, 0, 120 * BATCH)
 
 
@@ -146,8 +148,8 @@ def test_values_that_megatron_refuses(changes: dict[str, float], expected: str) 
 
 def two_phases(label: str = "resumed run") -> list[Curve]:
     groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
-    old = phase_curves("checkpoint's run", 1, VALUES, [groups], Span(0, 60, 0, 480))
-    new = replace(VALUES, max_lr=3e-4, min_lr=3e-5)
+    old = phase_curves("checkpoint's run", 1, GROWING, [groups], Span(0, 60, 0, 480))
+    new = replace(GROWING, max_lr=3e-4, min_lr=3e-5)
     return [*old, *phase_curves(label, 2, new, [groups], Span(0, 60, 480, 960))]
 
 
@@ -173,6 +175,33 @@ def test_the_phases_differ_in_more_than_colour_and_meet() -> None:
     assert low < 0.0 < 0.01 < high  # a weight decay of 0 is seen
 
 
+def test_the_jump_and_a_constant_weight_decay_are_told_in_words() -> None:
+    constant = replace(VALUES, start_wd=0.1, end_wd=0.1, wd_incr_style="constant")
+    groups = [[{"wd_mult": 1.0}, {"wd_mult": 0.0}]]
+    old = phase_curves("one", 1, constant, groups, Span(0, 6, 0, 48))
+    for decay, words in (
+        (0.1, "weight decay, constant: 0.1 (group 0), 0 (group 1)"),
+        (
+            0.05,
+            "weight decay, constant: one 0.1 (group 0), 0 (group 1); "
+            "two 0.05 (group 0), 0 (group 1)",
+        ),
+    ):
+        later = replace(constant, max_lr=3e-4, min_lr=3e-5, start_wd=decay, end_wd=decay)
+        new = phase_curves("two", 2, later, groups, Span(6, 9, 48, 72))
+        figure = figures.curves_figure([*old, *new])
+        (axes,) = figure.axes
+        assert figure.get_supxlabel() == words
+        (text,) = axes.texts
+        jump = f"learning rate {old[0].lr[-1]:.4g} to {new[0].lr[0]:.4g}"
+        assert text.get_text() == f"new phase, from iteration 6\n{jump}"
+        assert text.get_horizontalalignment() == "right"  # the new phase is short
+        figure.canvas.draw()
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert len(labels) == len(set(labels)) > 3
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def names(curves: list[Curve]) -> list[list[str]]:
     """What stands above both axes."""
     axes = figures.curves_figure(curves).axes
@@ -180,9 +209,9 @@ def names(curves: list[Curve]) -> list[list[str]]:
 
 
 def test_equal_groups_are_one_line() -> None:
-    curves = phase_curves("run", 2, VALUES, [[{}, {"wd_mult": 0.0}], [{}]], SPAN)
+    curves = phase_curves("run", 2, GROWING, [[{}, {"wd_mult": 0.0}], [{}]], SPAN)
     assert names(list(curves)) == [["run: all groups"], ["run: groups 0.0, 1.0", "run: group 0.1"]]
-    many = phase_curves("run", 2, VALUES, [[{"max_lr": MAX * (1 + i)} for i in range(40)]], SPAN)
+    many = phase_curves("run", 2, GROWING, [[{"max_lr": MAX * (1 + i)} for i in range(40)]], SPAN)
     rates, decays = names(list(many))
     assert (len(rates), rates[11], decays) == (12, "run: group 11", ["run: all groups"])
 

@@ -311,8 +311,13 @@ def test_only_what_changes_is_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     keys = found["optimizers"][0]["groups"][0]["keys"]
     assert (keys["max_lr"]["value"], keys["min_lr"]["value"]) == (1e-3, 3e-4)
     assert found["curves"][-1]["iterations"][-1] == 40
-    status, text = printed(capsys, root, "--lr", "1e-3")
-    assert re.search(r"assumed, from the checkpoint's arguments: --min-lr 0\.0003 ", text)
+    _, text = printed(capsys, root, "--lr", "1e-3", "--full")
+    (line,) = re.findall(r"assumed, from the checkpoint's arguments: (.*)", text)
+    pasted, _, _, _ = vars(parse(shlex.split(line))).values()
+    given = {a["flag"]: a["value"] for a in found["arguments"]["assumed"]}
+    assert "--min-lr 0.0003 " in line
+    for name in ("min_lr", "lr_decay_iters", "global_batch_size", "use_distributed_optimizer"):
+        assert getattr(pasted, name) == given[f"--{name.replace('_', '-')}"], name
     assert checksums(root) == before
 
 
@@ -602,7 +607,7 @@ def test_everything_that_is_wrong_is_said_at_once(
     assert len(found["errors"]) == 3
     status, text = printed(capsys, root, "--selective-preset", "rest")
     assert status == 2
-    assert "refused, 1: " in text
+    assert text.startswith("REFUSED: the run would stop before its first step; 1 problem\n1. ")
     assert "unknown preset 'rest'" in text
 
 
@@ -730,6 +735,10 @@ def test_dropped_moments_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["warnings"] == ["--no-load-optim: the checkpoint's Adam moments are dropped"]
     assert found["counters"]["iteration"]["value"] == 10
     assert found["scheduler"]["num_steps"] == 0
+    _, text = printed(capsys, root, "--no-load-optim")
+    first = found["scheduler"]["first_step"][0]["lr"]
+    assert re.search(rf"^  first lr +0\.002 -> {first:.4g} \({first / 2e-3:.3g}x\)$", text, re.M)
+    assert re.search(r"^  moments +dropped by --no-load-optim$", text, re.M)
     _, found = plan(capsys, root, "--finetune")
     assert found["counters"]["iteration"]["value"] == 0
 
@@ -1114,11 +1123,11 @@ def test_points_of_every_curve_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = checkpoint(tmp_path / "one", changes={"lr": 3e-3, "train_iters": 100})
-    _, text = printed(capsys, root)
-    found = re.findall(r"│ (\D+), optimizer 0 group 1 *│ \w+ *│ (\d+) *│ \d+ *│ ([\d.]+) ", text)
+    _, text = printed(capsys, root, "--full")
+    found = re.findall(r"^  (\D+?) +0 +1  \w+ +(\d+) +\d+ +([\d.]+) ", text, re.MULTILINE)
     lr = {0: 3e-3, 5: 2.6625e-3, 10: 2.325e-3, 55: 3e-4, 100: 3e-4}
     assert [(curve, int(i)) for curve, i, _ in found] == [
         *(("checkpoint's run", i) for i in (0, 5, 10)),
         *(("resumed run", i) for i in (10, 55, 100)),
     ]
-    assert all(float(value) == lr[int(i)] for _, i, value in found)
+    assert all(value == f"{lr[int(i)]:.4g}" for _, i, value in found)
