@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..base.text import printable
 from . import output
 
 if TYPE_CHECKING:
@@ -85,8 +84,9 @@ def _edit(options: argparse.Namespace) -> int:
     if options.json:
         output.print_json(as_json(_document(done)))
     else:
+        to = output.console()
         for line in _lines(done):
-            print(printable(line))
+            output.print_text(to, line, 4)
     return 0
 
 

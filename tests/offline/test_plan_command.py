@@ -313,7 +313,7 @@ def test_only_what_changes_is_given(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["curves"][-1]["iterations"][-1] == 40
     _, text = printed(capsys, root, "--lr", "1e-3", "--full")
     (line,) = re.findall(r"assumed, from the checkpoint's arguments: (.*)", text)
-    pasted, _, _, _ = vars(parse(shlex.split(line))).values()
+    pasted = parse(shlex.split(line)).values
     given = {a["flag"]: a["value"] for a in found["arguments"]["assumed"]}
     assert "--min-lr 0.0003 " in line
     for name in ("min_lr", "lr_decay_iters", "global_batch_size", "use_distributed_optimizer"):
