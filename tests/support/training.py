@@ -134,7 +134,7 @@ def run(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment({**(env or {}), _MARK: str(directory)}),
+            env=environment({**(env or {}), _MARK: str(directory)}),
         )
         try:
             process.wait(timeout)
@@ -164,7 +164,7 @@ class Zygote:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=_environment({_MARK: self._mark}),
+            env=environment({_MARK: self._mark}),
         )
         self._answers: dict[str, queue.SimpleQueue[int]] = {}
         self._lock = threading.Lock()
@@ -244,7 +244,7 @@ def _report(directory: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _environment(env: dict[str, str] | None) -> dict[str, str]:
+def environment(env: dict[str, str] | None) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
 
