@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bootstrap demo docs schemas lint format test test-all test-quick test-matrix test-bridge \
+.PHONY: help bootstrap demo docs schemas reference lint format test test-all test-quick test-matrix test-bridge \
     test-te test-torch test-gpu soak faults contract pytest bench clean
 
 help: ## print this list
@@ -101,6 +101,9 @@ docs: bootstrap ## build the documentation into docs/_build; warnings are errors
 
 schemas: bootstrap ## write megatron_ext/schemas anew, from the types of the documents
 	$(PYTHON_BIN) -m megatron_ext.schemas
+
+reference: bootstrap ## write the generated parts of docs/ anew, from the code
+	$(PYTHON_BIN) -m tests.support.reference
 
 clean: ## remove what builds, tests and the demo leave behind; .venv stays
 	rm -rf build dist docs/_build demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,4 @@
-"""Environment variables, from the ``Environment:`` part of the docstrings of those that read them.
-
-A variable that a module reads and its docstring does not name is a warning: an error of the build.
-"""
+"""Environment variables, from the ``Environment:`` part of the docstrings of their readers."""
 
 from __future__ import annotations
 
@@ -10,15 +7,10 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from docutils import nodes
-from sphinx.util import logging
-from sphinx.util.docutils import SphinxDirective
+from ..pool import ROOT
+from .markdown import code, table, words
 
-from . import trees
-
-ROOT = Path(__file__).resolve().parents[3]
 _PART = re.compile(r"^Environment:\n((?:    .*\n|\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^    ([A-Z][A-Z0-9_, ]+): ((?:.|\n(?!    [A-Z]))+)", re.MULTILINE)
 _NAME = re.compile(r"[A-Z][A-Z0-9_]+")
@@ -39,27 +31,26 @@ class Variable:
     meaning: str
 
 
-class Environment(SphinxDirective):
-    """The table of variables."""
+def environment() -> str:
+    """The table of variables: when each is read, and what it means.
 
-    def run(self) -> list[nodes.Node]:
-        """When each is read, and what it means."""
-        documented = list(variables())
-        known = {(name, variable.where) for variable in documented for name in variable.names}
-        for name, where in sorted(read() - known):
-            logging.getLogger(__name__).warning(
-                "%s reads %s: its docstring does not have that under Environment:", where, name
-            )
-        rows = [
-            (
-                ", ".join(f"`{name}`" for name in variable.names),
-                "building" if variable.where == "setup.py" else "running",
-                variable.meaning,
-                f"`{variable.where}`",
-            )
-            for variable in sorted(documented, key=lambda v: (v.where == "setup.py", v.names))
-        ]
-        return [trees.table(("variable", "when", "meaning", "read by"), rows)]
+    Raises:
+        ValueError: A module reads a variable that its docstring does not name.
+    """
+    documented = list(variables())
+    known = {(name, variable.where) for variable in documented for name in variable.names}
+    if missing := sorted(read() - known):
+        raise ValueError(f"read, and not in the docstring under Environment: {missing}")
+    rows = [
+        (
+            ", ".join(map(code, variable.names)),
+            "building" if variable.where == "setup.py" else "running",
+            words(variable.meaning),
+            code(variable.where),
+        )
+        for variable in sorted(documented, key=lambda v: (v.where == "setup.py", v.names))
+    ]
+    return table(("variable", "when", "meaning", "read by"), rows)
 
 
 def variables() -> Iterator[Variable]:
