@@ -58,14 +58,26 @@ STATE = [
 
 #: Line of megatron-core 0.19.2 -> what is there.
 UPSTREAM = {
+    "core/dist_checkpointing/mapping.py:134": "flattened_range is not supported",
+    "core/dist_checkpointing/strategies/common.py:50": "Common file",
+    "core/dist_checkpointing/strategies/torch.py:290": "sh_ten.data.zero_()",
+    "core/dist_checkpointing/validation.py:309": "Unexpected keys",
+    "core/distributed/param_and_grad_buffer.py:352": "found NaN in local grad norm",
+    "core/optimizer/cpu_offloading/hybrid_optimizer.py:160": "_sync_hdo_param_groups_to_sub",
+    "core/optimizer/distrib_optimizer.py:839": "assert len(steps) == 1",
+    "core/optimizer/distrib_optimizer.py:964": "param_groups_map[needed_groups] = param_group",
+    "core/optimizer/distrib_optimizer.py:970": "**param_groups_map[needed_groups]",
+    "core/optimizer/distrib_optimizer.py:2069": "Number of unpadded elements",
+    "core/optimizer/optimizer.py:139": "param_group_identifier_keys = (",
+    "core/optimizer/optimizer.py:641": "Could not find parameter group",
     "core/optimizer_param_scheduler.py:226": "max_lr = param_group.get('max_lr', self.max_lr)",
     "core/optimizer_param_scheduler.py:299": "param_group['lr'] = self.get_lr(param_group)",
+    "core/optimizer_param_scheduler.py:329": "overriding {name} value to",
+    "core/optimizer_param_scheduler.py:334": "class input value",
     "core/optimizer_param_scheduler.py:341": "def load_state_dict(self, state_dict: dict)",
-    "core/optimizer/cpu_offloading/hybrid_optimizer.py:160": "_sync_hdo_param_groups_to_sub",
-    "core/optimizer/distrib_optimizer.py:964": "param_groups_map[needed_groups] = param_group",
-    "core/optimizer/optimizer.py:139": "param_group_identifier_keys = (",
-    "core/dist_checkpointing/strategies/torch.py:290": "sh_ten.data.zero_()",
+    "training/checkpointing.py:1691": "will start from random",
     "training/checkpointing.py:2555": "not args.no_load_optim:",
+    "training/checkpointing.py:2605": "Unable to load optimizer",
     "training/checkpointing.py:2616": "optimizer.reload_model_params()",
     "training/training.py:1547": "args.train_samples // args.global_batch_size",
     "training/training.py:1914": "lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
@@ -237,6 +249,53 @@ def test_every_line_of_megatron_is_the_one_that_is_meant() -> None:
         file, _, number = place.partition(":")
         lines = (Path(megatron) / file).read_text().splitlines()
         assert wanted in lines[int(number) - 1], place
+
+
+TROUBLE = DOCS / "troubleshooting.md"
+
+
+def texts_of(file: Path) -> str:
+    """The texts in a file's code, whitespace made single, without what is put into them."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+            found.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += [] if id(node) in docstrings else [node.value]
+    return " ".join("\1".join(found).split())
+
+
+def quoted(section: str) -> list[str]:
+    """The pieces of the messages that a section of the page quotes."""
+    lines = [
+        line
+        for text in re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S)
+        for line in text.splitlines()
+    ]
+    # What Python itself prints, and values, are in no file.
+    said = [re.sub(r"^\w+Error: |[(].*[)]$|[\d.]+e-\d+", "...", line) for line in lines]
+    return [piece for line in said for p in line.split("...") if len(piece := p.strip(" ,;:.")) > 3]
+
+
+def test_every_message_of_the_troubleshooting_is_in_the_code() -> None:
+    _, stock, ours = re.split(r"^## .*$", TROUBLE.read_text(), flags=re.MULTILINE)
+    own = "\1".join(map(texts_of, (ROOT / "megatron_ext").rglob("*.py")))
+    pieces = quoted(ours)
+    assert len(pieces) > 30
+    assert [piece for piece in pieces if piece not in own] == []
+    (megatron,) = importlib.util.find_spec("megatron").submodule_search_locations
+    (torch,) = importlib.util.find_spec("torch").submodule_search_locations
+    for entry in stock.split("\n### ")[1:]:
+        places = re.findall(r"`((?:core|training|torch)/[\w/]+\.py)(?::\d+)?`", entry)
+        roots = [Path(torch).parent if p.startswith("torch/") else Path(megatron) for p in places]
+        files = [root / place for root, place in zip(roots, places, strict=True)]
+        # A message may also be a line of the code.
+        theirs = "\1".join(texts_of(file) + file.read_text() for file in files)
+        assert [piece for piece in quoted(entry) if piece not in theirs] == [], entry
+        assert places or "```text" not in entry
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
