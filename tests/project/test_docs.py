@@ -117,6 +117,8 @@ def commands_of(path: Path) -> Iterator[list[str]]:
             for word in shlex.split(line, comments=True):
                 array = re.fullmatch(r"\$\{(\w+)\[@\]\}", word)
                 words += arrays.get(array[1], []) if array else [word]
+            while words and re.match(r"\w+=", words[0]):  # a variable of this command
+                del words[0]
             if words:
                 yield words
 
