@@ -224,6 +224,10 @@ def test_every_block_is_of_its_language(path: Path) -> None:
     if path in PAGES:  # a fence without a language would escape all of this
         fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
         assert all(opening for opening in fences[::2])
+        # A forge shows Markdown: what Sphinx alone understands is for its tables of contents.
+        assert {o for o in fences if o.startswith("{")} <= {"{toctree}", "{eval-rst}"}
+        roles = r"\{(py:\w+|option|ref|doc|math|download)\}`|^\([\w-]+\)=$"
+        assert not re.search(roles, path.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(DOCS).as_posix())
@@ -343,7 +347,7 @@ def test_a_page_of_the_guide_says_what_becomes_of_everything(path: Path) -> None
 def test_the_generated_parts_are_those_of_the_code() -> None:
     pages = reference.regenerated()
     written = [name for text in pages.values() for name, _ in reference.PART.findall(text)]
-    assert sorted(written) == sorted(reference.PARTS)
+    assert {part.split()[0] for part in written} == set(reference.PARTS)
     for path, text in pages.items():
         # Versions of argparse break usage lines at other places.
         assert text.split() == path.read_text().split(), f"{path}: run `make reference`"

@@ -1,7 +1,8 @@
 """The parts of the pages that say what the code says, as plain Markdown.
 
-Each part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` and is committed, so that
-a forge shows it. ``python -m tests.support.reference`` (``make reference``) writes them anew.
+Each part stands between ``<!-- generated: NAME ARGUMENT ... -->`` and ``<!-- end -->`` and is
+committed, so that a forge shows it. ``python -m tests.support.reference`` (``make reference``)
+writes them anew.
 """
 
 from __future__ import annotations
@@ -11,11 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..pool import ROOT
-from . import command_line, compatibility, environment, optimizers, policies, python_names, schemas
+from . import (
+    command_line,
+    compatibility,
+    environment,
+    listing,
+    optimizers,
+    policies,
+    python_names,
+    schemas,
+)
 
 DOCS = ROOT / "docs"
 
-PARTS: Mapping[str, Callable[[], str]] = {
+PARTS: Mapping[str, Callable[..., str]] = {
     "flags": command_line.flags,
     "launcher": command_line.launcher,
     "commands": command_line.commands,
@@ -32,16 +42,18 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "hosts": compatibility.hosts,
     "refused": compatibility.refused,
     "contract": compatibility.contract,
+    "listing": listing.listing,
 }
 
-PART = re.compile(r"^<!-- generated: (\S+) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
+PART = re.compile(r"^<!-- generated: ([^\n]+) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 
 
 def regenerated() -> dict[Path, str]:
     """Every page with a generated part -> its text, with the parts as the code has them now."""
 
     def part(found: re.Match[str]) -> str:
-        return f"<!-- generated: {found[1]} -->\n\n{PARTS[found[1]]()}\n\n<!-- end -->"
+        name, *arguments = found[1].split()
+        return f"<!-- generated: {found[1]} -->\n\n{PARTS[name](*arguments)}\n\n<!-- end -->"
 
     pages = {p: p.read_text() for p in sorted(DOCS.rglob("*.md")) if "_build" not in p.parts}
     return {path: PART.sub(part, text) for path, text in pages.items() if PART.search(text)}
