@@ -28,7 +28,7 @@ bootstrap: ## make .venv, or bring it up to date
 	@.ci/bootstrap
 
 demo: bootstrap ## resume a small run with other hyperparameters and plot what happens
-	$(PYTHON_BIN) -m megatron_ext.demo
+	$(PYTHON_BIN) -m megatron_ext.demo --older "$$(.ci/overlay 0.18.2)"
 
 lint: bootstrap ## ruff, mypy and clang-format
 	$(PYTHON_BIN) -m ruff check .

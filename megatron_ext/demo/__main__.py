@@ -32,16 +32,25 @@ MODEL = """
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
 """.split()
 UNCHANGED = "--lr 3e-3 --min-lr 3e-4 --lr-decay-iters 2000".split()
-LOWER = "--lr 1e-3 --min-lr 1e-4 --lr-decay-iters 2000".split()
+LOWER = "--lr 6e-4 --min-lr 6e-5 --lr-decay-iters 2000".split()
 OVERRIDE = ["--override-opt_param-scheduler"]
+#: Adam starts anew, and so does the scheduler, here at the full rate.
+DROPPED = [*OVERRIDE, "--no-load-optim", "--lr-warmup-iters", "0"]
 OURS = ["--optimizer-class", "megatron_ext.SelectiveAdam"]
 
+#: Key -> name of the run.
 NAMES = {
+    "older": "stock 0.18, lower lr",
     "stock": "stock, lower lr",
-    "no-load-optim": "stock --no-load-optim, lower lr",
     "selective": "SelectiveAdam, lower lr",
+    "no-load-optim": "stock --no-load-optim, same lr",
     "stock-unchanged": "stock, unchanged arguments",
     "selective-unchanged": "SelectiveAdam, unchanged arguments",
+}
+#: Title of a column of the picture -> a run, and ours with the same arguments.
+PICTURE = {
+    "lower --lr: 0.18 keeps the old one": ("older", "selective"),
+    "same --lr: --no-load-optim loses the moments": ("no-load-optim", "selective-unchanged"),
 }
 
 
@@ -49,7 +58,14 @@ def main() -> int:
     """Run everything, print the table and write the output directory; return 0 on success."""
     parser = argparse.ArgumentParser(prog="python -m megatron_ext.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="output directory")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument(
+        "--older",
+        type=Path,
+        metavar="DIR",
+        help="folder of megatron-core 0.18, for the learning rate that it keeps",
+    )
+    options = parser.parse_args()
+    out, older = options.out.resolve(), options.older
     try:
         require_package("matplotlib", "the figure of the demo")
         require_training()
@@ -58,21 +74,29 @@ def main() -> int:
     _empty(out)
     tokens = corpus.build(out / "data" / "stdlib")
     print(f"data: {tokens / 1e6:.1f} million bytes of Python's standard library", flush=True)
-    first = _start(out, "phase-1", "phase 1", UNCHANGED, [], PHASE_1_ITERATIONS, saves=True)
+    # 0.18 cannot open a checkpoint of 0.19.
+    first = _start(
+        out,
+        "phase-1",
+        "phase 1",
+        UNCHANGED,
+        PHASE_1_ITERATIONS,
+        saves=True,
+        megatron=older,
+    )
     if first.returncode or not first.points:
         return _fail([f"phase 1 failed: {first.error}"], first)
+    arguments = {
+        **({"older": [*LOWER, *OVERRIDE]} if older else {}),
+        "stock": [*LOWER, *OVERRIDE],
+        "selective": [*LOWER, *OURS],
+        "no-load-optim": [*UNCHANGED, *DROPPED],
+        "stock-unchanged": [*UNCHANGED, *OVERRIDE],
+        "selective-unchanged": [*UNCHANGED, *OURS],
+    }
     runs = {
-        "stock": _start(out, "stock", NAMES["stock"], LOWER, OVERRIDE),
-        "no-load-optim": _start(
-            out, "no-load-optim", NAMES["no-load-optim"], LOWER, [*OVERRIDE, "--no-load-optim"]
-        ),
-        "selective": _start(out, "selective", NAMES["selective"], LOWER, OURS),
-        "stock-unchanged": _start(
-            out, "stock-unchanged", NAMES["stock-unchanged"], UNCHANGED, OVERRIDE
-        ),
-        "selective-unchanged": _start(
-            out, "selective-unchanged", NAMES["selective-unchanged"], UNCHANGED, OURS
-        ),
+        key: _start(out, key, NAMES[key], words, megatron=older if key == "older" else None)
+        for key, words in arguments.items()
     }
     _write(out, first, runs)
     print(f"\n{table.text(list(runs.values()))}\n")
@@ -90,20 +114,20 @@ def _start(
     out: Path,
     key: str,
     name: str,
-    schedule: list[str],
-    more: list[str],
+    words: list[str],
     iterations: int = TOTAL,
     *,
     saves: bool = False,
+    megatron: Path | None = None,
 ) -> Run:
-    report = out / "reports" / key if OURS[0] in more else None
-    arguments = [*MODEL, *schedule, *more, "--train-iters", str(iterations)]
+    report = out / "reports" / key if OURS[0] in words else None
+    arguments = [*MODEL, *words, "--train-iters", str(iterations)]
     arguments += ["--data-path", str(out / "data" / "stdlib")]
     arguments += ["--data-cache-path", str(out / "data" / "cache")]
     arguments += ["--vocab-size", str(corpus.END_OF_DOCUMENT + 1)]
     arguments += ["--save" if saves else "--load", str(out / "checkpoint")]
     arguments += ["--selective-report", str(report)] if report else []
-    done = run(name, arguments, out / "logs" / f"{key}.log", report)
+    done = run(name, arguments, out / "logs" / f"{key}.log", report, megatron)
     what = "failed" if done.returncode else f"{len(done.points)} iterations"
     print(f"{name}: {what}, {done.seconds:.0f} s", flush=True)
     return done
@@ -121,7 +145,13 @@ def _empty(out: Path) -> None:
 
 def _write(out: Path, first: Run, runs: dict[str, Run]) -> None:
     ordered = list(runs.values())
-    plot.curves(first, ordered, out / "curves.png")
+    columns = {
+        title: (runs[stock], runs[ours])
+        for title, (stock, ours) in PICTURE.items()
+        if stock in runs and runs[stock].points and runs[ours].points
+    }
+    if columns:
+        plot.curves(first, columns, out / "curves.png")
     (out / "table.md").write_text(table.markdown(ordered))
     source = out / "reports" / "selective" / "resume-report.json"
     if source.is_file():

@@ -1,55 +1,64 @@
-"""Plot learning rate and loss of both phases in one picture."""
+"""Plot what a resume with stock costs: the learning rate, and how far the loss is from ours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .runs import Run
 
 #: Okabe and Ito's palette, distinguishable with any colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_STOCK, _OURS, _FIRST = "#D55E00", "#009E73", "#555555"
 _SMOOTHING = 10
+#: Iterations of phase 1 that are shown.
+_BEFORE = 50
 
 
-def curves(first: Run, others: Sequence[Run], file: Path) -> None:
-    """Draw phase 1 and every phase 2 that trained.
+def curves(first: Run, columns: Mapping[str, tuple[Run, Run]], file: Path) -> None:
+    """Draw a column for each pair of runs, from shortly before the checkpoint on.
+
+    Both runs of a pair draw the same batches, so that the noise of the batches is not in the
+    difference of their losses.
 
     Args:
         first: Phase 1.
-        others: The runs of phase 2.
+        columns: Title -> a run of stock, and ours with the same arguments.
         file: The PNG to write.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
-    styles = [("#555555", "-"), *zip(_COLOURS, ("-", "-", "-", "--", ":"), strict=True)]
-    for (colour, line), run in zip(styles, [first, *others], strict=False):
-        if not run.points:
-            top.plot([], [], color=colour, label=f"{run.name}: did not load")
-            continue
-        x = [p.iteration for p in run.points]
-        top.plot(x, [p.lr for p in run.points], line, color=colour, label=run.name, lw=1.8)
-        losses = [p.loss for p in run.points]
-        bottom.plot(x, losses, line, color=colour, lw=0.5, alpha=0.3)
-        bottom.plot(x, _smooth(losses), line, color=colour, lw=1.8)
-    for axes in (top, bottom):
-        axes.axvline(first.points[-1].iteration + 0.5, color="black", lw=0.8, ls=(0, (2, 3)))
-        axes.grid(alpha=0.25)
-    top.set_yscale("log")
-    top.set_ylabel("learning rate")
-    top.set_title("Resumed with a lower learning rate; dotted line: the checkpoint")
-    top.legend(fontsize=8)
-    bottom.set_ylabel(f"loss, nats per byte (thick: mean of {_SMOOTHING})")
-    bottom.set_xlabel("iteration")
-    tail = [p.loss for r in others for p in r.points] + [p.loss for p in first.points[-60:]]
-    if tail:
-        span = max(tail) - min(tail)
-        bottom.set_ylim(min(tail) - 0.1 * span, max(tail) + 0.3 * span)
-    figure.savefig(file, dpi=130)
+    figure, grid = plt.subplots(
+        2, len(columns), figsize=(5 * len(columns), 5.5), squeeze=False, layout="constrained"
+    )
+    end = first.points[-1].iteration
+    for (title, (stock, ours)), (top, bottom) in zip(columns.items(), grid.T, strict=True):
+        before = first.points[-_BEFORE:]
+        top.plot([p.iteration for p in before], [p.lr for p in before], color=_FIRST, lw=2)
+        losses = {p.iteration: p.loss for p in ours.points}
+        for run, colour, line in ((stock, _STOCK, "-"), (ours, _OURS, (0, (4, 2)))):
+            x = [p.iteration for p in run.points]
+            top.plot(x, [p.lr for p in run.points], color=colour, lw=2, ls=line)
+            apart = [p.loss - losses[p.iteration] for p in run.points]
+            bottom.plot(x, _smooth(apart), color=colour, lw=2, ls=line, label=run.name)
+            first_lr, up = run.points[0].lr, 6 if run is stock else -14
+            top.annotate(f"{first_lr:.3g}", (x[0], first_lr), (5, up), textcoords="offset points")
+        for axes in (top, bottom):
+            axes.axvline(end + 0.5, color="black", lw=0.8, ls=(0, (2, 3)))
+            axes.grid(alpha=0.25)
+            axes.set_xlim(before[0].iteration, ours.points[-1].iteration)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        top.set_title(title, fontsize=10)
+        top.set_ylim(0, 1.25 * first.points[-1].lr)
+        bottom.margins(y=0.45)
+        bottom.legend(fontsize=9, loc="upper right")
+        bottom.set_xlabel(f"iteration (loss: mean of {_SMOOTHING})")
+    grid[0][0].set_ylabel("learning rate")
+    grid[1][0].set_ylabel("loss above SelectiveAdam's,\nnats per byte")
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

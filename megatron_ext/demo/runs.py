@@ -80,7 +80,13 @@ def first_error(text: str) -> str | None:
     return match["error"].strip() if match else None
 
 
-def run(name: str, arguments: list[str], log: Path, report: Path | None = None) -> Run:
+def run(
+    name: str,
+    arguments: list[str],
+    log: Path,
+    report: Path | None = None,
+    megatron: Path | None = None,
+) -> Run:
     """Run the training script on two ranks over gloo.
 
     Args:
@@ -88,7 +94,10 @@ def run(name: str, arguments: list[str], log: Path, report: Path | None = None) 
         arguments: Megatron's arguments.
         log: File for the output of all ranks.
         report: Directory for its resume report, or None.
+        megatron: Folder of another megatron-core, or None for the installed one.
     """
+    path = [str(megatron)] if megatron else []
+    path += filter(None, [os.environ.get("PYTHONPATH")])
     command = [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -102,7 +111,7 @@ def run(name: str, arguments: list[str], log: Path, report: Path | None = None) 
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         )
         try:
             returncode = process.wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.demo import __main__ as demo
-from megatron_ext.demo import table
+from megatron_ext.demo import plot, table
 from megatron_ext.demo.runs import Point, Run, first_error, parse
 
 LOG = """
@@ -77,3 +77,23 @@ def test_an_earlier_output_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "table.md").write_text("old")
     demo._empty(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_column_shows_how_far_a_loss_is_from_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    first = _run([Point(i, 3e-3, 2.5) for i in range(1, 101)])
+    old = _run([Point(i, 3e-3, 2.75) for i in range(101, 121)])
+    ours = _run([Point(i, 1e-3, 2.5) for i in range(101, 121)])
+    plot.curves(first, {"one": (old, ours), "two": (ours, ours)}, tmp_path / "x.png")
+    (picture,) = drawn
+    top, _, bottom, same = picture.axes
+    assert [t.get_text() for t in top.texts] == ["0.003", "0.001"]
+    assert bottom.lines[0].get_xdata().tolist() == list(range(101, 121))
+    assert bottom.lines[0].get_ydata().tolist() == [0.25] * 20
+    assert bottom.lines[1].get_ydata().tolist() == [0.0] * 20
+    assert same.lines[0].get_ydata().tolist() == [0.0] * 20
+    assert top.get_xlim() == (51, 120)
