@@ -96,8 +96,10 @@ def run(
         report: Directory for its resume report, or None.
         megatron: Folder of another megatron-core, or None for the installed one.
     """
-    path = [str(megatron)] if megatron else []
-    path += filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if megatron:
+        path = [str(megatron), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -111,7 +113,7 @@ def run(
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+            env=environment,
         )
         try:
             returncode = process.wait()
