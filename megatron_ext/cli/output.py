@@ -66,6 +66,8 @@ def guarded(command: Callable[[], int]) -> int:
         return command()
     except (MegatronExtError, OSError) as e:
         message = str(e)
+    except ModuleNotFoundError as e:  # after pip install --no-deps
+        message = f"the module {e.name} is not installed. Install the package that has it"
     except Exception as e:  # damaged and hostile files raise anything
         if sys.flags.dev_mode:
             raise

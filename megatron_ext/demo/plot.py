@@ -1,4 +1,4 @@
-"""Plot what a resume with stock costs: the learning rate, and how far the loss is from ours."""
+"""Plot the learning rate of resumed runs, and how far their loss is from ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from .runs import Run
 
 #: Okabe and Ito's palette, distinguishable with any colour vision.
-_STOCK, _OURS, _FIRST = "#D55E00", "#009E73", "#555555"
+_OTHER, _OURS, _FIRST = "#D55E00", "#009E73", "#555555"
 _SMOOTHING = 10
 #: Iterations of phase 1 that are shown.
 _BEFORE = 50
@@ -22,7 +22,7 @@ def curves(first: Run, columns: Mapping[str, tuple[Run, Run]], file: Path) -> No
 
     Args:
         first: Phase 1.
-        columns: Title -> a run of stock, and ours with the same arguments.
+        columns: Title -> another run, and ours with the same arguments.
         file: The PNG to write.
     """
     import matplotlib
@@ -35,16 +35,16 @@ def curves(first: Run, columns: Mapping[str, tuple[Run, Run]], file: Path) -> No
         2, len(columns), figsize=(5 * len(columns), 5.5), squeeze=False, layout="constrained"
     )
     end = first.points[-1].iteration
-    for (title, (stock, ours)), (top, bottom) in zip(columns.items(), grid.T, strict=True):
+    for (title, (other, ours)), (top, bottom) in zip(columns.items(), grid.T, strict=True):
         before = first.points[-_BEFORE:]
         top.plot([p.iteration for p in before], [p.lr for p in before], color=_FIRST, lw=2)
         losses = {p.iteration: p.loss for p in ours.points}
-        for run, colour, line in ((stock, _STOCK, "-"), (ours, _OURS, (0, (4, 2)))):
+        for run, colour, line in ((other, _OTHER, "-"), (ours, _OURS, (0, (4, 2)))):
             x = [p.iteration for p in run.points]
             top.plot(x, [p.lr for p in run.points], color=colour, lw=2, ls=line)
             apart = [p.loss - losses[p.iteration] for p in run.points]
             bottom.plot(x, _smooth(apart), color=colour, lw=2, ls=line, label=run.name)
-            first_lr, up = run.points[0].lr, 6 if run is stock else -14
+            first_lr, up = run.points[0].lr, 6 if run is other else -14
             top.annotate(f"{first_lr:.3g}", (x[0], first_lr), (5, up), textcoords="offset points")
         for axes in (top, bottom):
             axes.axvline(end + 0.5, color="black", lw=0.8, ls=(0, (2, 3)))

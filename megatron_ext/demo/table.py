@@ -39,7 +39,7 @@ def _row(run: Run) -> tuple[str, ...]:
         return (run.name, f"failed: {run.error or 'see ' + run.log.name}", "-", "-", "-", "-")
     points = run.points
     tenth = f"{points[9].loss:.4f}" if len(points) > 9 else "-"
-    loaded = "moments lost" if "--no-load-optim" in run.command else "loaded"
+    loaded = "moments reset" if "--selective-preset" in run.command else "loaded"
     losses = (f"{points[0].loss:.4f}", tenth, f"{points[-1].loss:.4f}")
     return (run.name, loaded, f"{points[0].lr:.3e}", *losses)
 

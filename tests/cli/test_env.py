@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -300,3 +301,16 @@ def test_a_kernel_that_cannot_be_obeyed_is_one_error(
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)
     assert told.err.startswith("error: MEGATRON_EXT_KERNEL is 'fast'; it must be")
+
+
+def test_a_required_package_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container after ``pip install --no-deps``."""
+    for name in [m for m in sys.modules if m.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["env"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: the module rich\S* is not installed\. Install the package", error)
+    assert "unexpected" not in error

@@ -45,11 +45,11 @@ def test_the_first_error_is_the_ranks_own() -> None:
 def test_the_table_shows_what_the_runs_logged() -> None:
     points = [Point(i, 1e-4 * i, 3.0 - i / 10) for i in range(1, 13)]
     rows = table.rows(
-        [_run(points), _run([], "KeyError: x"), _run(points, None, ["--no-load-optim"])]
+        [_run(points), _run([], "KeyError: x"), _run(points, None, ["--selective-preset", "reset"])]
     )
     assert rows[1] == ("a run", "loaded", "1.000e-04", "2.9000", "2.0000", "1.8000")
     assert rows[2] == ("a run", "failed: KeyError: x", "-", "-", "-", "-")
-    assert rows[3][1] == "moments lost"
+    assert rows[3][1] == "moments reset"
     assert table.markdown([_run(points)]).count("\n| ") == 2
 
 
