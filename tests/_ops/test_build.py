@@ -225,7 +225,7 @@ def test_a_wheel_without_kernels_says_so_in_its_name(
     )
     # The README is shown where there is no repository around it.
     targets = re.findall(r"\]\(([^)]*)\)", metadata)
-    assert len(targets) > 3
+    assert len(targets) > 1
     assert [t for t in targets if not t.startswith(("https://", "#"))] == []
     assert "# megatron_ext\n" in metadata
 

@@ -366,7 +366,7 @@ def test_collectives_of_a_load_with_rules(ext: RankPool, checkpoints: Checkpoint
     def seen(policy: str) -> list[str]:
         return ext.run("tests.support.policies:reductions", 2, policy=policy, **arguments)[0]
 
-    report = (2 * 6 + 1) * 8
+    report = (2 * 7 + 1) * 8
     state, rest = "all_reduce 40", "all_reduce 40"  # what each rank has read by then
     assert seen("preset: reset") == [
         state,
@@ -498,7 +498,8 @@ def test_of_another_optimizer_and_adam_the_adam_part_follows_the_policy(
             # Muon's groups have no betas, and SOAP's a shampoo_beta.
             is_adams = "betas" in group and "shampoo_beta" not in group
             assert group["max_lr"] == (of_adam if is_adams else 1e-3)
-        beside = {"muon": " > momentum_buffer: using", "soap": " > other state: using"}
+        read = "loaded" if kept_beside else "not loaded"
+        beside = {"muon": f" > momentum_buffer: {read}", "soap": " > other state: loaded"}
         assert any(line.startswith(beside[optimizer]) for line in found["lines"])
 
 
