@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MegatronExtError
 from . import output
-from .pasted import script_arguments
 
 if TYPE_CHECKING:
     from ..offline.forecast_model import Forecast
@@ -118,6 +117,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _own_options(options: argparse.Namespace) -> list[str]:
     """Parse this command's options after the checkpoint's name; return the other words."""
+    from ..offline.pasted import script_arguments
+
     parser = argparse.ArgumentParser(
         prog="python -m megatron_ext plan", add_help=False, allow_abbrev=False
     )

@@ -58,11 +58,15 @@ def own_flags_before(words: Sequence[str], options: argparse.Namespace) -> list[
         words: The launcher's command line.
         options: The same, parsed.
     """
-    words = words[: len(words) - len(options.arguments) - 1]
+    return without_launchers(words[: len(words) - len(options.arguments) - 1])
+
+
+def without_launchers(words: Sequence[str]) -> list[str]:
+    """Drop the launcher's own options from the words before the script's name."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--cpu", action="store_true")
     launcher.add_argument("--cpu-adam")
-    return list(launcher.parse_known_args(words)[1])
+    return launcher.parse_known_args(words)[1]
 
 
 def peek(words: list[str]) -> argparse.Namespace:

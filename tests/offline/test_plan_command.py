@@ -25,7 +25,6 @@ import torch
 from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.stored import open_checkpoint
 from megatron_ext.cli import main
-from megatron_ext.cli.pasted import script_arguments
 from megatron_ext.errors import CheckpointError, PlanError
 from megatron_ext.host.schedule import ScheduleValues, values_of
 from megatron_ext.offline.command_line import locate, parse
@@ -33,6 +32,7 @@ from megatron_ext.offline.current_groups import current_groups
 from megatron_ext.offline.forecast import forecast
 from megatron_ext.offline.forecast_model import Forecast
 from megatron_ext.offline.inspection import inspect_checkpoint
+from megatron_ext.offline.pasted import script_arguments
 from megatron_ext.offline.plan_document import document
 from megatron_ext.offline.planned_arguments import complete
 from megatron_ext.offline.stored_parameters import Named, Stored, in_groups, parameters_of

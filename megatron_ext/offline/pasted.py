@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from collections.abc import Sequence
 
 from ..errors import PolicyError
+from ..policy.launch_line import without_launchers
 
 #: Programs whose ``-m`` names a Python module.
 _PYTHON = re.compile(r"(python|pypy)[\d.]*|torchrun")
@@ -42,7 +42,7 @@ def script_arguments(words: Sequence[str]) -> list[str]:
         elif python and word in ("-m", "--module"):
             module = True
         elif word.endswith(".py") and not re.match(r"\w+=", word):
-            before = [] if launcher is None else _without_options(found[launcher + 1 : at])
+            before = [] if launcher is None else without_launchers(found[launcher + 1 : at])
             return before + found[at + 1 :]
         python = python or _PYTHON.fullmatch(word.rpartition("/")[2]) is not None
     raise PolicyError(
@@ -58,11 +58,3 @@ def _split(word: str, *, alone: bool) -> list[str]:
     if alone and re.search(r"\s", joined):
         return shlex.split(joined)
     return [joined] if joined.strip().strip("\\") or not word else []
-
-
-def _without_options(words: list[str]) -> list[str]:
-    """Drop the launcher's own options; this package's flags may stand among them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--cpu-adam")
-    return parser.parse_known_args(words)[1]
